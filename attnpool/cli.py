@@ -86,8 +86,10 @@ def bench(
     console.print(rich_table(summarize(results), f'{data}, {results[0]["spec"]["arch"]}, recipe {recipe}'))
     console.print(f'Report: {report.resolve().as_uri()}\nTable:  {report.with_suffix(".csv")}', markup=False, highlight=False, soft_wrap=True)
 
-# %% ../nbs/50_cli.ipynb #770d8b01
-def main(argv: list[str] | None = None):
+# %% ../nbs/50_cli.ipynb #6bb8a25b
+def main(
+    argv: list[str] | None = None # Words after `attnpool`; None takes them from the command line
+):
     "Run the command; a user's mistake is one line on the standard error and status 2."
     try: status = app(argv, standalone_mode=False)
     except (ValueError, TypeError, OSError) as e: status = _fail(e)

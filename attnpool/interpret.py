@@ -62,16 +62,13 @@ def class_activation_map(
 ) -> Tensor: # `(b, 1, h, w)`, in units of the logit; its mean is the logit without the bias
     "What each position adds to the logit of a class, in a network with average pooling."
     modules = list(model.modules())
-    pool = next((m for m in reversed(modules) if isinstance(m, nn.AdaptiveAvgPool2d)), None)
-    linear = modules[-1]
-    if pool is None or not isinstance(linear, nn.Linear):
+    last = max((i for i, m in enumerate(modules) if isinstance(m, nn.AdaptiveAvgPool2d)), default=None)
+    *between, linear = modules[last + 1:] if last is not None else [None]
+    if not isinstance(linear, nn.Linear) or not all(isinstance(m, (nn.Flatten, nn.Dropout, nn.Identity)) for m in between):
         raise ValueError("model: expected average pooling and one linear layer at the end, as in AvgPoolHead. "
                          "For attention pools use attention_maps.")
     with _evaluating(model):
-        fmap, logits = _input_of(model, pool, x)
-        if fmap.ndim != 4 or fmap.shape[1] != linear.in_features:
-            raise ValueError(f"model: its last linear layer takes {linear.in_features} features, its last map is {tuple(fmap.shape)}. "
-                             "A class activation map needs the linear layer right behind the average pooling.")
+        fmap, logits = _input_of(model, modules[last], x)
         weight = linear.weight[logits.argmax(1) if target is None else target]
         return torch.einsum('bc,bchw->bhw', weight, fmap)[:, None]
 

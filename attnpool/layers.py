@@ -8,7 +8,6 @@ __all__ = ['TokenBatchNorm', 'make_norm', 'drop_path']
 # %% ../nbs/10_layers.ipynb #1fe1a1fc
 from typing import Callable
 
-import torch
 from torch import Tensor, nn
 
 # %% ../nbs/10_layers.ipynb #79ce8f2c
@@ -34,7 +33,7 @@ def drop_path(
     rate: float # Share of the samples whose branch is dropped, in [0, 1)
 ) -> nn.Module:
     "Stochastic depth per sample: timm's `DropPath`, or nothing at rate 0."
-    if not 0 <= rate < 1: raise ValueError(f"drop_path: expected a rate in [0, 1), got {rate}.")
+    if not 0 <= rate < 1: raise ValueError(f"drop_path_rate: expected a rate in [0, 1), got {rate}.")
     if rate == 0: return nn.Identity()
     from timm.layers import DropPath
     return DropPath(rate)

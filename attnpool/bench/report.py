@@ -95,7 +95,10 @@ def learning_curves(
 ) -> plt.Figure:
     "One line per head: the mean over seeds, the seeds themselves thin."
     by_head = {}
-    for r in results: by_head.setdefault(r['spec']['head'], []).append(pd.read_csv(Path(r['folder'])/'history.csv').set_index('epoch')[metric])
+    for r in results:
+        history = Path(r['folder'])/'history.csv'
+        if history.exists():   # a run that diverged in its first epoch has none
+            by_head.setdefault(r['spec']['head'], []).append(pd.read_csv(history).set_index('epoch')[metric])
     grey = '#888888'   # readable on white and on black
     with plt.rc_context({'text.color': grey, 'axes.labelcolor': grey, 'xtick.color': grey, 'ytick.color': grey, 'axes.edgecolor': grey}):
         fig, ax = plt.subplots(figsize=(7, 3.6))
@@ -105,7 +108,7 @@ def learning_curves(
             ax.plot(mean.index + 1, mean, color=color, lw=2, label=head)
         ax.set(xlabel='epoch', ylabel=metric)
         ax.spines[['top', 'right']].set_visible(False)
-        ax.legend(frameon=False)
+        if by_head: ax.legend(frameon=False)
         fig.patch.set_alpha(0)
         ax.patch.set_alpha(0)
         fig.tight_layout()

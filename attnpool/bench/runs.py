@@ -161,12 +161,13 @@ def run(
     for old in [folder/'result.json', *folder.glob('*.tmp')]: old.unlink(missing_ok=True)
     write_file(folder/'spec.json', json.dumps(asdict(spec), indent=1))
 
+    set_seed(spec.seed)   # before the DataLoaders, which draw the seed of their order when they are made
     dls = DATASETS[spec.data](size=spec.size, bs=spec.bs, device=device)
     log = RunLog(folder/'history.csv', on_epoch)
     set_seed(spec.seed)
     values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in ('data', 'arch', 'head', 'seed', 'recipe')}
     learn = recipe_learner(dls, spec.arch, spec.head, spec.recipe, cbs=log, **values)
-    set_seed(spec.seed)   # the head has drawn its weights: bring the order of the batches back to the same for all heads
+    set_seed(spec.seed)   # the heads have drawn different numbers of weights
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
 
     last = log.rows[-1] if log.rows else {}

@@ -74,31 +74,50 @@ def _stage_options(f): return delegates(build_xresnet, but=['block', 'layers', '
 
 @ARCHS.register('xresnext50')
 @_stage_options
-def xresnext50(n_out: int = 1000, layers: Sequence[int] = (3, 4, 6, 3), **kwargs) -> nn.Sequential:
+def xresnext50(
+    n_out: int = 1000, # Outputs
+    layers: Sequence[int] = (3, 4, 6, 3), # Blocks per stage
+    **kwargs
+) -> nn.Sequential:
     "XResNeXt50: a map of 2048 channels at 1/32 of the picture."
     return build_xresnet(ResNeXtBlock, layers, [64, 128, 256, 512], n_out, **kwargs)
 
 @ARCHS.register('xresnext50s')
 @_stage_options
-def xresnext50s(n_out: int = 1000, layers: Sequence[int] = (3, 4, 9), **kwargs) -> nn.Sequential:
+def xresnext50s(
+    n_out: int = 1000, # Outputs
+    layers: Sequence[int] = (3, 4, 9), # Blocks per stage
+    **kwargs
+) -> nn.Sequential:
     "XResNeXt50S: a map of 1024 channels at 1/16 of the picture."
     return build_xresnet(ResNeXtBlock, layers, [64, 128, 256], n_out, **kwargs)
 
 @ARCHS.register('xeca_resnext50')
 @_stage_options
-def xeca_resnext50(n_out: int = 1000, layers: Sequence[int] = (3, 4, 6, 3), **kwargs) -> nn.Sequential:
+def xeca_resnext50(
+    n_out: int = 1000, # Outputs
+    layers: Sequence[int] = (3, 4, 6, 3), # Blocks per stage
+    **kwargs
+) -> nn.Sequential:
     "XECA-XResNeXt50: XResNeXt50 with Efficient Channel Attention in every block."
     return build_xresnet(ECAResNeXtBlock, layers, [64, 128, 256, 512], n_out, **kwargs)
 
 @ARCHS.register('xeca_resnext50s')
 @_stage_options
-def xeca_resnext50s(n_out: int = 1000, layers: Sequence[int] = (3, 4, 9), **kwargs) -> nn.Sequential:
+def xeca_resnext50s(
+    n_out: int = 1000, # Outputs
+    layers: Sequence[int] = (3, 4, 9), # Blocks per stage
+    **kwargs
+) -> nn.Sequential:
     "XECA-XResNeXt50S, the blog's main body: XResNeXt50S with Efficient Channel Attention."
     return build_xresnet(ECAResNeXtBlock, layers, [64, 128, 256], n_out, **kwargs)
 
-# %% ../../nbs/20_models.xresnet.ipynb #d6846ecd
+# %% ../../nbs/20_models.xresnet.ipynb #007a8231
 @ARCHS.register('xeca_resnext_tiny')
 @delegates(xeca_resnext50s, but=['layers', 'widen', 'stem_szs', 'stem_pool'])
-def xeca_resnext_tiny(n_out: int = 1000, **kwargs) -> nn.Sequential:
+def xeca_resnext_tiny(
+    n_out: int = 1000, # Outputs
+    **kwargs
+) -> nn.Sequential:
     "XECA-XResNeXt50S for small pictures and two CPU cores: a map of 256 channels at 1/8 of the picture."
     return xeca_resnext50s(n_out, layers=(1, 1, 1), widen=.25, stem_szs=(16, 16, 32), stem_pool=None, **kwargs)

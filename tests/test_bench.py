@@ -1,0 +1,238 @@
+"The benchmark: real data, real runs, real processes that are killed and interrupted."
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy import stats
+from sklearn.datasets import load_digits
+
+from attnpool.bench.data import cluttered_digits, digits_dls
+from attnpool.bench.report import format_table, paired_difference, summarize, write_report
+from attnpool.bench.runs import load_run, make_spec, run, sweep
+from attnpool.cli import app, main
+from attnpool.heads import HEADS
+from attnpool.learner import RECIPES, recipe_learner
+
+SMALL = dict(epochs=1, size=20, bs=128)
+FLAGS = ["--epochs", "1", "--size", "20", "--bs", "128", "--device", "cpu"]
+
+
+def test_digits_are_pasted_whole_and_split_by_original():
+    d, originals = cluttered_digits(size=40, n_train=300, n_valid=100), load_digits()
+    assert d.images.dtype == torch.uint8 and d.images.shape == (400, 40, 40)
+    assert not set(d.sources[:300].tolist()) & set(d.sources[300:].tolist())
+    assert torch.equal(d.labels, torch.tensor(originals.target)[d.sources])
+    for image, (l, t, r, b), source in zip(d.images, d.boxes.tolist(), d.sources.tolist()):
+        assert 0 <= l < r <= 40 and 0 <= t < b <= 40 and r - l == b - t
+        digit = torch.nn.functional.interpolate(torch.tensor(originals.images[source] / 16)[None, None], size=(b - t, r - l), mode="bilinear")[0, 0]
+        assert (image[t:b, l:r] >= (digit * 255).round() - 1).all()   # the digit shines through everything
+    assert torch.equal(d.images, cluttered_digits.__wrapped__(size=40, n_train=300, n_valid=100).images)
+    assert not torch.equal(d.images, cluttered_digits(size=40, n_train=300, n_valid=100, seed=1).images)
+
+
+def test_dataloaders_are_normalised_and_keep_the_boxes_in_order():
+    dls = digits_dls(size=24, bs=50, n_train=200, n_valid=70)
+    assert dls.c == 10 and len(dls.boxes) == 70 and (len(dls.train_ds), len(dls.valid_ds)) == (200, 70)
+    x = torch.cat([xb for xb, _ in dls.train])
+    assert x.shape[1:] == (3, 24, 24) and x.mean().abs() < .05 and (x.std() - 1).abs() < .05
+    data = cluttered_digits(24, 200, 70)
+    labels = torch.cat([yb for _, yb in dls.valid])
+    assert torch.equal(labels.as_subclass(torch.Tensor), data.labels[200:]) and torch.equal(dls.boxes, data.boxes[200:])
+
+
+def test_a_spec_is_its_values():
+    a = make_spec(head="concat", seed=1)
+    assert a == make_spec(head="concat", seed=1, lr=RECIPES["quick"].lr["concat"]) and a.id == make_spec(head="concat", seed=1).id
+    others = [make_spec(head="slim", seed=1), make_spec(head="concat", seed=2), make_spec(head="concat", epochs=9), make_spec(head="concat", lr=1e-5)]
+    assert len({s.id for s in [a, *others]}) == 5
+    assert a.lr == RECIPES["quick"].lr["concat"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    return run(make_spec(head="concat", **SMALL), out), out
+
+
+def test_a_run_folder_holds_what_it_says(finished):
+    result, out = finished
+    folder = Path(result["folder"])
+    assert set(result["files"]) == {"spec.json", "history.csv", "maps.npz", "weights.safetensors"}
+    assert {f.name for f in folder.iterdir()} == set(result["files"]) | {"result.json"}
+    rows = list(csv.DictReader((folder / "history.csv").open()))
+    assert len(rows) == 1 and float(rows[-1]["accuracy"]) == result["accuracy"]
+    spec = make_spec(head="concat", **SMALL)
+    model = recipe_learner(digits_dls(size=20), spec.arch, spec.head).model
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    model.eval()
+    dls = digits_dls(size=20)
+    with torch.no_grad(): right = torch.cat([model(xb).argmax(1) == yb for xb, yb in dls.valid])
+    assert right.float().mean().item() == pytest.approx(result["accuracy"], abs=.002)
+    with np.load(folder / "maps.npz") as f:
+        assert f["images"].shape == (8, 3, 20, 20) and f["maps"].shape[:2] == (8, 1) and f["boxes"].shape == (8, 4)
+        assert np.allclose(f["maps"].sum((2, 3)), 1, atol=1e-5)
+    assert 0 < result["peak_in_box"] < 1
+
+
+def test_the_same_spec_gives_the_same_history(finished, tmp_path):
+    def history(r): return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((Path(r["folder"]) / "history.csv").open())]
+    assert history(run(make_spec(head="concat", **SMALL), tmp_path)) == history(finished[0])
+
+
+def test_what_is_there_is_not_made_again(finished):
+    result, out = finished
+    before = {f: f.stat().st_mtime_ns for f in Path(result["folder"]).iterdir()}
+    assert run(make_spec(head="concat", **SMALL), out) == result
+    assert before == {f: f.stat().st_mtime_ns for f in Path(result["folder"]).iterdir()}
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda f: (f / "result.json").unlink(), "no result.json"),
+    (lambda f: (f / "result.json").write_text('{"spec": {'), "result.json is torn"),
+    (lambda f: os.truncate(f / "weights.safetensors", 1000), "weights.safetensors has 1000 bytes instead of"),
+    (lambda f: (f / "history.csv").unlink(), "history.csv is missing"),
+])
+def test_half_written_folders_are_made_again_and_said(finished, tmp_path, capsys, harm, words):
+    import shutil
+    folder = tmp_path / Path(finished[0]["folder"]).name
+    shutil.copytree(finished[0]["folder"], folder)
+    (folder / "weights.safetensors.77.tmp").write_bytes(b"left by a killed process")
+    harm(folder)
+    with pytest.raises(ValueError, match=words): load_run(folder)
+    result, = sweep([make_spec(head="concat", **SMALL)], tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert words in said and "It is made again" in said
+    assert result["accuracy"] == finished[0]["accuracy"] and not list(folder.glob("*.tmp"))
+
+
+def test_a_diverged_run_is_a_result(tmp_path):
+    spec = make_spec(head="learned", **SMALL | dict(lr=1e30))
+    good = make_spec(head="learned", seed=2, **SMALL)
+    bad, ok = sweep([spec, good], tmp_path)
+    assert bad["status"] == "diverged" and bad["diverged_epoch"] == 0 and ok["status"] == "complete"
+    assert sweep([spec, good], tmp_path) == [bad, ok]
+    text = format_table(summarize([bad, ok]))
+    assert "(1 diverged)" in text["accuracy %"][0] and text.n[0] == 1
+    write_report([bad, ok], tmp_path / "report.html")
+    write_report([bad], tmp_path / "only.html")
+
+
+def result(head, seed, accuracy): return dict(spec=dict(head=head, seed=seed, lr=.01), status="complete", accuracy=accuracy, parameters=10**6, seconds_per_epoch=1., peak_in_box=None)
+
+
+def test_paired_difference_equals_scipys():
+    rng = np.random.default_rng(0)
+    a, b = ({s: v for s, v in enumerate(rng.normal(.9, .01, 6))} for _ in range(2))
+    mean, half, n = paired_difference(a, b)
+    theirs = stats.ttest_rel(list(a.values()), list(b.values())).confidence_interval()
+    assert (mean - half, mean + half, n) == (pytest.approx(theirs.low), pytest.approx(theirs.high), 6)
+    assert paired_difference(a, {0: .5, 99: .1})[2] == 1 and np.isnan(paired_difference(a, {0: .5})[1])
+    assert paired_difference(a, {99: .1})[2] == 0
+
+
+def test_summary_by_hand():
+    avg, other = [.90, .92, .91], [.93, .94, .95]
+    table = summarize([result("avg", s, v) for s, v in enumerate(avg)] + [result("concat", s, v) for s, v in enumerate(other)])
+    concat = table.set_index("head").loc["concat"]
+    assert concat.accuracy == pytest.approx(.94) and concat.sd == pytest.approx(.01)   # sample, not population
+    assert concat.difference == pytest.approx(.03) and concat.n_pairs == 3
+    assert concat.low == pytest.approx(.03 - 4.302653 * np.std([.03, .02, .04], ddof=1) / 3**.5, abs=1e-6)
+    text = format_table(table).set_index("head")
+    assert text.loc["concat", "accuracy %"] == "94.0 ± 1.0" and text.loc["concat", "points vs avg [95%]"] == "+3.0 [+0.5, +5.5] better"
+    assert text.loc["avg", "points vs avg [95%]"] == "–"
+    single = format_table(summarize([result("avg", 1, .9), result("slim", 1, .8)])).set_index("head")
+    assert single.loc["slim", "points vs avg [95%]"] == "-10.0" and single.loc["slim", "accuracy %"] == "80.0"
+    alone = format_table(summarize([result("slim", 1, .8), result("slim", 2, .8)]))
+    assert alone["points vs avg [95%]"][0] == "–"
+
+
+def test_the_report_is_one_file_with_everything(finished, tmp_path):
+    other = run(make_spec(head="avg", **SMALL), finished[1])
+    page = write_report([other, finished[0]], tmp_path / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in re.sub(r'data:[^"]+', "", page)
+    assert page.count("data:image/png") == 2 and page.count("data:image/svg") == 1
+    assert f"{100 * finished[0]['accuracy']:.1f}" in page and "xeca_resnext_tiny" in page
+    table = list(csv.DictReader((tmp_path / "report.csv").open()))
+    assert [r["head"] for r in table] == ["avg", "concat"] and float(table[1]["accuracy"]) == pytest.approx(finished[0]["accuracy"])
+    with pytest.raises(ValueError, match="results: there is nothing to report"): write_report([], tmp_path / "x.html")
+
+
+@pytest.mark.parametrize("args, words", [
+    (["bench", "digit"], "data: 'digit' is unknown. Did you mean 'digits'?"),
+    (["bench", "digits", "--heads", "avg,conct"], "head: 'conct' is unknown. Did you mean 'concat'?"),
+    (["bench", "digits", "--recipe", "quik"], "recipe: 'quik' is unknown. Did you mean 'quick'?"),
+    (["bench", "digits", "--arch", "xeca_resnext_tyny"], "arch: 'xeca_resnext_tyny' is unknown. Did you mean 'xeca_resnext_tiny'?"),
+    (["bench", "digits", "--seeds", "1,two"], "--seeds: expected whole numbers separated by commas, got '1,two'"),
+    (["bench", "digits", "--seeds", ","], "--seeds: expected names or numbers"),
+    (["bench", "digits", "--epochs", "0"], "epochs: expected a number above 0, got 0"),
+    (["bench", "digits", "--epochs", "many"], "--epochs"),
+    (["bench", "digits", "--lr", "-1"], "lr: expected a number above 0, got -1.0"),
+    (["bench", "digits", "--size", "8"], "size: a canvas needs at least 20 pixels, got 8"),
+    (["bench", "digits", "--device", "cuda:99"], "--device: 'cuda:99' is not to be had on this machine"),
+    (["bench", "digits", "--out", "/proc/attnpool"], "/proc/attnpool"),
+    (["bench", "digits", "--out", __file__], Path(__file__).name),
+    (["bench", "digits", "--nonsense"], "--nonsense"),
+    (["banch"], "banch"),
+])
+def test_a_users_mistake_is_one_line_and_status_2(args, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e: main(args)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err
+    assert err.startswith("attnpool: ") and err.count("\n") == 1
+
+
+def test_help_names_everything_that_is_registered(capsys):
+    for args in (["--help"], ["bench", "--help"]):
+        with pytest.raises(SystemExit) as e: main(args)
+        assert e.value.code == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"\b{name}\b", text) for name in [*HEADS, *RECIPES])
+    assert app.registered_commands
+
+
+def start(out, *more):
+    return subprocess.Popen([sys.executable, "-m", "attnpool.cli", "bench", "digits", "--out", str(out), *FLAGS, *more],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process, seconds=240):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < end, "the benchmark did not come this far"
+        time.sleep(.01)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_interrupted_sweeps_go_on(tmp_path, sig):
+    specs = [make_spec(head="avg", seed=s, **SMALL) for s in (1, 2, 3)]
+    flags = "--heads", "avg", "--seeds", "1,2,3"
+    process = start(tmp_path, *flags)
+    second = tmp_path / specs[1].name
+    wait_for(lambda: (second / "spec.json").exists(), process)   # in the middle of the second run
+    process.send_signal(sig)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (-9 if sig == signal.SIGKILL else 130)
+    if sig == signal.SIGINT: assert err.strip().splitlines()[-1] == f"attnpool: stopped. The finished runs are kept in {tmp_path}; the same command makes the rest."
+    first = load_run(tmp_path / specs[0].name)
+    made = (tmp_path / specs[0].name / "result.json").stat().st_mtime_ns
+    with pytest.raises(ValueError): load_run(second)
+    process = start(tmp_path, *flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "It is made again" in out and "1 of 3 runs are in" in out and "run 2/2" in out and "Report: file://" in out
+    assert (tmp_path / specs[0].name / "result.json").stat().st_mtime_ns == made
+    assert [load_run(tmp_path / s.name)["spec"]["seed"] for s in specs] == [1, 2, 3] and first["status"] == "complete"
+    assert json.loads((second / "result.json").read_text())["status"] == "complete"
+    assert (tmp_path / "report.html").exists() and not list(tmp_path.rglob("*.tmp"))

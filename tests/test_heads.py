@@ -1,0 +1,200 @@
+"Every pool and every registered head: numbers against literal forms, and all the ways in which they are used."
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attnpool import pooling
+from attnpool.heads import HEADS, AvgAttnPoolHead, AvgPoolHead
+from attnpool.layers import TokenBatchNorm, drop_path, make_norm
+from attnpool.pooling import AttentionPool2d
+from attnpool.registry import Registry
+
+POOLS = [getattr(pooling, n) for n in ("LearnedAggregation", "LearnedAggregationSandwich", "AvgAttnPooling2d", "AvgAttnPooling2dS", "AvgAttnConcatPooling2d")]
+C = 16
+
+
+def randomized(m):
+    "Weights away from their initial values, so that no branch is negligible."
+    g = torch.Generator().manual_seed(2)
+    for p in m.parameters(): p.data = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p) * (p.shape[-1]**-.5 if p.ndim > 1 else 1)
+    return m
+
+
+def literal(pool, x):
+    "The blog's equations, one by one, on torch's own attention."
+    t = x.flatten(2).transpose(1, 2)
+    a, query = pool.attn, pool.query
+    n = a.norm(t)
+    attn = a.proj(F.scaled_dot_product_attention(a.q(query).expand(len(x), 1, -1), a.k(n), a.v(n), scale=a.scale).squeeze(1))
+    mean, name = t.mean(1), type(pool).__name__
+    if name == "LearnedAggregation":
+        y = query + pool.gamma_1 * attn
+        return y + pool.gamma_2 * pool.ffn[2](F.gelu(pool.ffn[0](pool.norm(y))))
+    def sandwich(y): return pool.ffn[3](pool.ffn[2](F.gelu(pool.ffn[0](y))))
+    if name == "LearnedAggregationSandwich":
+        y = query + pool.gamma_1 * pool.norm1(attn)
+        return y + pool.gamma_2 * sandwich(pool.norm2(y))
+    if name == "AvgAttnPooling2d":
+        y = pool.norm(mean + attn)
+        return y + sandwich(y)
+    if name == "AvgAttnPooling2dS": return F.gelu(pool.norm(mean + attn))
+    y = query + pool.norm1(attn)
+    y = y + sandwich(pool.norm2(y))
+    return F.gelu(torch.cat([pool.norm4(mean), pool.norm3(y)], 1))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, TokenBatchNorm])
+def test_pool_equals_the_equations(pool, norm):
+    pool = randomized(pool(C, norm=norm).double())
+    x = torch.randn(4, C, 3, 5, dtype=torch.float64)
+    out = pool(x)
+    assert out.shape == (4, pool.c_out)
+    assert (out - literal(pool, x)).abs().max() <= 1e-12 * out.abs().max()
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_initialised_as_printed(pool):
+    pool = pool(256)
+    for m in pool.modules():
+        if isinstance(m, nn.Linear):
+            assert m.weight.std().item() == pytest.approx(.02, rel=.05)
+            assert m.bias.abs().max() == 0
+    assert pool.query.shape == (1, 256) and pool.query.std().item() == pytest.approx(.02, rel=.25)
+    for name in ("gamma_1", "gamma_2"):
+        if hasattr(pool, name): assert torch.equal(getattr(pool, name), torch.full((256,), 1e-4))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_options_reach_the_layers(pool):
+    p = pool(C, attn_bias=False, norm=nn.RMSNorm, act_cls=nn.ReLU, drop_path_rate=.5, scale=.5, num_heads=4, attn_drop=.1, proj_drop=.2)
+    assert p.attn.q.bias is p.attn.k.bias is p.attn.v.bias is None and p.attn.proj.bias is not None
+    assert not any(isinstance(m, (nn.LayerNorm, nn.GELU)) for m in p.modules())
+    assert any(isinstance(m, nn.ReLU) for m in p.modules())
+    assert (p.attn.scale, p.attn.num_heads, p.attn.attn_drop, p.attn.proj_drop.p, p.drop_path.drop_prob) == (.5, 4, .1, .2, .5)
+    if "ffn_expand" in inspect.signature(pool).parameters: assert pool(C, ffn_expand=.5).ffn[0].out_features == C // 2
+    x = torch.randn(8, C, 3, 3)
+    p.train()
+    assert not torch.equal(p(x), p(x))   # the drops are at work
+    p.eval()
+    assert torch.equal(p(x), p(x))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_map_is_what_the_forward_pass_used(pool, heads):
+    pool = randomized(pool(C, num_heads=heads).double())
+    x = torch.randn(3, C, 4, 7, dtype=torch.float64)
+    maps = pool.attention_map(x)
+    assert maps.shape == (3, heads, 4, 7)
+    assert torch.allclose(maps.sum((2, 3)), torch.ones(3, heads, dtype=maps.dtype))
+    a = pool.attn
+    v = a.v(a.norm(x.flatten(2).transpose(1, 2))).unflatten(-1, (heads, -1))
+    by_hand = a.proj(torch.einsum("bhn,bnhd->bhd", maps.flatten(2), v).flatten(1))
+    assert torch.allclose(by_hand, a(x, pool.query), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("shape", [(2, 5, 3), (1, 1, 1), (3, 7, 7), (0, 4, 4), (2, 1, 9)])
+def test_head_forward_and_backward(name, shape):
+    b, h, w = shape
+    head = HEADS[name](C, 5)
+    x = torch.randn(b, C, h, w, requires_grad=True)
+    out = head(x)
+    assert out.shape == (b, 5)
+    out.sum().backward()
+    assert x.grad.shape == x.shape and x.grad.isfinite().all()
+    for n, p in head.named_parameters():
+        assert p.grad is not None, n   # DDP waits for each of them
+        assert p.grad.isfinite().all(), n
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_head_dtypes_and_memory_formats(name, dtype):
+    head = HEADS[name](C, 5).eval()
+    x = torch.randn(2, C, 6, 4)
+    exact = head(x)
+    assert torch.allclose(head(x.to(memory_format=torch.channels_last)), exact, atol=1e-5)
+    out = head.to(dtype)(x.to(dtype))
+    assert out.dtype == dtype
+    assert torch.allclose(out.float(), exact, atol=30 * max(torch.finfo(dtype).eps, 1e-6))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head_saves_copies_slices_and_traces(name, tmp_path):
+    head, x = HEADS[name](C, 5).eval(), torch.randn(2, C, 6, 4)
+    expected = head(x)
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    other = HEADS[name](C, 5).eval()
+    other.load_state_dict(torch.load(tmp_path / "head.pt", weights_only=True))
+    for same in (other, copy.deepcopy(head), pickle.loads(pickle.dumps(head)), nn.Sequential(head[:-1], head[-1])):
+        assert torch.equal(same(x), expected)
+    assert type(head[:-1]) is nn.Sequential
+    compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head_signature_is_complete(name):
+    parameters = inspect.signature(HEADS[name]).parameters
+    assert list(parameters)[:2] == ["ni", "n_out"]
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
+    with pytest.raises(TypeError): HEADS[name](C, 5, no_such_option=1)
+    with pytest.raises(ValueError, match="n_out: expected at least 1 output, got 0"): HEADS[name](C, 0)
+
+
+def test_what_stands_after_the_pool():
+    after = {n: [type(m).__name__ for m in list(HEADS[n](C, 5))[1:]] for n in HEADS}
+    normed = ["LayerNorm", "Linear"]
+    assert after == dict(avg=["Flatten", "Linear"], learned=normed, sandwich=normed, avgattn=normed, slim=normed, concat=["Linear"])
+    assert [type(m).__name__ for m in AvgAttnPoolHead(C, 5, final_act=nn.GELU)][1:] == ["LayerNorm", "GELU", "Linear"]
+
+
+def test_average_head_is_fastxtends():
+    from fastxtend.vision.models.xresnet import ResBlock, XResNet
+    theirs = XResNet(ResBlock, 1, [1, 1, 1, 1], n_out=1000)[-1]
+    ours = AvgPoolHead(512, 1000)[-1]
+    assert ours.weight.std().item() == pytest.approx(theirs.weight.std().item(), rel=.02)
+    assert ours.bias.abs().max() == theirs.bias.abs().max() == 0
+
+
+def test_token_batchnorm_normalises_channels():
+    ours, theirs = TokenBatchNorm(4), nn.BatchNorm1d(4)
+    x = torch.randn(8, 6, 4) * 3 + 1
+    assert torch.allclose(ours(x), theirs(x.transpose(1, 2)).transpose(1, 2), atol=1e-6)
+    assert torch.allclose(ours.running_var, theirs.running_var, atol=1e-6)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+@pytest.mark.parametrize("make, error, words", [
+    (lambda: AttentionPool2d(0), ValueError, "ni: expected the number of channels"),
+    (lambda: AttentionPool2d(C, num_heads=3), ValueError, "num_heads: 3 does not divide the 16 channels"),
+    (lambda: AttentionPool2d(C, attn_drop=1.5), ValueError, "attn_drop: expected a rate in [0, 1), got 1.5"),
+    (lambda: POOLS[0](C, ffn_expand=0), ValueError, "ffn_expand: expected a factor above 0"),
+    (lambda: POOLS[4](C, ffn_expand=-1), ValueError, "ffn_expand: expected a factor above 0"),
+    (lambda: POOLS[1](C, drop_path_rate=-.1), ValueError, "drop_path_rate: expected a rate in [0, 1), got -0.1"),
+    (lambda: make_norm(nn.BatchNorm1d, C), ValueError, "Use norm=attnpool.layers.TokenBatchNorm"),
+    (lambda: make_norm("layer", C), TypeError, "norm: expected a class or callable"),
+    (lambda: POOLS[0](C)(torch.randn(2, C, 4)), ValueError, "x: expected a map of shape (b, c, h, w), got (2, 16, 4)"),
+    (lambda: POOLS[0](C)(torch.randn(2, 8, 4, 4)), ValueError, "x: expected 16 channels, got 8"),
+    (lambda: AttentionPool2d(C)(torch.randn(2, C, 4, 4), torch.randn(C)), ValueError, "query: expected shape (queries, 16), got (16,)"),
+    (lambda: HEADS["conct"], ValueError, "head: 'conct' is unknown. Did you mean 'concat'?"),
+    (lambda: HEADS.register("avg")(AvgPoolHead), ValueError, "head: 'avg' is taken"),
+    (lambda: Registry("thing")["x"], ValueError, "thing: 'x' is unknown."),
+])
+def test_bad_input(make, error, words):
+    with pytest.raises(error) as e: make()
+    assert words in str(e.value)
+
+
+def test_drop_path_keeps_the_mean():
+    x = torch.ones(10000, 1)
+    dropped = drop_path(.25)(x)
+    assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert dropped.mean().item() == pytest.approx(1, abs=.03)
