@@ -1,7 +1,7 @@
 # One command each, on a fresh machine with Python 3.10 or newer: the environment is made first, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: bench test docs readme prepare newest clean
+.PHONY: help bench test in-step docs readme prepare newest clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,3 +31,37 @@ help:
 
 bench: .venv/.bench
 	$(BIN)/attnpool bench digits $(ARGS)
+
+# README.md is index.ipynb without its hidden cells; its pictures go to docs/readme.
+readme: .venv/.dev
+	rm -rf docs/readme
+	$(BIN)/python -m nbconvert --log-level ERROR --to markdown nbs/index.ipynb --output-dir . --output README \
+	  --NbConvertApp.output_files_dir=docs/readme --RegexRemovePreprocessor.enabled=True --RegexRemovePreprocessor.patterns='^#\|\s*hide'
+	$(BIN)/python -c "import re, pathlib as p; f = p.Path('README.md'); f.write_text(re.sub(r'(?m)^#\| .*\n', '', f.read_text()).strip() + '\n')"
+
+prepare: .venv/.dev
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(MAKE) readme
+
+# Export, cleaning and README must change nothing.
+in-step: .venv/.dev
+	rm -rf .venv/before && mkdir -p .venv/before/docs
+	cp -r attnpool nbs README.md .venv/before && cp -r docs/readme .venv/before/docs
+	$(MAKE) --no-print-directory prepare
+	@for f in attnpool nbs README.md docs/readme; do \
+	  diff -r -q -x __pycache__ -x .ipynb_checkpoints -x .last_checked .venv/before/$$f $$f \
+	  || { echo "The modules, notebooks or README.md were not in step. They are now: look at git diff and commit."; exit 1; }; done
+
+test: .venv/.dev in-step
+	$(BIN)/nbdev_test
+	$(BIN)/python -m pytest
+
+newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet --upgrade -e . pytest hypothesis
+	.venv-newest/bin/python -m pytest
+
+clean:
+	rm -rf .venv .venv-newest _proc _docs site build dist *.egg-info

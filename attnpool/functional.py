@@ -120,27 +120,21 @@ def attention_pool(
         raise TypeError(f"x: the map is {x.dtype}, the weights are {v[0].dtype}. Use x.to(weight.dtype) or torch.autocast.")
     if not _foldable(norm, x.shape[1]):
         return attention_pool_plain(x, query, q, k, v, proj, norm, scale, num_heads, dropout_p)
-    queries, (wv, bv) = len(query), v
+    queries, c, n = len(query), x.shape[1], x.shape[2] * x.shape[3]
+    late = queries == 1 or queries * num_heads * n + queries * c <= (c + queries) * n   # multiply-adds / c: values behind the sum or before it
     with _no_autocast(x):
         x, r, scores, _ = _fold(x, query, q, k, norm, scale, num_heads)
-        weights = scores.softmax(-1)
-        left = 1.
-        if dropout_p:
-            weights = F.dropout(weights, dropout_p)
-            left = weights.sum(-1, keepdim=True)                          # (b, queries*heads, 1)
+        weights = F.dropout(scores.softmax(-1), dropout_p)
+        left = weights.sum(-1, keepdim=True)                                  # 1 without dropout
+        t = (weights * r) @ x.mT if late else (x * r).mT                      # (b, queries*heads, c) or (b, n, c)
         weight, bias = _to(x.dtype, getattr(norm, 'weight', None), getattr(norm, 'bias', None))
-        c, n = x.shape[1:]
-        late = queries == 1 or (queries * num_heads * n + queries * c <= (c + queries) * n)   # multiply-adds / c
-        t = torch.matmul(weights * r, x.transpose(1, 2)) if late else (x * r).transpose(1, 2)   # (b, queries*heads or n, c)
         if weight is not None: t = t * weight
-        if bias is not None: t = t + bias * (left if late else 1.)
-    wv = wv.unflatten(0, (num_heads, -1))                                 # (heads, d, c)
-    t, weights = _to(wv.dtype, t, weights)
-    weights = weights.unflatten(1, (queries, num_heads))
-    if late: pooled = torch.einsum('bqhc,hdc->bqhd', t.unflatten(1, (queries, num_heads)), wv)
-    else:    pooled = torch.einsum('bqhn,bhnd->bqhd', weights, torch.einsum('bnc,hdc->bhnd', t, wv))
-    if bv is not None:
-        pooled = pooled + bv.unflatten(0, (num_heads, -1)) * (left if dropout_p == 0 else left.unflatten(1, (queries, num_heads)))
-    pooled = pooled.flatten(2)
+        if bias is not None: t = t + (bias * left if late else bias)
+    wv, bv = (None if o is None else o.unflatten(0, (num_heads, -1)) for o in v)   # (heads, d, c), (heads, d)
+    t, weights, left = (o.to(wv.dtype) for o in (t, weights, left))
+    def split(o): return o.unflatten(1, (queries, num_heads))                 # (b, queries, heads, ...)
+    if late: pooled = torch.einsum('bqhc,hdc->bqhd', split(t), wv)
+    else:    pooled = torch.einsum('bqhn,bnhd->bqhd', split(weights), torch.einsum('bnc,hdc->bnhd', t, wv))
+    if bv is not None: pooled = pooled + bv * split(left)
     if k[1] is not None: pooled = pooled + 0 * k[1].sum()   # a gradient of exactly zero, not None: DDP waits for every parameter
-    return F.linear(pooled.to(proj[0].dtype), *proj)
+    return F.linear(pooled.flatten(2).to(proj[0].dtype), *proj)
