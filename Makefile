@@ -57,6 +57,13 @@ test: .venv/.dev in-step
 	$(BIN)/nbdev_test
 	$(BIN)/python -m pytest
 
+# nbdev_proc_nbs would first install quarto with sudo, and this package into whatever pip is on the PATH; the function
+# behind it does neither. Not with --quiet: it keeps --strict from counting warnings.
+docs: .venv/.docs
+	rm -rf site
+	$(BIN)/python -W ignore -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 newest:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade pip

@@ -63,9 +63,9 @@ def bench(
 
     Examples:
 
-      attnpool bench digits
+        attnpool bench digits
 
-      attnpool bench digits --heads avg,concat --seeds 1,2,3,4,5 --epochs 20
+        attnpool bench digits --heads avg,concat --seeds 1,2,3,4,5 --epochs 20
     """
     import warnings
     warnings.filterwarnings('ignore', category=FutureWarning)

@@ -82,12 +82,10 @@ def digits_dls(
     data = cluttered_digits(size, n_train, n_valid)
     n = len(data.images)
     train = data.images[:n_train].float() / 255
-    stats = [3 * [train.mean().item()], 3 * [train.std().item()]]
     dsets = Datasets(range(n), [partial(_picture, data), [partial(_label, data), Categorize(range(10))]],
                      splits=IndexSplitter(range(n_train, n))(range(n)))
-    device = torch.device(device)
-    dls = dsets.dataloaders(bs=bs, val_bs=256, device=device, num_workers=0,
-                            after_batch=[IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False)])
+    stats = (torch.full((1, 3, 1, 1), s.item(), device=device) for s in (train.mean(), train.std()))
+    dls = dsets.dataloaders(bs=bs, val_bs=256, device=torch.device(device), num_workers=0, after_batch=[IntToFloatTensor(), Normalize(*stats)])
     dls.boxes = data.boxes[n_train:]
     return dls
 
