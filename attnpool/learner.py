@@ -122,7 +122,7 @@ RECIPES = Registry('recipe')
 
 # %% ../nbs/32_learner.ipynb #717f933a
 RECIPES['quick'] = Recipe(epochs=8, size=40, bs=32, opt='adam', schedule='one_cycle',
-                          lr={'avg': 12e-3, 'learned': 2e-3, 'sandwich': 2e-3, 'avgattn': 4e-3, 'slim': 4e-3, 'concat': 8e-3, '*': 2e-3})
+                          lr={'avg': 32e-3, 'learned': 2e-3, 'sandwich': 2e-3, 'avgattn': 2e-3, 'slim': 2e-3, 'concat': 16e-3, '*': 2e-3})
 
 # %% ../nbs/32_learner.ipynb #fb4ed3da
 def get_recipe(
