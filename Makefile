@@ -32,17 +32,13 @@ help:
 bench: .venv/.bench
 	$(BIN)/attnpool bench digits $(ARGS)
 
-# README.md is index.ipynb without its hidden cells; its pictures go to docs/readme.
 readme: .venv/.dev
-	rm -rf docs/readme
-	$(BIN)/python -m nbconvert --log-level ERROR --to markdown nbs/index.ipynb --output-dir . --output README \
-	  --NbConvertApp.output_files_dir=docs/readme --RegexRemovePreprocessor.enabled=True --RegexRemovePreprocessor.patterns='^#\|\s*hide'
-	$(BIN)/python -c "import re, pathlib as p; f = p.Path('README.md'); f.write_text(re.sub(r'(?m)^#\| .*\n', '', f.read_text()).strip() + '\n')"
+	$(BIN)/python docs/readme.py
 
 prepare: .venv/.dev
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
-	$(MAKE) readme
+	$(BIN)/python docs/readme.py
 
 # Export, cleaning and README must change nothing.
 in-step: .venv/.dev

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from rich.box import SIMPLE
 from rich.table import Table
 from scipy import stats
 
@@ -65,8 +66,8 @@ def format_table(
     def difference(r):
         if pd.isna(r.difference): return '–'
         if pd.isna(r.low): return f'{100 * r.difference:+.1f}'
-        verdict = 'better' if r.low > 0 else 'worse' if r.high < 0 else 'cannot tell'
-        return f'{100 * r.difference:+.1f} [{100 * r.low:+.1f}, {100 * r.high:+.1f}] {verdict}'
+        verdict = ' better' if r.low > 0 else ' worse' if r.high < 0 else ''
+        return f'{100 * r.difference:+.1f} [{100 * r.low:+.1f}, {100 * r.high:+.1f}]{verdict}'
     accuracy = [('–' if pd.isna(r.accuracy) else f'{100 * r.accuracy:.1f}' + ('' if pd.isna(r.sd) else f' ± {100 * r.sd:.1f}'))
                 + (f' ({r.diverged} diverged)' if r.diverged else '') for r in table.itertuples()]
     return pd.DataFrame({
@@ -79,9 +80,9 @@ def rich_table(
     table: pd.DataFrame, # From `summarize`
     title: str | None = None, # Above the table
 ) -> Table:
-    "The table for the terminal."
-    text = format_table(table)
-    out = Table(title=title)
+    "The table for the terminal, within 80 columns."
+    text = format_table(table).drop(columns='lr').rename(columns={'parameters': 'params', 'peak in box': 'in box'})
+    out = Table(title=title, box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
     for name in text: out.add_column(name, justify='left' if name == 'head' else 'right')
     for r in text.itertuples(index=False): out.add_row(*map(str, r))
     return out
@@ -142,7 +143,7 @@ dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; } 
 </style></head><body>
 <h1>{{ title }}</h1>
 <div class="scroll">{{ table }}</div>
-<p>Accuracy after the last epoch: mean ± sample standard deviation over n seeds. Difference: paired by seed, with its 95% t interval.
+<p>Accuracy after the last epoch: mean ± sample standard deviation over n seeds. Difference: paired by seed, with its 95% t interval; better or worse where that excludes zero, otherwise these seeds cannot tell.
 Peak in box: share of validation pictures in which the peak of the map lies in the object's true box.</p>
 <h2>Learning curves</h2>
 <figure><img alt="Validation accuracy by epoch for each head" src="{{ curves }}"><figcaption>Validation accuracy. Thick: mean over seeds; thin: each seed.</figcaption></figure>
