@@ -6,6 +6,7 @@
 __all__ = ['app', 'check_device', 'bench', 'main']
 
 # %% ../nbs/50_cli.ipynb #f9717abc
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +39,7 @@ def check_device(
     import torch
     if name == 'auto': return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: torch.empty(1, device=name)
-    except Exception: raise ValueError(f"--device: {name!r} is not to be had on this machine. Use --device cpu or --device auto.") from None
+    except Exception: raise ValueError(f"--device: {name!r} is not available here. Use --device cpu or --device auto.") from None
     return name
 
 # %% ../nbs/50_cli.ipynb #988cdf53
@@ -90,9 +91,13 @@ def bench(
 def main(
     argv: list[str] | None = None # Words after `attnpool`; None takes them from the command line
 ):
-    "Run the command; a user's mistake is one line on the standard error and status 2."
-    try: status = app(argv, standalone_mode=False)
-    except (ValueError, TypeError, OSError) as e: status = _fail(e)
+    "Run the command; a user's mistake is one line on the standard error and status 2. Anything else keeps its traceback."
+    if not (sys.argv[1:] if argv is None else argv): argv = ['--help']
+    try: status = app(argv, prog_name='attnpool', standalone_mode=False)
+    except OSError as e: status = _fail(e)
+    except (ValueError, TypeError) as e:
+        if not re.match(r'-{0,2}[\w.-]+(, [\w.-]+)*: ', str(e)): raise   # our messages begin with the parameter
+        status = _fail(e)
     except typer.Abort: status = 130
     except Exception as e:
         if not hasattr(e, 'format_message'): raise   # typer's own usage errors have it

@@ -60,10 +60,10 @@ def _foldable(norm, c):
     # a subclass with its own forward is somebody else's norm
     return type(norm).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) and tuple(norm.normalized_shape) == (c,)
 
-def _no_autocast(x):
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+def _autocast(x):   # devices such as meta have none
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+def _no_autocast(x): return torch.autocast(x.device.type, enabled=False) if _autocast(x) else nullcontext()
 
 def _to(dtype, *ts): return tuple(None if t is None else t.to(dtype) for t in ts)
 
@@ -116,7 +116,7 @@ def attention_pool(
 ) -> Tensor: # Pooled vectors `(b, queries, c_out)`
     "Attention pooling, folded: the numbers of `attention_pool_plain` without keys, and (for few queries) without values, per position."
     _check(x, query, q, k, num_heads)
-    if not torch.is_autocast_enabled(x.device.type) and x.dtype != v[0].dtype:
+    if not _autocast(x) and x.dtype != v[0].dtype:
         raise TypeError(f"x: the map is {x.dtype}, the weights are {v[0].dtype}. Use x.to(weight.dtype) or torch.autocast.")
     if not _foldable(norm, x.shape[1]):
         return attention_pool_plain(x, query, q, k, v, proj, norm, scale, num_heads, dropout_p)

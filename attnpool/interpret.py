@@ -6,7 +6,6 @@
 __all__ = ['find_pools', 'attention_maps', 'class_activation_map', 'pointing_game', 'show_maps']
 
 # %% ../nbs/33_interpret.ipynb #7ac2eba4
-from contextlib import contextmanager
 from typing import Sequence
 
 import matplotlib.pyplot as plt
@@ -14,16 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import evaluating
+
 # %% ../nbs/33_interpret.ipynb #248b984d
-@contextmanager
-def _evaluating(model):
-    "Eval mode without gradients, every module's own mode restored afterwards."
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for m, mode in training.items(): m.training = mode
+def _plain(model): return getattr(model, '_orig_mod', model)   # a compiled network would not call hooks
 
 def _input_of(model, module, x):
     "What `module` receives in a forward pass of `model` on `x`."
@@ -31,13 +24,14 @@ def _input_of(model, module, x):
     handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     try: out = model(x)
     finally: handle.remove()
+    if not seen: raise ValueError(f"model: its forward pass does not call its {type(module).__name__}, so there is no map to show.")
     return seen[0], out
 
 def find_pools(
     model: nn.Module # Any network
 ) -> dict[str, nn.Module]: # Name in the network: pool
     "The attention pools inside a network, by name."
-    return {name: m for name, m in model.named_modules() if hasattr(m, 'attention_map') and hasattr(m, 'query')}
+    return {name: m for name, m in _plain(model).named_modules() if hasattr(m, 'attention_map') and hasattr(m, 'query')}
 
 def attention_maps(
     model: nn.Module, # A network that holds an attention pool
@@ -52,7 +46,7 @@ def attention_maps(
     if pool is None and len(pools) > 1: raise ValueError(f"pool: the model has several: {', '.join(pools)}. Pass one of these names.")
     if pool is not None and pool not in pools: raise ValueError(f"pool: {pool!r} is not in the model. Its pools: {', '.join(pools)}.")
     module = pools[pool] if pool else next(iter(pools.values()))
-    with _evaluating(model): return module.attention_map(_input_of(model, module, x)[0])
+    with evaluating(_plain(model)) as model: return module.attention_map(_input_of(model, module, x)[0]).as_subclass(Tensor)
 
 # %% ../nbs/33_interpret.ipynb #0f68cb00
 def class_activation_map(
@@ -61,16 +55,16 @@ def class_activation_map(
     target: Tensor | None = None, # Class for each picture, `(b,)`; None for the predicted one
 ) -> Tensor: # `(b, 1, h, w)`, in units of the logit; its mean is the logit without the bias
     "What each position adds to the logit of a class, in a network with average pooling."
-    modules = list(model.modules())
+    modules = list(_plain(model).modules())
     last = max((i for i, m in enumerate(modules) if isinstance(m, nn.AdaptiveAvgPool2d)), default=None)
     *between, linear = modules[last + 1:] if last is not None else [None]
     if not isinstance(linear, nn.Linear) or not all(isinstance(m, (nn.Flatten, nn.Dropout, nn.Identity)) for m in between):
         raise ValueError("model: expected average pooling and one linear layer at the end, as in AvgPoolHead. "
                          "For attention pools use attention_maps.")
-    with _evaluating(model):
+    with evaluating(_plain(model)) as model:
         fmap, logits = _input_of(model, modules[last], x)
         weight = linear.weight[logits.argmax(1) if target is None else target]
-        return torch.einsum('bc,bchw->bhw', weight, fmap)[:, None]
+        return torch.einsum('bc,bchw->bhw', weight, fmap)[:, None].as_subclass(Tensor)
 
 # %% ../nbs/33_interpret.ipynb #067251e6
 def pointing_game(
@@ -97,6 +91,7 @@ def show_maps(
 ) -> plt.Figure:
     "Pictures with their maps laid over them, bilinear; a colour map that colour-blind readers can use."
     n, (H, W) = len(images), images.shape[2:]
+    if n == 0: raise ValueError(f"images: there is no picture in {tuple(images.shape)}. Pass at least one.")
     ncols = min(ncols, n)
     nrows = -(-n // ncols)
     fig, axs = plt.subplots(nrows, ncols, figsize=(cell * ncols, cell * nrows * (1.2 if titles else 1)), squeeze=False, dpi=80)

@@ -7,8 +7,10 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'RECIPES', 'TimmMap', 'map_width', 'vision
            'recipe_learner']
 
 # %% ../nbs/32_learner.ipynb #169ba6d0
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Callable
+from unittest.mock import patch as patched
 
 import fastai.vision.learner as fastai_learner
 import torch
@@ -17,8 +19,9 @@ from fastai.vision.all import (Adam, CrossEntropyLossFlat, LabelSmoothingCrossEn
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .heads import HEADS
-from .models.xresnet import ARCHS, build_head
+from .heads import HEADS, check_n_out
+from .layers import evaluating
+from .models.xresnet import ARCHS, build_head, check_arch
 from .registry import Registry
 
 # %% ../nbs/32_learner.ipynb #abc83c59
@@ -42,24 +45,36 @@ def map_width(
     sizes: tuple[int, ...] = (64, 128, 224), # Sides of the empty picture, tried in turn, in pixels
 ) -> int: # Channels of the map
     "How many channels the map of `body` has."
-    p = next(body.parameters(), torch.empty(0))
-    training, why = {m: m.training for m in body.modules()}, None
-    body.eval()
-    try:
+    p, why = next(body.parameters(), torch.empty(0)), None
+    with evaluating(body):
         for size in sizes:
-            try: 
-                with torch.no_grad(): out = body(p.new_zeros(1, n_in, size, size))
+            try: out = body(p.new_zeros(1, n_in, size, size))
             except Exception as e: why = f"it fails on a picture of {size} px: {e}"; continue
             if isinstance(out, Tensor) and out.ndim == 4: return out.shape[1]
-            why = f"it returns {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__} instead of a map (b, c, h, w)"
+            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            tokens = ", tokens (b, n, c) as vision transformers do," if isinstance(out, Tensor) and out.ndim == 3 else ""
+            why = f"it returns {shape}{tokens} instead of a map (b, c, h, w)"
             break
-    finally:
-        for m, mode in training.items(): m.training = mode
     raise ValueError(f"arch: cannot find the width of its map, {why}. Use a network that ends on a map, cut= to drop its last layers, "
                      "or custom_head=Head(ni, n_out) with the width filled in.")
 
 # %% ../nbs/32_learner.ipynb #ecdf63d9
-@delegates(fastai_learner.vision_learner, but=['init'])
+def _convs(m): return sum(isinstance(o, nn.Conv2d) for o in m.modules())
+
+@contextmanager
+def _cut_at(arch, cut):
+    "`arch` for fastai, cut at `cut` (whose own `cut=` has no effect), and a list that will hold the network as it was before."
+    made = []
+    if isinstance(arch, str):
+        yield arch, made
+        return
+    def make(*args, **kwargs):
+        made.append(arch(*args, **kwargs))
+        return made[0]
+    meta = fastai_learner.model_meta.get(arch, fastai_learner._default_meta)
+    with patched.dict(fastai_learner.model_meta, {make: meta if cut is None else meta | {'cut': cut}}): yield make, made
+
+@delegates(fastai_learner.vision_learner)
 def vision_learner(
     dls, # fastai `DataLoaders`
     arch, # torchvision, fastai or attnpool function, or timm name
@@ -67,23 +82,36 @@ def vision_learner(
     n_out: int | None = None, # Outputs; None takes them from `dls`
     pretrained: bool = True, # Pretrained weights, body frozen at first
     weights=None, # torchvision weights
+    *,
     custom_head=None, # Class or callable `(ni, n_out)`, or module; None makes fastai's own head
+    cut: int | Callable | None = None, # Where the network ends and the head begins: index of a child, or function; None as fastai knows
     init: Callable | None = None, # Initialisation of the head; None keeps the custom head's own, and kaiming_normal_ for fastai's
     **kwargs
 ) -> Learner:
     "fastai's `vision_learner`, whose `custom_head` may be a class, is fed the `(b, c, h, w)` map, and keeps its initialisation."
-    build = fastai_learner.vision_learner
-    if custom_head is None:
-        return build(dls, arch, normalize, n_out, pretrained, weights, **kwargs, **({} if init is None else {'init': init}))
-    if not callable(custom_head): build_head(custom_head, 1, 1)   # its error, before any work
-    try: learn = build(dls, arch, normalize, n_out, pretrained, weights, custom_head=nn.Identity(), init=None, **kwargs)
-    except StopIteration:
-        raise ValueError(f"arch: {arch!r} has no pooling layer at which to cut it. Pass cut=, the index of the first layer to drop.") from None
+    if n_out is None: n_out = get_c(dls)
+    check_n_out(n_out or 0)
+    if isinstance(arch, str) and check_arch(arch) in ARCHS: arch = ARCHS[arch]
+    if isinstance(arch, str) and cut is not None:
+        raise ValueError(f"cut: a timm network is used whole up to its map, got cut={cut!r} with arch={arch!r}. Leave cut out.")
+    if custom_head is not None and not callable(custom_head): build_head(custom_head, 1, 1)   # its error, before any work
+    own = {'init': init} if init is not None else {}
+    with _cut_at(arch, cut) as (make, made):
+        try:
+            learn = fastai_learner.vision_learner(dls, make, normalize, n_out, pretrained, weights, **kwargs,
+                                                  **(own if custom_head is None else dict(custom_head=nn.Identity(), init=None)))
+        except StopIteration:
+            raise ValueError(f"arch: {arch!r} has no pooling layer at which to cut it. Pass cut=, the index of the first layer to drop.") from None
+    learn.arch = learn.__stored_args__['arch'] = arch
+    if custom_head is None: return learn
     n_in = kwargs.get('n_in', 3)
     body, sizes = learn.model[0], {}
     if isinstance(arch, str):
         body = TimmMap(body.model)
         sizes = dict(sizes=(body.model.default_cfg['input_size'][-1],))
+    elif cut is None and 2 * _convs(body) < _convs(made[0]):
+        raise ValueError(f"arch: fastai cuts {arch!r} after {_convs(body)} of its {_convs(made[0])} convolutions, at the first pool that it sees. "
+                         "Pass cut=, the index of the first layer to drop.")
     ni = None if isinstance(custom_head, nn.Module) else map_width(body, n_in, **sizes)
     head = build_head(custom_head, ni, learn.n_out)
     if init is not None: apply_init(head, init)
@@ -98,8 +126,12 @@ OPTIMIZERS = Registry('opt')
 OPTIMIZERS['adam'], OPTIMIZERS['ranger'] = Adam, ranger
 
 SCHEDULES = Registry('schedule')
-SCHEDULES['one_cycle'] = lambda learn, epochs, lr: learn.fit_one_cycle(epochs, lr)
-SCHEDULES['flat_cos'] = lambda learn, epochs, lr: learn.fit_flat_cos(epochs, lr, pct_start=.75)
+
+@SCHEDULES.register('one_cycle')
+def _one_cycle(learn, epochs, lr): learn.fit_one_cycle(epochs, lr)
+
+@SCHEDULES.register('flat_cos')
+def _flat_cos(learn, epochs, lr): learn.fit_flat_cos(epochs, lr, pct_start=.75)
 
 @dataclass(frozen=True)
 class Recipe:
@@ -116,7 +148,10 @@ class Recipe:
         head: str | None # Short name of a head
     ) -> 'Recipe':
         "The recipe with that head's learning rate."
-        return replace(self, lr=self.lr.get(head, self.lr['*'])) if isinstance(self.lr, dict) else self
+        if not isinstance(self.lr, dict): return self
+        if head not in self.lr and '*' not in self.lr:
+            raise ValueError(f"lr: the recipe has no learning rate for {head!r} and none for '*', the rest. It has {', '.join(self.lr)}.")
+        return replace(self, lr=self.lr[head if head in self.lr else '*'])
 
 RECIPES = Registry('recipe')
 
@@ -149,20 +184,19 @@ def recipe_learner(
     metrics=accuracy, # fastai metrics
     cbs=None, # fastai callbacks
     path=None, # Where the Learner saves
-    **overrides # Fields of `Recipe` to replace
+    **overrides # Fields of `Recipe` to replace: `epochs`, `lr`, `opt`, ...
 ) -> Learner: # With `fit_recipe()` to train it
-    "A Learner from scratch that trains as a recipe says."
-    name = head if isinstance(head, str) else next((n for n, cls in HEADS.items() if head is cls or isinstance(head, cls)), None)
-    r = get_recipe(recipe, name, **overrides)
+    "A Learner from scratch that trains as a recipe says. Size and batch size are those of `dls`."
+    fixed = overrides.keys() & {'size', 'bs'}
+    if fixed: raise ValueError(f"{min(fixed)}: the DataLoaders decide it, got {overrides[min(fixed)]!r}. Make dls with it.")
     custom_head = HEADS[head] if isinstance(head, str) else head
+    cls = getattr(custom_head, 'func', custom_head)   # of a partial
+    name = next((n for n, known in HEADS.items() if cls is known or isinstance(cls, known)), None)
+    r = get_recipe(recipe, name, **overrides)
     loss = LabelSmoothingCrossEntropyFlat(r.label_smoothing) if r.label_smoothing else CrossEntropyLossFlat()
     common = dict(loss_func=loss, opt_func=OPTIMIZERS[r.opt], lr=r.lr, metrics=metrics, cbs=cbs, path=path)
-    if isinstance(arch, str) and arch in ARCHS: learn = Learner(dls, ARCHS[arch](get_c(dls), custom_head=custom_head), **common)
-    else:
-        if isinstance(arch, str):
-            import timm
-            if not timm.is_model(arch): ARCHS[arch]   # its error, with the nearest name
-        learn = vision_learner(dls, arch, pretrained=False, custom_head=custom_head, **common)
+    if isinstance(arch, str) and check_arch(arch) in ARCHS: learn = Learner(dls, ARCHS[arch](get_c(dls), custom_head=custom_head), **common)
+    else: learn = vision_learner(dls, arch, pretrained=False, custom_head=custom_head, **common)
     learn.recipe = r
     return learn
 

@@ -14,7 +14,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from .functional import attention_pool, attention_scores
-from .layers import drop_path, make_norm
+from .layers import check_rate, drop_path, make_norm
 
 # %% ../nbs/11_pooling.ipynb #0904418e
 def _init_weights(m):
@@ -22,12 +22,12 @@ def _init_weights(m):
         nn.init.trunc_normal_(m.weight, std=.02)
         if m.bias is not None: nn.init.zeros_(m.bias)
 
-def _rate(name, p):
-    if not 0 <= p < 1: raise ValueError(f"{name}: expected a rate in [0, 1), got {p}.")
-    return p
-
 class AttentionPool2d(nn.Module):
-    "Attention of one or several query vectors over the positions of a map, without position embedding (equation 2 of the blog)."
+    """Attention of one or several query vectors over the positions of a map, without position embedding (equation 2 of the blog).
+
+    `q`, `k`, `v` and `proj` hold weights: their own `forward` is never called. So hooks on them see nothing, and adapters that
+    replace a linear layer's `forward` (LoRA, dynamic quantization) have no effect there.
+    """
     def __init__(self,
         ni: int, # Channels of the map
         bias: bool = True, # Biases of query, key and value
@@ -42,11 +42,11 @@ class AttentionPool2d(nn.Module):
         if num_heads < 1 or ni % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide the {ni} channels. Use a divisor of {ni}.")
         self.ni, self.scale, self.num_heads = ni, scale, num_heads
-        self.attn_drop = _rate('attn_drop', attn_drop)
+        self.attn_drop = check_rate('attn_drop', attn_drop)
         self.norm = make_norm(norm, ni)
         self.q, self.k, self.v = (nn.Linear(ni, ni, bias=bias) for _ in range(3))
         self.proj = nn.Linear(ni, ni)
-        self.proj_drop = nn.Dropout(_rate('proj_drop', proj_drop))
+        self.proj_drop = nn.Dropout(check_rate('proj_drop', proj_drop))
         self.apply(_init_weights)
 
     def forward(self,
@@ -91,23 +91,30 @@ class _AttnPooling(nn.Module):
         "Where the layer looks: `(b, ni, h, w)` to weights `(b, num_heads, h, w)` that sum to one over positions."
         return self.attn.attention_map(x, self.query)
 
-# %% ../nbs/11_pooling.ipynb #73becc4b
-class LearnedAggregation(_AttnPooling):
-    "Learned Aggregation (paper, section 3.1): attention and feed-forward, each added with a learned `gamma` per channel."
+class _FFNPooling(_AttnPooling):
+    sandwich = True
     @delegates(AttentionPool2d.__init__, but=['bias', 'norm'])
     def __init__(self,
-        ni: int, # Channels of the map, and of the result
+        ni: int, # Channels of the map
         attn_bias: bool = True, # Biases of query, key and value
         ffn_expand: float = 3, # Width of the feed-forward part over `ni`
         norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm of positions and of vectors
-        act_cls: Callable[[], nn.Module] = nn.GELU, # Activation of the feed-forward part
+        act_cls: Callable[[], nn.Module] = nn.GELU, # Activation of the feed-forward part, and at the end of the concat pool
         drop_path_rate: float = 0., # Stochastic depth on both branches
         **kwargs
     ):
         super().__init__(ni, attn_bias, norm, drop_path_rate, **kwargs)
-        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((ni,), 1e-4)) for _ in range(2))
-        self.norm = make_norm(norm, ni)
-        self.ffn = _feed_forward(ni, ffn_expand, act_cls)
+        self._layers(ni, norm, act_cls)
+        self.ffn = _feed_forward(ni, ffn_expand, act_cls, norm if self.sandwich else None)
+
+def _gamma(ni): return nn.Parameter(torch.full((ni,), 1e-4))
+
+# %% ../nbs/11_pooling.ipynb #73becc4b
+class LearnedAggregation(_FFNPooling):
+    "Learned Aggregation (paper, section 3.1): attention and feed-forward, each added with a learned `gamma` per channel."
+    sandwich = False
+    def _layers(self, ni, norm, act_cls):
+        self.gamma_1, self.gamma_2, self.norm = _gamma(ni), _gamma(ni), make_norm(norm, ni)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
@@ -115,22 +122,11 @@ class LearnedAggregation(_AttnPooling):
         return x + self.drop_path(self.gamma_2 * self.ffn(self.norm(x)))
 
 # %% ../nbs/11_pooling.ipynb #5fdfe2fc
-class LearnedAggregationSandwich(_AttnPooling):
+class LearnedAggregationSandwich(_FFNPooling):
     "Learned Aggregation with sandwich norm: a norm after the attention and one inside the feed-forward part."
-    @delegates(AttentionPool2d.__init__, but=['bias', 'norm'])
-    def __init__(self,
-        ni: int, # Channels of the map, and of the result
-        attn_bias: bool = True, # Biases of query, key and value
-        ffn_expand: float = 3, # Width of the feed-forward part over `ni`
-        norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm of positions and of vectors
-        act_cls: Callable[[], nn.Module] = nn.GELU, # Activation of the feed-forward part
-        drop_path_rate: float = 0., # Stochastic depth on both branches
-        **kwargs
-    ):
-        super().__init__(ni, attn_bias, norm, drop_path_rate, **kwargs)
-        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((ni,), 1e-4)) for _ in range(2))
+    def _layers(self, ni, norm, act_cls):
+        self.gamma_1, self.gamma_2 = _gamma(ni), _gamma(ni)
         self.norm1, self.norm2 = make_norm(norm, ni), make_norm(norm, ni)
-        self.ffn = _feed_forward(ni, ffn_expand, act_cls, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
@@ -138,21 +134,10 @@ class LearnedAggregationSandwich(_AttnPooling):
         return x + self.drop_path(self.gamma_2 * self.ffn(self.norm2(x)))
 
 # %% ../nbs/11_pooling.ipynb #ae3def5b
-class AvgAttnPooling2d(_AttnPooling):
+class AvgAttnPooling2d(_FFNPooling):
     "Average Attention Pooling (blog): mean plus attention, norm, then a feed-forward part with sandwich norm."
-    @delegates(AttentionPool2d.__init__, but=['bias', 'norm'])
-    def __init__(self,
-        ni: int, # Channels of the map, and of the result
-        attn_bias: bool = True, # Biases of query, key and value
-        ffn_expand: float = 3, # Width of the feed-forward part over `ni`
-        norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm of positions and of vectors
-        act_cls: Callable[[], nn.Module] = nn.GELU, # Activation of the feed-forward part
-        drop_path_rate: float = 0., # Stochastic depth on both branches
-        **kwargs
-    ):
-        super().__init__(ni, attn_bias, norm, drop_path_rate, **kwargs)
+    def _layers(self, ni, norm, act_cls):
         self.norm = make_norm(norm, ni)
-        self.ffn = _feed_forward(ni, ffn_expand, act_cls, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
@@ -182,22 +167,11 @@ class AvgAttnPooling2dS(_AttnPooling):
         return self.act(self.norm(x.mean((2, 3)) + attn))
 
 # %% ../nbs/11_pooling.ipynb #2bcdcef0
-class AvgAttnConcatPooling2d(_AttnPooling):
-    "Concat Attention Pooling (blog): the mean and a Learned Aggregation without `gamma`, each normed, concatenated, activated."
-    @delegates(AttentionPool2d.__init__, but=['bias', 'norm'])
-    def __init__(self,
-        ni: int, # Channels of the map; the result has `2*ni`
-        attn_bias: bool = True, # Biases of query, key and value
-        ffn_expand: float = 3, # Width of the feed-forward part over `ni`
-        norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm of positions and of vectors
-        act_cls: Callable[[], nn.Module] = nn.GELU, # Activation of the feed-forward part and at the end
-        drop_path_rate: float = 0., # Stochastic depth on both branches
-        **kwargs
-    ):
-        super().__init__(ni, attn_bias, norm, drop_path_rate, **kwargs)
+class AvgAttnConcatPooling2d(_FFNPooling):
+    "Concat Attention Pooling (blog): the mean and a Learned Aggregation without `gamma`, each normed, concatenated, activated; `c_out` is `2*ni`."
+    def _layers(self, ni, norm, act_cls):
         self.c_out = 2 * ni
         self.norm1, self.norm2, self.norm3, self.norm4 = (make_norm(norm, ni) for _ in range(4))
-        self.ffn = _feed_forward(ni, ffn_expand, act_cls, norm)
         self.act = act_cls()
 
     def forward(self, x: Tensor) -> Tensor:

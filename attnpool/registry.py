@@ -6,11 +6,17 @@
 __all__ = ['Registry']
 
 # %% ../nbs/03_registry.ipynb #d4d557e0
+from collections import UserDict
 from difflib import get_close_matches
 from typing import Any, Callable
 
 # %% ../nbs/03_registry.ipynb #ff6db86a
-class Registry(dict):
+def _same(a, b):
+    "Equal, or one definition run twice (a lambda has no name to tell)."
+    def place(o): return getattr(o, '__module__', None), getattr(o, '__qualname__', '<')
+    return a == b or place(a) == place(b) and '<' not in place(a)[1]
+
+class Registry(UserDict):
     "A dict of named things of one kind. Names are never overwritten; unknown names raise a `ValueError` that suggests the nearest."
     def __init__(self,
         kind: str # What the things are, as the user calls them: the first word of error messages
@@ -19,12 +25,20 @@ class Registry(dict):
         self.kind = kind
 
     def __setitem__(self, name: str, thing: Any):
-        if name in self: raise ValueError(f"{self.kind}: {name!r} is taken by {self[name]!r}. Choose another name.")
+        if name in self and not _same(self[name], thing):
+            raise ValueError(f"{self.kind}: {name!r} is taken by {self[name]!r}. Choose another name.")
         super().__setitem__(name, thing)
 
     def __missing__(self, name):
         near = get_close_matches(str(name), self, 1)
         raise ValueError(f"{self.kind}: {name!r} is unknown.{f' Did you mean {near[0]!r}?' if near else ''} Known: {', '.join(self)}.")
+
+    def get(self,
+        name: str, # The name
+        default=None, # What to return for an unknown one
+    ):
+        "As with any dict, no error."
+        return self[name] if name in self else default
 
     def register(self,
         name: str # The name

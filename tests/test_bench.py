@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from attnpool.bench.data import cluttered_digits, digits_dls
 from attnpool.bench.report import format_table, paired_difference, summarize, write_report
 from attnpool.bench.runs import load_run, make_spec, run, sweep
-from attnpool.cli import app, main
+from attnpool.cli import main
 from attnpool.heads import HEADS
 from attnpool.learner import RECIPES, recipe_learner
 
@@ -51,6 +51,7 @@ def test_dataloaders_are_normalised_and_keep_the_boxes_in_order():
 
 
 def test_a_spec_is_its_values():
+    with pytest.raises(ValueError, match="arch: 'resnet19' is unknown"): make_spec(arch="resnet19")
     a = make_spec(head="concat", seed=1)
     assert a == make_spec(head="concat", seed=1, lr=RECIPES["quick"].lr["concat"]) and a.id == make_spec(head="concat", seed=1).id
     others = [make_spec(head="slim", seed=1), make_spec(head="concat", seed=2), make_spec(head="concat", epochs=9), make_spec(head="concat", lr=1e-5)]
@@ -99,6 +100,7 @@ def test_what_is_there_is_not_made_again(finished):
 @pytest.mark.parametrize("harm, words", [
     (lambda f: (f / "result.json").unlink(), "no result.json"),
     (lambda f: (f / "result.json").write_text('{"spec": {'), "result.json is torn"),
+    (lambda f: (f / "result.json").write_text('[1, 2]'), "result.json is not the result of a run"),
     (lambda f: os.truncate(f / "weights.safetensors", 1000), "weights.safetensors has 1000 bytes instead of"),
     (lambda f: (f / "history.csv").unlink(), "history.csv is missing"),
 ])
@@ -107,12 +109,25 @@ def test_half_written_folders_are_made_again_and_said(finished, tmp_path, capsys
     folder = tmp_path / Path(finished[0]["folder"]).name
     shutil.copytree(finished[0]["folder"], folder)
     (folder / "weights.safetensors.77.tmp").write_bytes(b"left by a killed process")
+    (folder / "old.npz").write_bytes(b"of a run that did not finish")
     harm(folder)
     with pytest.raises(ValueError, match=words): load_run(folder)
     result, = sweep([make_spec(head="concat", **SMALL)], tmp_path)
     said = " ".join(capsys.readouterr().out.split())
     assert words in said and "It is made again" in said
-    assert result["accuracy"] == finished[0]["accuracy"] and not list(folder.glob("*.tmp"))
+    assert result["accuracy"] == finished[0]["accuracy"] and {f.name for f in folder.iterdir()} == set(result["files"]) | {"result.json"}
+
+
+def test_runs_of_another_version_are_told(finished, tmp_path, capsys):
+    import shutil
+    folder = tmp_path / Path(finished[0]["folder"]).name
+    shutil.copytree(finished[0]["folder"], folder)
+    result = json.loads((folder / "result.json").read_text())
+    result["versions"]["torch"] = "1.2.3"
+    (folder / "result.json").write_text(json.dumps(result))
+    sweep([make_spec(head="concat", **SMALL)], tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 1 runs are in" in said and "Some were made otherwise than here: cpu, attnpool" in said and "torch 1.2.3" in said
 
 
 def test_a_diverged_run_is_a_result(tmp_path):
@@ -152,6 +167,7 @@ def test_summary_by_hand():
     assert text.loc["avg", "points vs avg [95%]"] == "–"
     single = format_table(summarize([result("avg", 1, .9), result("slim", 1, .8)])).set_index("head")
     assert single.loc["slim", "points vs avg [95%]"] == "-10.0" and single.loc["slim", "accuracy %"] == "80.0"
+    with pytest.raises(ValueError, match="two runs of head 'avg' with seed 1"): summarize([result("avg", 1, .9), result("avg", 1, .8)])
     alone = format_table(summarize([result("slim", 1, .8), result("slim", 2, .8)]))
     assert alone["points vs avg [95%]"][0] == "–"
 
@@ -178,9 +194,10 @@ def test_the_report_is_one_file_with_everything(finished, tmp_path):
     (["bench", "digits", "--epochs", "many"], "--epochs"),
     (["bench", "digits", "--lr", "-1"], "lr: expected a number above 0, got -1.0"),
     (["bench", "digits", "--size", "8"], "size: a canvas needs at least 20 pixels, got 8"),
-    (["bench", "digits", "--device", "cuda:99"], "--device: 'cuda:99' is not to be had on this machine"),
-    (["bench", "digits", "--out", "/proc/attnpool"], "/proc/attnpool"),
-    (["bench", "digits", "--out", __file__], Path(__file__).name),
+    (["bench", "digits", "--device", "cuda:99"], "--device: 'cuda:99' is not available here"),
+    (["bench", "digits", "--out", "/proc/attnpool"], "--out: cannot write to /proc/attnpool (No such file or directory). Choose another folder"),
+    (["bench", "digits", "--out", __file__], "--out: cannot write to"),
+    (["bench", "digits", "--bs", "5000"], "bs: expected 1 to 1500, the number of training pictures, got 5000"),
     (["bench", "digits", "--nonsense"], "--nonsense"),
     (["banch"], "banch"),
 ])
@@ -198,7 +215,15 @@ def test_help_names_everything_that_is_registered(capsys):
         assert e.value.code == 0
     text = capsys.readouterr().out
     assert all(re.search(rf"\b{name}\b", text) for name in [*HEADS, *RECIPES])
-    assert app.registered_commands
+    with pytest.raises(SystemExit) as e: main([])
+    assert e.value.code == 0 and "bench" in capsys.readouterr().out
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    import attnpool.bench.runs
+    def broken(*args, **kwargs): raise ValueError("could not broadcast")
+    monkeypatch.setattr(attnpool.bench.runs, "make_spec", broken)
+    with pytest.raises(ValueError, match="could not broadcast"): main(["bench", "digits"])
 
 
 def start(out, *more):

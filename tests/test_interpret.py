@@ -38,6 +38,27 @@ def test_asking_leaves_no_trace():
     with pytest.raises(RuntimeError, match="broken"): attention_maps(nn.Sequential(Broken(), LearnedAggregationHead(8, 2)), x)
 
 
+def test_compiled_networks_and_fastai_tensors():
+    from fastai.vision.all import TensorImage
+    model, x = xeca_resnext_tiny(10, custom_head=LearnedAggregationHead), torch.randn(2, 3, 40, 40)
+    compiled = torch.compile(model, backend="eager")
+    assert list(find_pools(compiled)) == list(find_pools(model))
+    maps = attention_maps(compiled, TensorImage(x))
+    assert type(maps) is torch.Tensor and torch.equal(maps, attention_maps(model, x))
+    avg = xeca_resnext_tiny(10, custom_head=AvgPoolHead)
+    cam = class_activation_map(torch.compile(avg, backend="eager"), TensorImage(x))
+    assert type(cam) is torch.Tensor and torch.equal(cam, class_activation_map(avg, x))
+
+
+def test_a_pool_that_is_never_called_is_told():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = LearnedAggregationHead(3, 2)
+        def forward(self, x): return x.mean((2, 3))
+    with pytest.raises(ValueError, match="does not call its LearnedAggregation"): attention_maps(Unused(), torch.randn(1, 3, 4, 4))
+
+
 def test_several_pools_are_told_apart():
     class Two(nn.Module):
         def __init__(self):
@@ -65,7 +86,7 @@ def test_class_activation_map_means_the_logit():
 def test_the_wrong_kind_of_head_is_told():
     x = torch.randn(2, 3, 40, 40)
     with pytest.raises(ValueError, match="no attention pool in it"): attention_maps(xeca_resnext_tiny(10), x)
-    with pytest.raises(ValueError, match="use attention_maps|A class activation map needs"): class_activation_map(xeca_resnext_tiny(10, custom_head=LearnedAggregationHead), x)
+    with pytest.raises(ValueError, match="For attention pools use attention_maps"): class_activation_map(xeca_resnext_tiny(10, custom_head=LearnedAggregationHead), x)
 
 
 def test_pointing_game_edges():
@@ -76,6 +97,10 @@ def test_pointing_game_edges():
     assert not hit(0, 0, 70, 40) and not hit(71, 0, 80, 40) and not hit(0, 0, 80, 30) and not hit(0, 31, 80, 40)
     two = torch.stack([maps[0, 0], maps[0, 0].roll(-1, 1) * .5])[None]   # the mean over k decides
     assert pointing_game(two, torch.tensor([[60, 20, 80, 40]]), (40, 80)).item()
+
+
+def test_show_maps_wants_a_picture():
+    with pytest.raises(ValueError, match="images: there is no picture"): show_maps(torch.zeros(0, 3, 8, 8), torch.zeros(0, 1, 2, 2))
 
 
 def test_show_maps_draws_every_picture_and_box():

@@ -3,19 +3,19 @@ from functools import partial
 
 import pytest
 import torch
-from fastai.vision.all import (Learner, accuracy, load_learner, resnet18, squeezenet1_0, trainable_params,
+from fastai.vision.all import (Learner, accuracy, load_learner, mobilenet_v2, resnet18, shufflenet_v2_x0_5, squeezenet1_0, trainable_params,
                                vgg11_bn, xresnet18)
 from torch import nn
 
 from attnpool.heads import HEADS, AvgAttnConcatPoolHead, LearnedAggregationHead
-from attnpool.learner import RECIPES, TimmMap, get_recipe, map_width, recipe_learner, vision_learner
+from attnpool.learner import RECIPES, Recipe, TimmMap, get_recipe, map_width, recipe_learner, vision_learner
 from attnpool.models.xresnet import xeca_resnext_tiny
 
 quiet = dict(pretrained=False)
 
 
 @pytest.mark.parametrize("arch, ni", [(resnet18, 512), (vgg11_bn, 512), (squeezenet1_0, 512), (xresnet18, 512), (xeca_resnext_tiny, 256),
-                                      ("resnet10t", 512), ("convnext_atto", 320), ("regnetx_002", 368), ("edgenext_xx_small", 168)])
+                                      ("xeca_resnext_tiny", 256), ("resnet10t", 512), ("convnext_atto", 320), ("regnetx_002", 368), ("edgenext_xx_small", 168)])
 def test_the_head_gets_the_map_of_any_network(dls, arch, ni):
     learn = vision_learner(dls, arch, custom_head=LearnedAggregationHead, **quiet)
     body, head = learn.model
@@ -23,6 +23,17 @@ def test_the_head_gets_the_map_of_any_network(dls, arch, ni):
     xb = dls.one_batch()[0]
     assert body.eval()(xb).ndim == 4
     assert learn.model(xb).shape == (len(xb), 10)
+
+
+@pytest.mark.parametrize("arch, cut, ni", [(resnet18, -3, 256), (resnet18, lambda m: nn.Sequential(*list(m.children())[:-4]), 128), (mobilenet_v2, -1, 1280)])
+def test_cut_is_where_the_network_ends(dls, arch, cut, ni):
+    learn = vision_learner(dls, arch, custom_head=LearnedAggregationHead, cut=cut, **quiet)
+    assert learn.model[1][0].attn.ni == ni and learn.arch is arch
+    assert learn.model(dls.one_batch()[0]).shape[1] == 10
+
+
+def test_what_stands_after_weights_is_named(dls):
+    with pytest.raises(TypeError): vision_learner(dls, resnet18, True, 10, False, None, LearnedAggregationHead)
 
 
 def test_channels_last_networks_of_timm_are_turned():
@@ -99,7 +110,15 @@ def test_our_networks_in_a_plain_learner(dls):
      ValueError, "has no pooling layer at which to cut it. Pass cut="),
     (lambda dls: vision_learner(dls, lambda pretrained: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.AdaptiveAvgPool2d(1)), custom_head=LearnedAggregationHead, **quiet),
      ValueError, "arch: cannot find the width of its map"),
-    (lambda dls: vision_learner(dls, "vit_tiny_patch16_224", custom_head=LearnedAggregationHead, **quiet), ValueError, "instead of a map (b, c, h, w)"),
+    (lambda dls: vision_learner(dls, "vit_tiny_patch16_224", custom_head=LearnedAggregationHead, **quiet), ValueError,
+     "tokens (b, n, c) as vision transformers do, instead of a map (b, c, h, w)"),
+    (lambda dls: vision_learner(dls, resnet18, custom_head=LearnedAggregationHead, n_out=0, **quiet), ValueError, "n_out: expected at least 1 output, got 0"),
+    (lambda dls: vision_learner(dls, resnet18, n_out=0, **quiet), ValueError, "n_out: expected at least 1 output, got 0"),
+    (lambda dls: vision_learner(dls, shufflenet_v2_x0_5, custom_head=LearnedAggregationHead, **quiet), ValueError, "of its 56 convolutions"),
+    (lambda dls: vision_learner(dls, "resnet10t", custom_head=LearnedAggregationHead, cut=-2, **quiet), ValueError, "cut: a timm network is used whole"),
+    (lambda dls: vision_learner(dls, "resnet19", custom_head=LearnedAggregationHead, **quiet), ValueError, "arch: 'resnet19' is unknown. Did you mean"),
+    (lambda dls: recipe_learner(dls, bs=64), ValueError, "bs: the DataLoaders decide it, got 64"),
+    (lambda dls: Recipe(1, 40, 32, lr={"avg": 1e-2}).for_head("concat"), ValueError, "lr: the recipe has no learning rate for 'concat'"),
     (lambda dls: vision_learner(dls, xeca_resnext_tiny, custom_head=LearnedAggregationHead), ValueError, "Use pretrained=False"),
     (lambda dls: recipe_learner(dls, "xeca_resnext_tny"), ValueError, "arch: 'xeca_resnext_tny' is unknown. Did you mean 'xeca_resnext_tiny'?"),
     (lambda dls: recipe_learner(dls, recipe="quik"), ValueError, "recipe: 'quik' is unknown. Did you mean 'quick'?"),
@@ -130,9 +149,15 @@ def test_recipes_train(dls, recipe, head):
     assert learn.recipe.lr == 1e-3
 
 
+def test_a_partial_trains_at_its_heads_rate(dls):
+    head = partial(AvgAttnConcatPoolHead, ffn_expand=1)
+    assert recipe_learner(dls, "xeca_resnext_tiny", head).recipe.lr == RECIPES["quick"].lr["concat"]
+
+
 def test_every_head_has_its_learning_rate():
     for name, recipe in RECIPES.items():
         if isinstance(recipe.lr, dict): assert set(HEADS) | {"*"} == set(recipe.lr), name
     assert get_recipe("quick", "avg").lr == RECIPES["quick"].lr["avg"]
+    assert Recipe(1, 40, 32, lr={"avg": 1e-2}).for_head("avg").lr == 1e-2
     assert get_recipe("quick", "somebody's").lr == RECIPES["quick"].lr["*"]
 

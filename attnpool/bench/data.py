@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.data.all import Categorize, DataLoaders, Datasets, IndexSplitter
+from fastai.data.all import Categorize, DataLoaders, Datasets, IndexSplitter, default_device
 from fastai.vision.all import IntToFloatTensor, Normalize, TensorImage
 from torch import Tensor
 
@@ -74,18 +74,20 @@ def _label(data, i): return int(data.labels[i])
 def digits_dls(
     size: int = 40, # Side of the pictures, in pixels
     bs: int = 32, # Batch size
-    device: str | torch.device = 'cpu', # Where the batches go
+    device: str | torch.device | None = None, # Where the batches go; None for fastai's default, the GPU where there is one
     n_train: int = 1500, # Training pictures
     n_valid: int = 1000, # Validation pictures
 ) -> DataLoaders: # With `boxes`, the true boxes of the validation pictures `(n_valid, 4)`
     "`DataLoaders` of cluttered digits."
+    if not 1 <= bs <= n_train: raise ValueError(f"bs: expected 1 to {n_train}, the number of training pictures, got {bs}.")
+    device = default_device() if device is None else torch.device(device)
     data = cluttered_digits(size, n_train, n_valid)
     n = len(data.images)
     train = data.images[:n_train].float() / 255
     dsets = Datasets(range(n), [partial(_picture, data), [partial(_label, data), Categorize(range(10))]],
                      splits=IndexSplitter(range(n_train, n))(range(n)))
     stats = (torch.full((1, 3, 1, 1), s.item(), device=device) for s in (train.mean(), train.std()))
-    dls = dsets.dataloaders(bs=bs, val_bs=256, device=torch.device(device), num_workers=0, after_batch=[IntToFloatTensor(), Normalize(*stats)])
+    dls = dsets.dataloaders(bs=bs, val_bs=256, device=device, num_workers=0, after_batch=[IntToFloatTensor(), Normalize(*stats)])
     dls.boxes = data.boxes[n_train:]
     return dls
 

@@ -41,8 +41,12 @@ def summarize(
     baseline: str = 'avg', # Short name of the head that the others are compared with
 ) -> pd.DataFrame: # One row per head, in order of appearance; shares between 0 and 1, times in seconds
     "Mean, sample standard deviation and paired difference of every head's accuracy, with sizes, times and where it looks."
-    by_head = {}
-    for r in results: by_head.setdefault(r['spec']['head'], []).append(r)
+    by_head, seen = {}, set()
+    for r in results:
+        head, seed = key = r['spec']['head'], r['spec']['seed']
+        if key in seen: raise ValueError(f"results: two runs of head {head!r} with seed {seed}. Compare one setting at a time.")
+        seen.add(key)
+        by_head.setdefault(head, []).append(r)
     accuracy = {h: {r['spec']['seed']: r['accuracy'] for r in rs if r['status'] == 'complete'} for h, rs in by_head.items()}
 
     def row(head, rs):
@@ -51,7 +55,7 @@ def summarize(
         def mean(key):
             values = [r[key] for r in rs if r.get(key) is not None]
             return np.mean(values) if values else np.nan
-        return dict(head=head, lr=rs[0]['spec']['lr'], parameters=rs[0]['parameters'], n=len(acc), diverged=len(rs) - len(acc),
+        return dict(head=head, lr=rs[0]['spec']['lr'], parameters=rs[0]['parameters'], n=len(acc), diverged=sum(r['status'] == 'diverged' for r in rs),
                     accuracy=np.mean(acc) if acc else np.nan, sd=np.std(acc, ddof=1) if len(acc) > 1 else np.nan,
                     difference=diff, low=diff - half, high=diff + half, n_pairs=n_pairs,
                     seconds_per_epoch=mean('seconds_per_epoch'), peak_in_box=mean('peak_in_box'))
@@ -144,6 +148,7 @@ dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; } 
 <h1>{{ title }}</h1>
 <div class="scroll">{{ table }}</div>
 <p>Accuracy after the last epoch: mean ± sample standard deviation over n seeds. Difference: paired by seed, with its 95% t interval; better or worse where that excludes zero, otherwise these seeds cannot tell.
+The interval covers what differs between seeds, initialisation and order of the batches, and is meant for one comparison at a time. It does not cover the choice of learning rates, nor other pictures.
 Peak in box: share of validation pictures in which the peak of the map lies in the object's true box.</p>
 <h2>Learning curves</h2>
 <figure><img alt="Validation accuracy by epoch for each head" src="{{ curves }}"><figcaption>Validation accuracy. Thick: mean over seeds; thin: each seed.</figcaption></figure>
@@ -165,8 +170,11 @@ def write_report(
     path, table, spec = Path(path), summarize(results), results[0]['spec']
     seed = min(r['spec']['seed'] for r in results)
     maps = [(r['spec']['head'], src) for r in results if r['spec']['seed'] == seed and (src := _maps(r))]
-    setting = [(k, spec[k]) for k in spec if k not in ('head', 'seed', 'lr')] + [(k, results[0][k]) for k in ('device', 'machine', 'threads')]
-    setting += [('seeds', ', '.join(str(s) for s in sorted({r['spec']['seed'] for r in results})))] + list(results[0]['versions'].items())
+    def distinct(of): return '; '.join(dict.fromkeys(str(of(r)) for r in results))
+    setting = [(k, spec[k]) for k in spec if k not in ('head', 'seed', 'lr')]
+    setting += [('seeds', ', '.join(str(s) for s in sorted({r['spec']['seed'] for r in results})))]
+    setting += [(k, distinct(lambda r: r[k])) for k in ('device', 'machine', 'threads')]
+    setting += [(k, distinct(lambda r: r['versions'][k])) for k in results[0]['versions']]
     page = jinja2.Environment(autoescape=False).from_string(_PAGE).render(
         title=title or f"Attention pooling heads on {spec['data']}", maps=maps, seed=seed, setting=setting,
         table=format_table(table).to_html(index=False, border=0), curves=_embed(learning_curves(results), 'svg'))

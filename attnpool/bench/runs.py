@@ -12,6 +12,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -30,11 +31,12 @@ from .data import DATASETS
 from ..heads import HEADS
 from ..interpret import attention_maps, class_activation_map, find_pools, pointing_game
 from ..learner import get_recipe, recipe_learner
+from ..models.xresnet import check_arch
 
 # %% ../../nbs/41_bench.runs.ipynb #34b69961
 @dataclass(frozen=True)
 class Spec:
-    "What decides a run's result: data, network, head, seed, and every value of the recipe."
+    "What one decides about a run: data, network, head, seed, and every value of the recipe."
     data: str # Name in `DATASETS`
     arch: str # Name in `ARCHS`, or timm name
     head: str # Short name in `HEADS`
@@ -67,7 +69,7 @@ def make_spec(
     **overrides # Fields of `Recipe` to replace; None leaves one as it is
 ) -> Spec:
     "A spec with the recipe's values filled in. Unknown names are errors here, before anything runs."
-    DATASETS[data], HEADS[head]
+    DATASETS[data], HEADS[head], check_arch(arch)
     return Spec(data, arch, head, seed, recipe, **asdict(get_recipe(recipe, head, **overrides)))
 
 # %% ../../nbs/41_bench.runs.ipynb #7849b78c
@@ -92,6 +94,8 @@ def load_run(
     try: result = json.loads((folder/'result.json').read_text())
     except FileNotFoundError: raise ValueError(f"{folder}: no result.json, so the run did not finish.") from None
     except ValueError: raise ValueError(f"{folder}: result.json is torn.") from None
+    if not isinstance(result, dict) or not {'spec', 'status', 'files'} <= result.keys():
+        raise ValueError(f"{folder}: result.json is not the result of a run.")
     for name, size in result['files'].items():
         file = folder/name
         if not file.exists(): raise ValueError(f"{folder}: {name} is missing.")
@@ -157,15 +161,15 @@ def run(
     folder = Path(out)/spec.name
     try: return load_run(folder)
     except ValueError: pass
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in [folder/'result.json', *folder.glob('*.tmp')]: old.unlink(missing_ok=True)
-    write_file(folder/'spec.json', json.dumps(asdict(spec), indent=1))
-
     set_seed(spec.seed)   # before the DataLoaders, which draw the seed of their order when they are made
     dls = DATASETS[spec.data](size=spec.size, bs=spec.bs, device=device)
+    if folder.exists(): shutil.rmtree(folder)   # nothing of an unfinished run may be taken for this one's
+    folder.mkdir(parents=True)
+    write_file(folder/'spec.json', json.dumps(asdict(spec), indent=1))
+
     log = RunLog(folder/'history.csv', on_epoch)
     set_seed(spec.seed)
-    values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in ('data', 'arch', 'head', 'seed', 'recipe')}
+    values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in ('data', 'arch', 'head', 'seed', 'recipe', 'size', 'bs')}
     learn = recipe_learner(dls, spec.arch, spec.head, spec.recipe, cbs=log, **values)
     set_seed(spec.seed)   # the heads have drawn different numbers of weights
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
@@ -199,26 +203,34 @@ def sweep(
 ) -> list[dict]: # Results, in the order of `specs`
     "Make all runs that are not there yet, with progress: which run of how many, epoch, time left."
     console, out = console or Console(), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (probe := out/f'.probe-{os.getpid()}').touch()   # an unwritable folder is an error now, not after the first run
-    probe.unlink()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (probe := out/f'.probe-{os.getpid()}').touch()   # an error now, not after the first run
+        probe.unlink()
+    except OSError as e:
+        raise type(e)(f"--out: cannot write to {out} ({e.strerror}). Choose another folder, for example --out {Path.home()/'runs'}.") from None
     results = {}
     for spec in specs:
         try: results[spec] = load_run(out/spec.name)
         except ValueError as e:
             if (out/spec.name).exists(): console.print(f'{e} It is made again.', markup=False, highlight=False)
     if results: console.print(f'{len(results)} of {len(specs)} runs are in {out} already.', markup=False, highlight=False)
+    others = sorted({f"{r['device']}, attnpool {r['versions']['attnpool']}, torch {r['versions']['torch']}" for r in results.values()}
+                    - {f'{device}, attnpool {attnpool.__version__}, torch {torch.__version__}'})
+    if others: console.print(f"Some were made otherwise than here: {'; '.join(others)}. Delete their folders to make them again.", markup=False, highlight=False)
     todo = [s for s in specs if s not in results]
     columns = SpinnerColumn(), TextColumn('{task.description}'), BarColumn(), TextColumn('{task.percentage:>3.0f}%'), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
         task = progress.add_task('', total=sum(s.epochs for s in todo))
         for i, spec in enumerate(todo, 1):
             title = f'run {i}/{len(todo)}  {spec.head} seed {spec.seed}'
             def on_epoch(row):
-                text = f"{title}  epoch {row['epoch'] + 1}/{spec.epochs}" + (f"  accuracy {row['accuracy']:.1%}" if 'accuracy' in row else '')
+                text = f"{title}  {row['epoch'] + 1}/{spec.epochs} epochs" + (f"  accuracy {row['accuracy']:.1%}" if 'accuracy' in row else '')
                 progress.update(task, advance=1, description=text)
-                if not console.is_terminal: console.print(text, markup=False, highlight=False)
-            progress.update(task, description=f'{title}  epoch 1/{spec.epochs}')
+                if not console.is_terminal:
+                    left = progress.tasks[task].time_remaining
+                    console.print(text + (f'  {left / 60:.0f} min left' if left else ''), markup=False, highlight=False)
+            progress.update(task, description=f'{title}  0/{spec.epochs} epochs')
             result = results[spec] = run(spec, out, device, on_epoch)
             progress.update(task, completed=sum(s.epochs for s in todo[:i]))   # a diverged run has fewer epochs
             end = f"diverged in epoch {result['diverged_epoch'] + 1}" if result['status'] == 'diverged' else f"accuracy {result['accuracy']:.1%}"

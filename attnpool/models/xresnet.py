@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'build_head', 'build_xresnet', 'xresnext50', 'xresnext50s', 'xeca_resnext50', 'xeca_resnext50s',
-           'xeca_resnext_tiny']
+           'xeca_resnext_tiny', 'check_arch']
 
 # %% ../../nbs/20_models.xresnet.ipynb #d9d76d53
+from difflib import get_close_matches
 from typing import Callable, Sequence
 
 from fastcore.meta import delegates
@@ -14,6 +15,7 @@ from fastxtend.vision.models.pooling import BlurPool, MaxBlurPool
 from fastxtend.vision.models.xresnet import ECAResNeXtBlock, ResNeXtBlock, XResNet
 from torch import nn
 
+from ..heads import check_n_out
 from ..registry import Registry
 
 # %% ../../nbs/20_models.xresnet.ipynb #547f6e61
@@ -27,8 +29,7 @@ def build_head(
     if not callable(head):
         raise TypeError(f"custom_head: expected a class or callable (ni, n_out) or a module, got {head!r}. "
                         "For example custom_head=AvgAttnConcatPoolHead.")
-    if n_out < 1: raise ValueError(f"n_out: expected at least 1 output, got {n_out}. Pass the number of classes.")
-    layers = head(ni, n_out)
+    layers = head(ni, check_n_out(n_out))
     if isinstance(layers, (list, tuple)): layers = nn.Sequential(*layers)
     if not isinstance(layers, nn.Module):
         raise TypeError(f"custom_head: {head!r} returned {type(layers).__name__} instead of a module or a list of modules.")
@@ -52,7 +53,7 @@ def build_xresnet(
 ) -> nn.Sequential:
     "An XResNet: stem, stages, and a head, which with `custom_head` is the last module as a whole."
     if pretrained: raise ValueError("pretrained: there are no pretrained weights for this network. Use pretrained=False.")
-    if n_out < 1: raise ValueError(f"n_out: expected at least 1 output, got {n_out}. Pass the number of classes.")
+    check_n_out(n_out)
     if stem_pool is None: stem_pool = lambda **kwargs: nn.Identity()
     if len(layers) != len(block_szs):
         raise ValueError(f"layers: expected {len(block_szs)} numbers of blocks, one per stage, got {list(layers)}.")
@@ -121,3 +122,16 @@ def xeca_resnext_tiny(
 ) -> nn.Sequential:
     "XECA-XResNeXt50S for small pictures and two CPU cores: a map of 256 channels at 1/8 of the picture."
     return xeca_resnext50s(n_out, layers=(1, 1, 1), widen=.25, stem_szs=(16, 16, 32), stem_pool=None, **kwargs)
+
+# %% ../../nbs/20_models.xresnet.ipynb #e0e4a056
+def check_arch(
+    arch: str # Name
+) -> str: # The same
+    "`arch`, if it is in `ARCHS` or one of timm's networks."
+    if arch not in ARCHS:
+        import timm
+        if not timm.is_model(arch):
+            near = get_close_matches(arch, [*ARCHS, *timm.list_models()], 1)
+            raise ValueError(f"arch: {arch!r} is unknown.{f' Did you mean {near[0]!r}?' if near else ''} "
+                             f"Known: {', '.join(ARCHS)}, and timm.list_models().")
+    return arch
