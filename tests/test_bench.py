@@ -163,7 +163,7 @@ def test_summary_by_hand():
     assert concat.difference == pytest.approx(.03) and concat.n_pairs == 3
     assert concat.low == pytest.approx(.03 - 4.302653 * np.std([.03, .02, .04], ddof=1) / 3**.5, abs=1e-6)
     text = format_table(table).set_index("head")
-    assert text.loc["concat", "accuracy %"] == "94.0 ± 1.0" and text.loc["concat", "points vs avg [95%]"] == "+3.0 [+0.5, +5.5] better"
+    assert text.loc["concat", "accuracy %"] == "94.0 ± 1.0" and text.loc["concat", "points vs avg [95%]"] == "+3.0 [+0.5, +5.5]" and text.loc["concat", "verdict"] == "better"
     assert text.loc["avg", "points vs avg [95%]"] == "–"
     single = format_table(summarize([result("avg", 1, .9), result("slim", 1, .8)])).set_index("head")
     assert single.loc["slim", "points vs avg [95%]"] == "-10.0" and single.loc["slim", "accuracy %"] == "80.0"
@@ -176,7 +176,7 @@ def test_the_report_is_one_file_with_everything(finished, tmp_path):
     other = run(make_spec(head="avg", **SMALL), finished[1])
     page = write_report([other, finished[0]], tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in re.sub(r'data:[^"]+', "", page)
-    assert page.count("data:image/png") == 2 and page.count("data:image/svg") == 1
+    assert page.count("data:image/png") == 2 and page.count("data:image/svg") == 2   # maps; learning curves and cost
     assert f"{100 * finished[0]['accuracy']:.1f}" in page and "xeca_resnext_tiny" in page
     table = list(csv.DictReader((tmp_path / "report.csv").open()))
     assert [r["head"] for r in table] == ["avg", "concat"] and float(table[1]["accuracy"]) == pytest.approx(finished[0]["accuracy"])

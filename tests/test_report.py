@@ -1,0 +1,127 @@
+"Tables and pages from runs, from others' logs, and beside the blog's numbers."
+import csv
+import json
+import re
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from attnpool.bench.report import blog_tables, collect, format_table, markdown, published, read_log, settings, summarize, write_report
+from attnpool.bench.runs import make_spec
+from attnpool.heads import HEADS
+from attnpool.models.xresnet import ARCHS
+
+
+def fake_run(out, spec, accuracy, epochs=80):
+    "A run folder of the real layout, with invented numbers."
+    from dataclasses import asdict
+    folder = out / spec.name
+    folder.mkdir(parents=True)
+    rows = [dict(epoch=e, train_loss=1 / (e + 1), valid_loss=1 / (e + 2), accuracy=accuracy * (1 - .5**(e + 1)), seconds=1.5) for e in range(epochs)]
+    with (folder / "history.csv").open("w") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "spec.json").write_text(json.dumps(asdict(spec)))
+    result = dict(spec=asdict(spec), status="complete", accuracy=accuracy, f1_score=accuracy - .01, matthews_corrcoef=accuracy - .02,
+                  balanced_accuracy_score=accuracy, train_loss=.5, valid_loss=.6, parameters=10**6, seconds_per_epoch=1.5, peak_in_box=None,
+                  sizes={"256": dict(accuracy=accuracy + .01, f1_score=accuracy, matthews_corrcoef=accuracy, balanced_accuracy_score=accuracy, valid_loss=.55)},
+                  device="cpu", machine="x", threads=2, versions=dict(torch="2"))
+    result["files"] = {f.name: f.stat().st_size for f in folder.iterdir()}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def test_published_numbers_are_the_blogs():
+    facts = published()
+    assert len(facts) == 247 and set(facts["head"]) <= set(HEADS) and set(facts.arch) <= set(ARCHS)
+    def value(data, arch, head, metric, size=224, lr=None):
+        rows = facts[(facts.data == data) & (facts.arch == arch) & (facts["head"] == head) & (facts.metric == metric) & (facts["size"] == size)]
+        if lr: rows = rows[rows.lr == lr]
+        (row,) = rows.itertuples()
+        return row.mean, row.std
+    assert value("imagenette", "xeca_resnext50s", "avg", "accuracy", lr=8e-3) == (.9580, .0011)
+    assert value("petals", "xeca_resnext50s", "learned", "f1") == (.8602, .0022)
+    assert value("imagewoof", "xeca_resnext50s", "concat", "delta_accuracy", 384)[0] == -.02
+
+
+def test_fifty_long_runs_make_a_report_quickly(tmp_path):
+    rng = np.random.default_rng(0)
+    for head in ("avg", "learned", "sandwich", "concat", "slim"):
+        for seed in range(10): fake_run(tmp_path, make_spec(head=head, seed=seed), .9 + rng.normal(0, .005))
+    start = time.perf_counter()
+    results, problems = collect([tmp_path])
+    page = write_report(results, tmp_path / "report.html", data="imagenette")
+    print(f"{time.perf_counter() - start:.1f} s")
+    text = page.read_text()
+    assert len(results) == 50 and not problems
+    assert text.count("<table") == 1 + 5 and "95.80 ± 0.11" in text and "http" not in re.sub(r'data:[^"]+', "", text)
+    assert "| avg |" in page.with_suffix(".md").read_text()
+    assert len(pd.read_csv(page.with_suffix(".csv"))) == 5
+
+
+def test_incomplete_folders_are_named_and_the_rest_is_reported(tmp_path):
+    for seed in (1, 2): fake_run(tmp_path, make_spec(seed=seed), .9)
+    broken = tmp_path / make_spec(seed=2).name
+    (broken / "result.json").write_text("{")
+    results, problems = collect([tmp_path, tmp_path])   # twice the same folder is once
+    assert [r["spec"]["seed"] for r in results] == [1] and problems == [f"{broken}: result.json is torn."]
+    with pytest.raises(FileNotFoundError, match="runs: there is no"): collect([tmp_path / "nowhere"])
+
+
+def test_a_csvlogger_file_of_fastai_is_read(tmp_path, dls):
+    from fastai.vision.all import CSVLogger, Learner, accuracy
+    from attnpool.models.xresnet import xeca_resnext_tiny
+    learn = Learner(dls, xeca_resnext_tiny(10), metrics=accuracy, path=tmp_path, cbs=CSVLogger("avg-7.csv"))
+    with learn.no_bar(): learn.fit(2, 1e-3)
+    r = read_log(tmp_path / "avg-7.csv")
+    assert (r["spec"]["head"], r["spec"]["seed"], r["spec"]["epochs"], r["status"]) == ("avg", 7, 2, "complete")
+    assert r["accuracy"] == pytest.approx(learn.recorder.values[-1][-1], abs=1e-5)
+    write_report([r], tmp_path / "report.html")
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(ValueError, match="expected a CSVLogger file"): read_log(tmp_path / "empty.csv")
+
+
+def result(head, seed, accuracy, lr=.01, **spec):
+    return dict(spec=dict(data="digits", head=head, seed=seed, lr=lr, **spec), status="complete", accuracy=accuracy)
+
+
+def test_settings_are_not_mixed_and_rates_become_rows():
+    groups = settings([result("avg", 1, .9, size=40), result("avg", 1, .8, size=64), result("slim", 1, .7, size=40), result("slim", 1, .6, lr=.02, size=40)])
+    assert [[r["label"] for r in g] for g in groups] == [["avg", "slim 0.01", "slim 0.02"], ["avg"]]
+    table = summarize(groups[0]).set_index("head")
+    assert table.loc["slim 0.02", "difference"] == pytest.approx(-.3)
+
+
+def test_several_rates_of_the_baseline_compare_with_the_best():
+    group, = settings([result("avg", s, v, lr) for lr, v in ((.01, .8), (.02, .9)) for s in (1, 2)] + [result("slim", s, .85) for s in (1, 2)])
+    table = summarize(group).set_index("head")
+    assert table.loc["slim", "difference"] == pytest.approx(-.05) and np.isnan(table.loc["avg 0.02", "difference"])
+
+
+def test_verdicts_in_plain_words():
+    rs = [result("avg", s, v) for s, v in enumerate((.90, .92, .91))]
+    def verdict(values):
+        table = format_table(summarize(rs + [result("slim", s, v) for s, v in enumerate(values)]))
+        return table.set_index("head").loc["slim", "verdict"]
+    assert verdict((.94, .96, .95)) == "better" and verdict((.80, .82, .81)) == "worse" and verdict((.90, .93, .90)) == "cannot tell with 3"
+    assert verdict((.99,)) == "cannot tell with 1"
+
+
+def test_the_blogs_tables_by_hand(tmp_path):
+    for head, value in (("avg", .95), ("learned", .93)):
+        for seed, d in enumerate((-.01, 0, .01)): fake_run(tmp_path, make_spec(head=head, seed=seed), value + d, epochs=1)
+    tables = blog_tables(collect([tmp_path])[0], "imagenette")
+    assert list(tables) == ["1. Baseline", "2. Sandwich norm", "3. Average attention", "4. Concat attention", "5. Larger images: change against the training size"]
+    base = tables["1. Baseline"]
+    assert base["accuracy %"].tolist()[0] == "95.00 ± 1.00" and base["F1"].tolist()[0] == "0.9400 ± 0.0100"
+    assert base[base["head"] == "avg, blog (xeca_resnext50s)"]["accuracy %"].tolist() == ["95.80 ± 0.11", "94.96 ± 0.23", "95.45 ± 0.12"]
+    sizes = tables["5. Larger images: change against the training size"].set_index("head")
+    assert sizes.loc["avg", "accuracy %"] == "+1.00" and sizes.loc["avg", "valid loss"] == "-0.0500"
+    assert "5." not in "".join(blog_tables([result("avg", 1, .9)]))
+    with pytest.raises(ValueError, match="published: expected petals, imagenette, imagewoof, got 'pets'"): blog_tables([result("avg", 1, .9)], "pets")
+
+
+def test_markdown_by_hand():
+    assert markdown(pd.DataFrame(dict(a=["x"], b=[1]))) == "| a | b |\n| --- | --- |\n| x | 1 |"
