@@ -213,12 +213,11 @@ class CutMixUp(Callback):
             return '\n'.join(f'{name}' if w > .995 else f'{w:.2f} {name}' for w, name in sorted(named, key=lambda o: -o[0]))
         pics = dls.train.after_batch.decode((x,))[0].as_subclass(Tensor).cpu()
         if not pics.is_floating_point(): pics = pics / 255
-        fig, axs = plt.subplots(nrows, ncols, figsize=(cell * ncols, cell * nrows * 1.2), squeeze=False, dpi=72)
+        fig, axs = plt.subplots(nrows, ncols, figsize=(cell * ncols, (cell + .3) * nrows), squeeze=False, dpi=72, layout='constrained')
         for ax in axs.flat: ax.axis('off')
         for ax, pic, weights in zip(axs.flat, pics, soft):
             ax.imshow(pic.float().clamp(0, 1).permute(1, 2, 0), cmap='gray')
             ax.set_title(title(weights), fontsize=7)
-        fig.tight_layout(pad=.3)
         return fig
 
 # %% ../../nbs/30_callback.cutmixup.ipynb #c5f07fb4
