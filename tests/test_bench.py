@@ -86,7 +86,7 @@ def test_a_run_folder_holds_what_it_says(finished):
 
 
 def test_the_same_spec_gives_the_same_history(finished, tmp_path):
-    def history(r): return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((Path(r["folder"]) / "history.csv").open())]
+    def history(r): return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in csv.DictReader((Path(r["folder"]) / "history.csv").open())]
     assert history(run(make_spec(head="concat", **SMALL), tmp_path)) == history(finished[0])
 
 
@@ -224,6 +224,39 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     def broken(*args, **kwargs): raise ValueError("could not broadcast")
     monkeypatch.setattr(attnpool.bench.runs, "make_spec", broken)
     with pytest.raises(ValueError, match="could not broadcast"): main(["bench", "digits"])
+
+
+def test_other_sizes_are_validated_after_training(tmp_path):
+    import numpy as np
+    from PIL import Image
+    g = np.random.default_rng(0)
+    for split, n in (("train", 12), ("val", 6)):
+        for c, level in (("dark", 40), ("light", 200)):
+            (tmp_path / "pics" / split / c).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray((level + g.integers(-30, 30, (48, 48, 3))).astype("uint8")).save(tmp_path / "pics" / split / c / f"{i}.png")
+    spec = make_spec(str(tmp_path / "pics"), "concat", epochs=1, size=32, bs=8, eval_sizes=[40, 48])
+    assert spec.name.startswith("pics-concat-1-")
+    r = run(spec, tmp_path / "runs", device="cpu")
+    assert set(r["sizes"]) == {"40", "48"} and set(r["sizes"]["40"]) == {"valid_loss", "accuracy", "balanced_accuracy_score", "f1_score", "matthews_corrcoef"}
+    assert {"accuracy", "balanced_accuracy_score", "f1_score", "matthews_corrcoef", "train_loss", "valid_loss"} <= r.keys()
+    assert r["pictures"] == [24, 12] and r["images_per_second"] > 0 and r["peak_memory_mb"] > 0
+    with pytest.raises(ValueError, match="these pictures have one size"): run(make_spec(head="avg", eval_sizes=[48], **SMALL), tmp_path / "runs", device="cpu")
+    (tmp_path / "pics/train/dark/broken.png").touch()
+    with pytest.raises(ValueError, match="1 of 37 pictures"): run(make_spec(str(tmp_path / "pics"), "avg", epochs=1, size=32, bs=8), tmp_path / "runs", device="cpu")
+    assert run(make_spec(str(tmp_path / "pics"), "avg", epochs=1, size=32, bs=8, skip_broken=True), tmp_path / "runs", device="cpu")["pictures"] == [24, 12]
+
+
+def test_two_processes_on_one_folder_make_each_run_once(tmp_path):
+    flags = "--heads", "avg", "--seeds", "1,2,3,4"
+    processes = [start(tmp_path, *flags) for _ in range(2)]
+    said = [p.communicate(timeout=400) for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], said
+    made = re.findall(r"avg seed (\d): accuracy", "".join(out for out, _ in said))
+    specs = [make_spec(head="avg", seed=s, **SMALL) for s in (1, 2, 3, 4)]
+    assert len({load_run(tmp_path / s.name)["accuracy"] for s in specs}) > 1
+    histories = "".join(out for out, _ in said).count("1/1 epochs")
+    assert histories == 4, said   # each run trained once; the other process only reads it
 
 
 def start(out, *more):

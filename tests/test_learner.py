@@ -125,6 +125,9 @@ def test_our_networks_in_a_plain_learner(dls):
     (lambda dls: get_recipe("quick", epocs=3), ValueError, "recipe: no such field epocs"),
     (lambda dls: get_recipe("quick", epochs=0), ValueError, "epochs: expected a number above 0, got 0"),
     (lambda dls: get_recipe("quick", opt="sdg"), ValueError, "opt: 'sdg' is unknown"),
+    (lambda dls: get_recipe("quick", mix="cutmixp"), ValueError, "mix: 'cutmixp' is unknown. Did you mean 'cutmixup'?"),
+    (lambda dls: get_recipe("quick", precision="bf61"), ValueError, "precision: 'bf61' is unknown. Did you mean 'bf16'?"),
+    (lambda dls: get_recipe("quick", label_smoothing=1.), ValueError, "label_smoothing: expected a share in [0, 1), got 1.0"),
 ])
 def test_bad_input(dls, make, error, words):
     with pytest.raises(error) as e: make(dls)
@@ -149,6 +152,28 @@ def test_recipes_train(dls, recipe, head):
     assert learn.recipe.lr == 1e-3
 
 
+def test_recipes_hold_what_their_sources_say():
+    blog = get_recipe("blog", "avg", "imagenette")
+    assert (blog.epochs, blog.size, blog.bs, blog.lr, blog.opt, blog.schedule, blog.mix) == (80, 224, 64, 8e-3, "ranger", "flat_cos", "cutmixup")
+    rates = {(d, h): get_recipe("blog", h, d).lr for d in ("imagenette", "imagewoof", "petals") for h in HEADS}
+    from attnpool.bench.report import published
+    facts = published()
+    facts = facts[(facts["size"] == 224) & (facts.metric == "valid_loss") & (facts["head"] != "avg")]
+    for r in facts.itertuples(): assert rates[r.data, r.head] == (4e-3 if "4e-3" in str(r.note) else r.lr), (r.data, r.head)
+    assert all(rates[d, "avg"] == 8e-3 for d in ("imagenette", "imagewoof", "petals"))
+
+
+def test_a_recipe_reaches_the_learner(dls):
+    from attnpool.callback.cutmixup import CutMixUpAugment
+    from attnpool.callback.precision import MixedPrecision
+    learn = recipe_learner(dls, "xeca_resnext_tiny", "slim", "mixed", epochs=1)
+    kinds = [type(cb) for cb in learn.cbs]
+    assert CutMixUpAugment in kinds and MixedPrecision in kinds and learn.loss_func.eps == .1
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    assert learn.recorder.metric_names[3:-1] == ["accuracy", "balanced_accuracy_score", "f1_score", "matthews_corrcoef"]
+    assert torch.isfinite(torch.tensor(learn.recorder.values[0])).all()
+
+
 def test_a_partial_trains_at_its_heads_rate(dls):
     head = partial(AvgAttnConcatPoolHead, ffn_expand=1)
     assert recipe_learner(dls, "xeca_resnext_tiny", head).recipe.lr == RECIPES["quick"].lr["concat"]
@@ -156,7 +181,7 @@ def test_a_partial_trains_at_its_heads_rate(dls):
 
 def test_every_head_has_its_learning_rate():
     for name, recipe in RECIPES.items():
-        if isinstance(recipe.lr, dict): assert set(HEADS) | {"*"} == set(recipe.lr), name
+        if isinstance(recipe.lr, dict): assert set(HEADS) | {"*"} == {k for k in recipe.lr if "/" not in k}, name
     assert get_recipe("quick", "avg").lr == RECIPES["quick"].lr["avg"]
     assert Recipe(1, 40, 32, lr={"avg": 1e-2}).for_head("avg").lr == 1e-2
     assert get_recipe("quick", "somebody's").lr == RECIPES["quick"].lr["*"]

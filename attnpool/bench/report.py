@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'BLOG_TABLES', 'read_log', 'collect', 'settings', 'paired_difference', 'summarize', 'format_table',
-           'rich_table', 'learning_curves', 'cost_plot', 'published', 'blog_tables', 'markdown', 'write_report']
+           'rich_table', 'learning_curves', 'cost_plot', 'learning_rates', 'published', 'blog_tables', 'markdown',
+           'write_report']
 
 # %% ../../nbs/43_bench.report.ipynb #c45823a6
 import base64
@@ -193,6 +194,15 @@ def cost_plot(
             ax.annotate(r.head, (r.seconds_per_epoch, 100 * r.accuracy), xytext=(6, 4), textcoords='offset points')
         ax.set(xlabel='seconds per epoch', ylabel='accuracy, %')
     return fig
+
+# %% ../../nbs/43_bench.report.ipynb #de26c2c0
+def learning_rates(
+    results: Sequence[dict] # Runs of several heads at several learning rates
+) -> tuple[dict, pd.DataFrame]: # Head: best rate; mean accuracy by head (rows) and rate (columns), 0 for a run that diverged
+    "Each head's learning rate with the best mean accuracy."
+    rows = [(r['spec']['head'], r['spec']['lr'], r['accuracy'] if r['status'] == 'complete' else 0.) for r in results]
+    table = pd.DataFrame(rows, columns=['head', 'lr', 'accuracy']).pivot_table(index='head', columns='lr', values='accuracy', sort=False).sort_index(axis=1)
+    return table.idxmax(axis=1).to_dict(), table
 
 # %% ../../nbs/43_bench.report.ipynb #e6431c89
 def published() -> pd.DataFrame: # Columns source, data, arch, head, lr, size, metric, mean, std, n, note; `delta_` metrics are changes against 224 px

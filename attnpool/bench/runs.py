@@ -13,21 +13,27 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import time
+from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Callable, Sequence
 
+try: import resource
+except ImportError: resource = None   # Windows
+
 import fastai
 import numpy as np
 import torch
-from fastai.vision.all import Callback, CancelFitException, Learner, set_seed
+from fastai.vision.all import Callback, CancelFitException, Learner, default_device, set_seed
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from safetensors.torch import save as safetensors_bytes
 
 import attnpool
-from .data import DATASETS
+from .data import SOURCES, data_name, get_dls, valid_dl
 from ..heads import HEADS
 from ..interpret import attention_maps, class_activation_map, find_pools, pointing_game
 from ..learner import get_recipe, recipe_learner
@@ -37,7 +43,7 @@ from ..models.xresnet import check_arch
 @dataclass(frozen=True)
 class Spec:
     "What one decides about a run: data, network, head, seed, and every value of the recipe."
-    data: str # Name in `DATASETS`
+    data: str # Name in `DATASETS`, or path
     arch: str # Name in `ARCHS`, or timm name
     head: str # Short name in `HEADS`
     seed: int # Of initialisation and order; the same body and the same order for every head
@@ -49,6 +55,11 @@ class Spec:
     opt: str # Name in `OPTIMIZERS`
     schedule: str # Name in `SCHEDULES`
     label_smoothing: float # Share of the label spread over all classes
+    mix: str # Name in `MIXES`; '' for none
+    wd: float | None # Weight decay; None for the optimizer's own
+    precision: str # Of training: 'float32', 'bf16', 'fp16', or 'auto'
+    eval_sizes: tuple[int, ...] = () # Further sides at which the trained network is validated, in pixels
+    skip_broken: bool = False # Whether broken pictures are left out
 
     @property
     def id(self) -> str:
@@ -58,19 +69,23 @@ class Spec:
     @property
     def name(self) -> str:
         "Folder of the run."
-        return f'{self.data}-{self.head}-{self.seed}-{self.id}'
+        return f"{Path(self.data).name.split('.')[0]}-{self.head}-{self.seed}-{self.id}"
 
 def make_spec(
-    data: str = 'digits', # Name in `DATASETS`
+    data: str = 'digits', # Name in `DATASETS`, or path of a folder, archive or CSV
     head: str = 'avg', # Short name in `HEADS`
     seed: int = 1, # Of initialisation and order
     arch: str = 'xeca_resnext_tiny', # Name in `ARCHS`, or timm name
     recipe: str = 'quick', # Name in `RECIPES`
+    eval_sizes: Sequence[int] = (), # Further sides at which the trained network is validated, in pixels
+    skip_broken: bool = False, # Leave broken pictures out instead of stopping
     **overrides # Fields of `Recipe` to replace; None leaves one as it is
 ) -> Spec:
     "A spec with the recipe's values filled in. Unknown names are errors here, before anything runs."
-    DATASETS[data], HEADS[head], check_arch(arch)
-    return Spec(data, arch, head, seed, recipe, **asdict(get_recipe(recipe, head, **overrides)))
+    name, _, _ = data_name(data), HEADS[head], check_arch(arch)
+    family = next((n for n in (*SOURCES, 'petals') if n in name.lower()), name)   # imagenette-128.tar has imagenette's rates
+    return Spec(str(data), arch, head, seed, recipe, eval_sizes=tuple(eval_sizes), skip_broken=skip_broken,
+                **asdict(get_recipe(recipe, head, family, **overrides)))
 
 # %% ../../nbs/41_bench.runs.ipynb #7849b78c
 def write_file(
@@ -119,7 +134,7 @@ def looks(
             low, high = x.amin((1, 2, 3), True), x.amax((1, 2, 3), True)
             first = dict(images=((x - low) / (high - low).clamp(min=1e-8) * 255).round().byte(), maps=maps[:8], labels=yb[:8])
             if boxes is not None: first['boxes'] = boxes[:8]
-        if boxes is None: return None, first
+        if boxes is None: return None, first   # one batch is enough to look at
         hits.append(pointing_game(maps, boxes[seen:seen+len(xb)], xb.shape[2:]).cpu())
         seen += len(xb)
     return torch.cat(hits).float().mean().item(), first
@@ -136,6 +151,8 @@ class RunLog(Callback):
 
     def before_epoch(self): self.start = time.perf_counter()
 
+    def after_train(self): self.trained = time.perf_counter()
+
     def after_batch(self):
         if self.training and not torch.isfinite(self.loss):
             self.diverged = self.epoch
@@ -143,7 +160,7 @@ class RunLog(Callback):
 
     def after_epoch(self):
         self.rows.append(dict(epoch=self.epoch, **dict(zip(self.recorder.metric_names[1:-1], map(float, self.recorder.values[-1]))),
-                              seconds=round(time.perf_counter() - self.start, 3)))
+                              seconds=round(time.perf_counter() - self.start, 3), train_seconds=round(self.trained - self.start, 3)))
         out = io.StringIO()
         writer = csv.DictWriter(out, self.rows[0], lineterminator='\n')
         writer.writeheader()
@@ -151,46 +168,78 @@ class RunLog(Callback):
         write_file(self.path, out.getvalue())
         if self.on_epoch: self.on_epoch(self.rows[-1])
 
+def _git():
+    "Commit of the package's own checkout, with `-dirty` where files were changed; None if it is installed otherwise."
+    here = Path(attnpool.__file__).parent
+    if not (here.parent/'.git').exists(): return None
+    try: return subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError): return None
+
+def _machine(device):
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()
+    return f'{name}, {os.cpu_count()} cores'
+
+def _peak_memory(device):
+    "In MB: of the GPU's memory in this run, or of the process so far."
+    if device.type == 'cuda': return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10) if resource else None
+
+def _finite(values): return {k: v for k, v in values.items() if np.isfinite(v)}
+
 def run(
     spec: Spec, # What to run
     out: Path | str = 'runs', # Folder of run folders
-    device: str = 'cpu', # Where to train
+    device: str | None = None, # Where to train; None for the GPU where there is one
     on_epoch: Callable | None = None, # Called with each epoch's row of the history
+    wait: float = -1, # Seconds to wait for another process that is making the same run; -1 without end. Then `filelock.Timeout`
 ) -> dict: # `status` ('complete' or 'diverged'), last epoch's metrics, sizes, times, versions, and the folder
     "Make a run, or return it if it is there already. A diverged run is a result too."
     folder = Path(out)/spec.name
     try: return load_run(folder)
     except ValueError: pass
+    (Path(out)/'.locks').mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(out)/'.locks'/spec.name, timeout=wait):   # the system frees it when a process dies
+        try: return load_run(folder)   # another process has made it meanwhile
+        except ValueError: return _make(spec, folder, default_device() if device is None else torch.device(device), on_epoch)
+
+def _make(spec, folder, device, on_epoch):
     set_seed(spec.seed)   # before the DataLoaders, which draw the seed of their order when they are made
-    dls = DATASETS[spec.data](size=spec.size, bs=spec.bs, device=device)
+    dls = get_dls(spec.data, size=spec.size, bs=spec.bs, device=device, **({'skip_broken': True} if spec.skip_broken else {}))
+    larger = {str(size): valid_dl(dls, size) for size in spec.eval_sizes}
     if folder.exists(): shutil.rmtree(folder)   # nothing of an unfinished run may be taken for this one's
     folder.mkdir(parents=True)
     write_file(folder/'spec.json', json.dumps(asdict(spec), indent=1))
+    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
 
     log = RunLog(folder/'history.csv', on_epoch)
     set_seed(spec.seed)
-    values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in ('data', 'arch', 'head', 'seed', 'recipe', 'size', 'bs')}
+    values = {f.name: getattr(spec, f.name) for f in fields(get_recipe()) if f.name not in ('size', 'bs')}
     learn = recipe_learner(dls, spec.arch, spec.head, spec.recipe, cbs=log, **values)
     set_seed(spec.seed)   # the heads have drawn different numbers of weights
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
 
     last = log.rows[-1] if log.rows else {}
-    finite = all(np.isfinite(v) for v in last.values())
-    if log.diverged is None and not finite: log.diverged = last['epoch']
-    share, first = looks(learn) if log.diverged is None else (None, {})
+    if log.diverged is None and len(_finite(last)) < len(last): log.diverged = last['epoch']
+    sizes, share, first = {}, None, {}
+    if log.diverged is None:
+        share, first = looks(learn)
+        for size, dl in larger.items():
+            with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=dl)
+            sizes[size] = dict(zip(learn.recorder.metric_names[2:-1], map(float, values)))
     if first:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **{k: v.as_subclass(torch.Tensor).cpu().numpy() for k, v in first.items()})
         write_file(folder/'maps.npz', buffer.getvalue())
     write_file(folder/'weights.safetensors', safetensors_bytes({k: v.cpu().contiguous() for k, v in learn.model.state_dict().items()}))
+    def mean(key): return round(float(np.mean([r[key] for r in log.rows])), 3) if log.rows else None
     result = dict(
         spec=asdict(spec), status='complete' if log.diverged is None else 'diverged', diverged_epoch=log.diverged,
-        **{k: v for k, v in last.items() if k not in ('epoch', 'seconds') and np.isfinite(v)}, peak_in_box=share,
-        parameters=sum(p.numel() for p in learn.model.parameters()),
-        seconds_per_epoch=round(float(np.mean([r['seconds'] for r in log.rows])), 3) if log.rows else None,
-        device=str(device), machine=f'{platform.machine()}, {os.cpu_count()} cores', threads=torch.get_num_threads(),
+        **_finite({k: v for k, v in last.items() if k not in ('epoch', 'seconds', 'train_seconds')}), sizes=sizes, peak_in_box=share,
+        parameters=sum(p.numel() for p in learn.model.parameters()), pictures=[len(dls.train_ds), len(dls.valid_ds)],
+        seconds_per_epoch=mean('seconds'), images_per_second=round(len(dls.train) * spec.bs / mean('train_seconds'), 1) if log.rows else None,
+        peak_memory_mb=_peak_memory(device), device=str(device), machine=_machine(device), threads=torch.get_num_threads(), git=_git(),
         versions=dict(attnpool=attnpool.__version__, torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version()),
-        files={f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.name != 'result.json'})
+        files={f.name: f.stat().st_size for f in sorted(folder.iterdir())})
     write_file(folder/'result.json', json.dumps(result, indent=1))
     return load_run(folder)
 
@@ -198,7 +247,7 @@ def run(
 def sweep(
     specs: Sequence[Spec], # What to run
     out: Path | str = 'runs', # Folder of run folders
-    device: str = 'cpu', # Where to train
+    device: str | None = None, # Where to train; None for the GPU where there is one
     console: Console | None = None, # Where progress is shown; None for the standard output
 ) -> list[dict]: # Results, in the order of `specs`
     "Make all runs that are not there yet, with progress: which run of how many, epoch, time left."
@@ -218,12 +267,14 @@ def sweep(
     others = sorted({f"{r['device']}, attnpool {r['versions']['attnpool']}, torch {r['versions']['torch']}" for r in results.values()}
                     - {f'{device}, attnpool {attnpool.__version__}, torch {torch.__version__}'})
     if others: console.print(f"Some were made otherwise than here: {'; '.join(others)}. Delete their folders to make them again.", markup=False, highlight=False)
-    todo = [s for s in specs if s not in results]
+    todo = [s for s in dict.fromkeys(specs) if s not in results]
     columns = SpinnerColumn(), TextColumn('{task.description}'), BarColumn(), TextColumn('{task.percentage:>3.0f}%'), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
         task = progress.add_task('', total=sum(s.epochs for s in todo))
-        for i, spec in enumerate(todo, 1):
-            title = f'run {i}/{len(todo)}  {spec.head} seed {spec.seed}'
+        queue, elsewhere, done = deque(todo), 0, 0
+        while queue:
+            spec = queue.popleft()
+            title = f'run {len(todo) - len(queue)}/{len(todo)}  {spec.head} seed {spec.seed}'
             def on_epoch(row):
                 text = f"{title}  {row['epoch'] + 1}/{spec.epochs} epochs" + (f"  accuracy {row['accuracy']:.1%}" if 'accuracy' in row else '')
                 progress.update(task, advance=1, description=text)
@@ -231,8 +282,16 @@ def sweep(
                     left = progress.tasks[task].time_remaining
                     console.print(text + (f'  {left / 60:.0f} min left' if left else ''), markup=False, highlight=False)
             progress.update(task, description=f'{title}  0/{spec.epochs} epochs')
-            result = results[spec] = run(spec, out, device, on_epoch)
-            progress.update(task, completed=sum(s.epochs for s in todo[:i]))   # a diverged run has fewer epochs
+            try: result = results[spec] = run(spec, out, device, on_epoch, wait=0)
+            except Timeout:   # another process is making it: the others first
+                queue.append(spec)
+                elsewhere += 1
+                if elsewhere == len(queue): console.print(f'{len(queue)} runs are being made by another process. Waiting for them.', markup=False, highlight=False)
+                if elsewhere >= len(queue): time.sleep(1)
+                continue
+            elsewhere = 0
+            done += spec.epochs
+            progress.update(task, completed=done)   # a diverged run has fewer epochs
             end = f"diverged in epoch {result['diverged_epoch'] + 1}" if result['status'] == 'diverged' else f"accuracy {result['accuracy']:.1%}"
             console.print(f"{title}: {end}, {result['seconds_per_epoch'] or 0:.1f} s per epoch", markup=False, highlight=False)
     return [results[s] for s in specs]
