@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from attnpool.heads import HEADS, AvgPoolHead, LearnedAggregationHead
-from attnpool.interpret import attention_maps, class_activation_map, find_pools, pointing_game, show_maps
+from attnpool.interpret import (agreement, attention_maps, class_activation_map, class_index, class_token_maps, deletion_insertion, energy_in_box,
+                                entropy, find_pools, grad_cam, maps_page, open_pictures, pointing_game, show_maps)
 from attnpool.models.xresnet import xeca_resnext_tiny
 
 matplotlib.use("Agg")
@@ -68,7 +69,8 @@ def test_several_pools_are_told_apart():
     model, x = Two(), torch.randn(2, 8, 3, 4)
     assert list(find_pools(model)) == ["a.0", "b.0"]
     assert torch.equal(attention_maps(model, x, pool="b.0"), model.b[0].attention_map(x.flip(-1)).detach())
-    with pytest.raises(ValueError, match="pool: the model has several: a.0, b.0"): attention_maps(model, x)
+    both = attention_maps(model, x)
+    assert list(both) == ["a.0", "b.0"] and torch.equal(both["a.0"], model.a[0].attention_map(x).detach())
     with pytest.raises(ValueError, match="pool: 'c' is not in the model"): attention_maps(model, x, pool="c")
 
 
@@ -109,3 +111,146 @@ def test_show_maps_draws_every_picture_and_box():
     assert len(fig.axes) == 6 and len(drawn) == 5
     assert [ax.get_title() for ax in drawn] == list("abcde")
     assert all(len(ax.patches) == 1 for ax in drawn)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_output_and_gradients_are_those_of_a_network_never_asked(name):
+    model = xeca_resnext_tiny(10, custom_head=HEADS[name])
+    x = torch.randn(2, 3, 40, 33)
+    def step():
+        torch.manual_seed(5)
+        model.zero_grad()
+        out = model(x)
+        out.square().sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+    model.eval()   # BatchNorm's running means would differ between two steps
+    before = step()
+    state = torch.get_rng_state()
+    attention_maps(model, x)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(before, step()))
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_maps_under_autocast(name):
+    model, x = xeca_resnext_tiny(10, custom_head=HEADS[name]).eval(), torch.randn(2, 3, 40, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16): maps = attention_maps(model, x)
+    assert torch.allclose(maps.float().sum((2, 3)), torch.ones(2, 1), atol=.01)
+    assert torch.allclose(maps.float(), attention_maps(model, x), atol=.02)
+
+
+def test_grad_cam_of_average_pooling_is_the_class_activation_map():
+    pytest.importorskip("captum")
+    model, x = xeca_resnext_tiny(10, custom_head=AvgPoolHead), torch.randn(3, 3, 40, 56)
+    target = torch.tensor([3, 1, 4])
+    modes = [m.training for m in model.modules()]
+    ours, theirs = class_activation_map(model, x, target).clamp(min=0), grad_cam(model, x, target)
+    assert torch.allclose(ours, theirs * ours[0].numel(), atol=1e-5)   # its gradient holds 1/n of the mean
+    assert modes == [m.training for m in model.modules()]
+
+
+@pytest.mark.parametrize("name, size", [("vit_tiny_patch16_224", 224), ("deit_tiny_distilled_patch16_224", 224)])
+def test_class_token_maps_are_the_weights_of_the_block(name, size):
+    import timm
+    model, x = timm.create_model(name, num_classes=10).eval(), torch.randn(1, 3, size, size)
+    maps = class_token_maps(model, x)
+    seen = {}
+    attn = model.blocks[-1].attn
+    attn.fused_attn = False
+    attn.attn_drop.register_forward_pre_hook(lambda m, args: seen.update(weights=args[0]))
+    with torch.no_grad(): model(x)
+    patches = seen["weights"][:, :, 0, model.num_prefix_tokens:]
+    assert torch.allclose(maps.flatten(2), patches / patches.sum(-1, keepdim=True), atol=1e-6)
+    with pytest.raises(ValueError, match="expected a timm vision transformer"): class_token_maps(xeca_resnext_tiny(10), torch.randn(1, 3, 40, 40))
+
+
+def test_energy_by_hand():
+    maps = torch.tensor([[[[1., 2.], [3., 4.]]]])
+    def energy(*box): return energy_in_box(maps, torch.tensor([box]), (20, 20)).item()
+    assert energy(0, 0, 20, 20) == pytest.approx(1) and energy(0, 0, 10, 10) == pytest.approx(.1)
+    assert energy(5, 0, 15, 20) == pytest.approx((.5 * 1 + .5 * 2 + .5 * 3 + .5 * 4) / 10)
+    uniform = torch.full((1, 1, 7, 5), 1 / 35)
+    assert energy_in_box(uniform, torch.tensor([[3, 9, 31, 50]]), (64, 48)).item() == pytest.approx(28 * 41 / (64 * 48), rel=1e-5)   # chance: the area
+
+
+def test_entropy_and_agreement_at_their_ends():
+    one = torch.zeros(1, 1, 3, 3)
+    one[..., 1, 1] = 1
+    assert entropy(one).item() == 0 and entropy(torch.ones(1, 1, 3, 3)).item() == pytest.approx(1)
+    g = torch.rand(4, 1, 5, 5)
+    assert torch.allclose(agreement([g, 2 * g + 1, 3 * g]), torch.ones(4)) and torch.allclose(agreement([g, -g]), -torch.ones(4))
+    import numpy as np
+    three = [torch.rand(1, 1, 5, 5) for _ in range(3)]
+    r = np.corrcoef([t.flatten().numpy() for t in three])
+    assert agreement(three).item() == pytest.approx((r[0, 1] + r[0, 2] + r[1, 2]) / 3, abs=1e-5)
+    with pytest.raises(ValueError, match="at least 2 networks"): agreement([g])
+
+
+def test_deletion_and_insertion_end_where_they_should():
+    class Corner(nn.Module):   # the class is the brightness of the upper left corner
+        def forward(self, x):
+            s = x[:, 0, :8, :8].mean((1, 2)) * 20
+            return torch.stack([s, torch.full_like(s, 5)], 1)
+    x = torch.zeros(2, 3, 32, 32)
+    x[:, :, :8, :8] = 1
+    good, bad = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
+    good[..., 0, 0], bad[..., 3, 3] = 1, 1
+    target = torch.zeros(2, dtype=torch.long)
+    (d1, i1), (d2, i2) = (deletion_insertion(Corner(), x, m, target, steps=8) for m in (good, bad))
+    assert d1.shape == (2, 9) and torch.allclose(d1[:, 0], i1[:, -1]) and torch.allclose(d1[:, -1], i1[:, 0])
+    assert d1.mean() < d2.mean() and i1.mean() > i2.mean()
+
+
+@pytest.fixture
+def learn(dls):
+    from fastai.vision.all import Learner
+    return Learner(dls, xeca_resnext_tiny(10, custom_head=LearnedAggregationHead))
+
+
+def test_pictures_of_every_kind_and_broken_ones(tmp_path, learn):
+    import numpy as np
+    from PIL import Image
+    rgb = (np.random.default_rng(0).random((50, 70, 4)) * 255).astype("uint8")
+    Image.fromarray(rgb[..., :3]).save(tmp_path / "a.jpg")
+    Image.fromarray(rgb).save(tmp_path / "b.png")
+    Image.fromarray(rgb[..., 0]).save(tmp_path / "c.png")
+    Image.fromarray(rgb[..., :3]).convert("CMYK").save(tmp_path / "d.jpg")
+    x = open_pictures([tmp_path], 32)
+    assert x.shape == (4, 3, 32, 32) and 0 <= x.min() and x.max() <= 1 and torch.equal(x[2, 0], x[2, 1])
+    see_through = np.zeros((40, 40, 4), "uint8")
+    Image.fromarray(see_through).save(tmp_path / "e.png")
+    assert (open_pictures([tmp_path / "e.png"], 32) == 1).all()   # transparent is white, not black
+    fig = learn.show_attention(tmp_path)
+    assert len([ax for ax in fig.axes if ax.images]) == 5
+    (tmp_path / "z.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    with pytest.raises(ValueError, match="z.png is not a picture that can be read"): learn.show_attention(tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="there is no picture in"): open_pictures([tmp_path / "none"], 32)
+    with pytest.raises(FileNotFoundError, match="there is no"): open_pictures([tmp_path / "nowhere.png"], 32)
+
+
+def test_titles_name_the_prediction(learn):
+    x, y = (t.as_subclass(torch.Tensor) for t in learn.dls.valid.one_batch())
+    learn.model.eval()
+    with torch.no_grad(): p, c = learn.model(x).softmax(1).max(1)
+    titles = [ax.get_title() for ax in learn.show_attention(n=5).axes if ax.images]
+    assert [t.splitlines()[0] for t in titles] == [f"{learn.dls.vocab[i]} {q:.0%}" for q, i in zip(p[:5], c[:5])]
+    assert [f"({learn.dls.vocab[t]})" in title for t, i, title in zip(y, c, titles)] == [bool(t != i) for t, i in zip(y[:5], c[:5])]
+
+
+@pytest.mark.parametrize("head, per_class", [(LearnedAggregationHead, False), (AvgPoolHead, True)])
+def test_the_page_opens_without_a_network(tmp_path, dls, head, per_class):
+    from fastai.vision.all import Learner
+    learn = Learner(dls, xeca_resnext_tiny(10, custom_head=head))
+    page = maps_page(learn, tmp_path / "maps.html", n=3, top=2, classes=[7]).read_text()
+    assert "http" not in page.replace("data:image", "") and page.count("<figure") == 3 and page.count("<button") == 3 * 3
+    assert page.count('class="map') == 3 * (3 if per_class else 1)
+    for bad in ("cat", 10, -1):
+        with pytest.raises(ValueError, match="is not one of 10 classes"): class_index(bad, range(10))
+
+
+def test_a_picture_too_small_for_the_body_is_told():
+    class Picky(nn.Module):
+        def forward(self, x): return nn.functional.conv2d(x, torch.ones(3, 3, 9, 9))
+    with pytest.raises(ValueError, match="x: pictures of 4x4 px are too small"):
+        attention_maps(nn.Sequential(Picky(), LearnedAggregationHead(3, 2)), torch.randn(1, 3, 4, 4))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'BLOG_TABLES', 'read_log', 'collect', 'settings', 'paired_difference', 'summarize', 'format_table',
-           'rich_table', 'learning_curves', 'cost_plot', 'learning_rates', 'published', 'blog_tables', 'markdown',
-           'write_report']
+           'rich_table', 'learning_curves', 'cost_plot', 'learning_rates', 'measure_maps', 'plain_table', 'published',
+           'blog_tables', 'markdown', 'write_report']
 
 # %% ../../nbs/43_bench.report.ipynb #c45823a6
 import base64
@@ -26,8 +26,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 from scipy import stats
 
-from .runs import load_run, write_file
-from ..interpret import show_maps
+from .runs import load_run, open_run, write_file
+from ..interpret import agreement, deletion_insertion, energy_in_box, entropy, maps_of, pointing_game, show_maps
 
 # %% ../../nbs/43_bench.report.ipynb #b9844329
 METRICS = {'accuracy': 'accuracy', 'balanced_accuracy': 'balanced_accuracy_score', 'f1': 'f1_score', 'mcc': 'matthews_corrcoef',
@@ -203,6 +203,44 @@ def learning_rates(
     rows = [(r['spec']['head'], r['spec']['lr'], r['accuracy'] if r['status'] == 'complete' else 0.) for r in results]
     table = pd.DataFrame(rows, columns=['head', 'lr', 'accuracy']).pivot_table(index='head', columns='lr', values='accuracy', sort=False).sort_index(axis=1)
     return table.idxmax(axis=1).to_dict(), table
+
+# %% ../../nbs/43_bench.report.ipynb #c8b0ea3c
+def measure_maps(
+    results: Sequence[dict], # Complete runs of one setting, with their folders
+    device: str | None = None, # Where to compute; None for the GPU where there is one
+    console=None, # rich console that hears of each run; None for silence
+    n: int = 256, # Validation pictures
+) -> pd.DataFrame: # One row per head: means over runs and pictures; NaN where there are no boxes, or one seed only
+    "Pointing game, energy, entropy, deletion, insertion and agreement over seeds, for each head."
+    if not results: raise ValueError("runs: there is no complete run to measure. attnpool bench makes some.")
+    if len(settings(results)) > 1: raise ValueError("runs: they are of several settings. Measure one at a time.")
+    rows, maps = [], {}
+    for r in settings(results)[0]:
+        if console: console.print(f"{r['label']} seed {r['spec']['seed']}", markup=False, highlight=False)
+        learn = open_run(r['folder'], device)
+        x = torch.cat([xb.as_subclass(torch.Tensor) for xb, _ in learn.dls.valid])[:n]
+        m = torch.cat([maps_of(learn.model, part) for part in x.split(64)])
+        maps.setdefault(r['label'], []).append(m)
+        deletion, insertion = (torch.cat(c) for c in zip(*(deletion_insertion(learn.model, *part) for part in zip(x.split(64), m.split(64)))))
+        row = dict(head=r['label'], runs=1, entropy=entropy(m), deletion=deletion, insertion=insertion)
+        boxes = getattr(learn.dls, 'boxes', None)
+        if boxes is not None:
+            boxes, (h, w) = boxes[:len(x)].to(x.device), x.shape[2:]
+            row |= dict(pointing=pointing_game(m, boxes, (h, w)), energy=energy_in_box(m, boxes, (h, w)),
+                        chance=(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / (h * w))
+        rows.append({k: v.float().mean().item() if isinstance(v, torch.Tensor) else v for k, v in row.items()})
+    table = pd.DataFrame(rows).groupby('head', sort=False).agg({k: 'sum' if k == 'runs' else 'mean' for k in rows[0] if k != 'head'}).reset_index()
+    table['agreement'] = [agreement(maps[h]).nanmean().item() if len(maps[h]) > 1 else np.nan for h in table['head']]
+    return table
+
+def plain_table(
+    table: pd.DataFrame # Of numbers
+) -> Table:
+    "A table for the terminal, numbers with two decimals."
+    out = Table(box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
+    for name in table: out.add_column(name, justify='left' if name == 'head' else 'right')
+    for r in table.itertuples(index=False): out.add_row(*('–' if pd.isna(v) else f'{v:.2f}' if isinstance(v, float) else str(v) for v in r))
+    return out
 
 # %% ../../nbs/43_bench.report.ipynb #e6431c89
 def published() -> pd.DataFrame: # Columns source, data, arch, head, lr, size, metric, mean, std, n, note; `delta_` metrics are changes against 224 px
