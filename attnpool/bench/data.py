@@ -17,7 +17,6 @@ import json
 import lzma
 import math
 import os
-import random
 import re
 import shutil
 import sys
@@ -27,7 +26,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from errno import EACCES, EDQUOT, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EDQUOT, EEXIST, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable
@@ -37,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.all import (Categorize, DataLoaders, Datasets, IndexSplitter, TfmdDL, ToTensor, default_device, fastai_path,
-                             get_image_files, untar_data, URLs)
+                             get_image_files, no_random, untar_data, URLs)
 from fastai.vision.all import (FlipItem, Hue, IntToFloatTensor, Normalize, PILImage, RandomResizedCrop, Saturation, TensorImage,
                                aug_transforms)
 from fastcore.meta import delegates
@@ -159,8 +158,8 @@ def _some(names, n=10):
 def _check_classes(listing):
     train, valid = set(listing.labels[:listing.n_train]), set(listing.labels[listing.n_train:])
     if not train: raise ValueError(f"data: {listing.root} has no training pictures.")
-    if not valid: raise ValueError(f"data: {listing.root} has no validation pictures.")
     if len(train) == 1: raise ValueError(f"data: {listing.root} has one class only, {train.pop()!r}. A classifier needs two or more.")
+    if not valid: raise ValueError(f"data: {listing.root} has no validation pictures.")
     if valid - train:
         raise ValueError(f"data: {listing.root} has classes with validation but no training pictures: {_some(sorted(valid - train))}. "
                          "Add training pictures, or take these classes out.")
@@ -266,7 +265,7 @@ def made_once(
     except OSError as e:
         remedy = "Choose another folder with cache=, or for everything that fastai keeps with the environment variable FASTAI_HOME."
         if e.errno in (ENOSPC, EDQUOT, EFBIG): raise ValueError(f"cache: no room left in {dest.parent} ({e.strerror}). Free some. {remedy}") from None
-        if e.errno in (EACCES, EROFS, EPERM, ENOTDIR): raise ValueError(f"cache: cannot write to {dest.parent} ({e.strerror}). {remedy}") from None
+        if e.errno in (EACCES, EROFS, EPERM, EEXIST, ENOTDIR): raise ValueError(f"cache: cannot write to {dest.parent} ({e.strerror}). {remedy}") from None
         raise
     return dest
 
@@ -325,9 +324,12 @@ def unpack_tfrecords(
     files = train + valid
     if not files: raise ValueError(f"data: {root} holds no TFRecord files. Expected train/*.tfrec and val/*.tfrec.")
     counts = {f: _count_records(f) for f in files}
-    for f, n in counts.items():   # Kaggle's names: number of the file, size of the pictures, number of records
-        m = re.fullmatch(r'(\d+)-\d+x\d+-(\d+)\.tfrec', f.name)
-        if m and int(m[2]) != n: raise ValueError(f"data: {f} is cut short: it has {n} of the {m[2]} records in its name. Copy it again.")
+    named = {f: m for f in files if (m := re.fullmatch(r'(\d+)-\d+x\d+-(\d+)\.tfrec', f.name))}   # Kaggle's: number, size of the pictures, number of records
+    for f, m in named.items():
+        if int(m[2]) != counts[f]: raise ValueError(f"data: {f} is cut short: it has {counts[f]} of the {m[2]} records in its name. Copy it again.")
+    for part in (train, valid):
+        missing = sorted(set(range(len(part))) - {int(named[f][1]) for f in part}) if all(f in named for f in part) else []
+        if missing: raise ValueError(f"data: {part[0].parent} lacks the file that begins with {missing[0]:02}-. Copy it again.")
     total, n_train = sum(counts.values()), sum(counts[f] for f in train)
     if total == sum(OFFICIAL['petals']): n_train = OFFICIAL['petals'][0]
     elif not train or not valid:
@@ -373,14 +375,16 @@ def fetch(
         raise ValueError("data: Kaggle gives out petals only to its users. Download the competition tpu-getting-started (Petals to the Metal), "
                          f"and pass the path of its folder tfrecords-jpeg-224x224 instead of the name, or move it to {folder}.")
     def make(tmp):
-        try: inside = untar_data(SOURCES[name], data=tmp/'data')
+        try: inside = untar_data(SOURCES[name], archive=fastai_path('archive'), data=tmp/'data', base=tmp)   # with base it leaves fastai's own configuration alone
         except Exception as e:
             Path(fastai_path('archive'), Path(SOURCES[name]).name + '.part').unlink(missing_ok=True)
             if getattr(e, 'errno', None) in (ENOSPC, EDQUOT, EFBIG): raise
-            raise ValueError(f"data: {name} could not be downloaded ({type(e).__name__}: {e}). Get {SOURCES[name]} some other way, "
+            raise ValueError(f"data: {name} could not be downloaded ({type(e).__name__}: {str(e).partition(chr(10))[0]}). Get {SOURCES[name]} some other way, "
                              "and pass the path of the archive, or of its folder, instead of the name.") from None
         for o in inside.iterdir(): o.rename(tmp/o.name)
-        shutil.rmtree(tmp/'data')
+        inside.rmdir()
+        (tmp/'data').rmdir()
+        (tmp/'config.ini').unlink()
     return made_once(folder, make)
 
 def _is_path(data):
@@ -548,7 +552,6 @@ def _batch_tfms(family):
     return aug_transforms(max_zoom=1, **turns, xtra_tfms=[Hue(), Saturation()])
 
 def _open(listing, pixels, i):
-    if not isinstance(i, int): return PILImage.create(open_picture(i))   # a new file, for predict and test_dl
     return PILImage.create(pixels[i] if pixels else open_picture(listing.root/listing.files[i]))
 
 def _name_of(names, i): return names[i]
@@ -654,7 +657,8 @@ def describe(
     "Counts per class and split, sizes, broken files, and a picture of a batch."
     name, lines = data_name(data), []
     if not _is_path(data) and data not in (*SOURCES, 'petals'):   # made, not read
-        dls, broken = DATASETS[data](size=min(size, 40), bs=16), {}
+        make, broken = partial(DATASETS[data], size=min(size, 40), bs=16), {}
+        with no_random(): dls = make()
         train, valid = (Counter(dls.vocab[y] for _, y in ds) for ds in (dls.train_ds, dls.valid_ds))
         classes, note = list(dls.vocab), ''
     else:
@@ -664,7 +668,7 @@ def describe(
         train, valid = Counter(listing.labels[:listing.n_train]), Counter(listing.labels[listing.n_train:])
         official = OFFICIAL.get(listing.family)
         same = official == (train.total(), valid.total())
-        note = '' if not official else f", {'the official split' if same else f'not the official split of {official[0]:,} and {official[1]:,}'} of {listing.family}"
+        note = '' if not official else f"{listing.family}: {'the official split' if same else f'not the official split, which has {official[0]:,} and {official[1]:,}'}"
         sizes = check.sizes[check.sizes.min(1) > 0]
         if len(sizes):
             lines = ['', 'Sizes in pixels   min  median    max'] + [
@@ -673,20 +677,15 @@ def describe(
         mean, std = STATS.get(listing.family, (check.mean, check.std))
         lines += ['', f"Normalised by mean {' '.join(f'{m:.3f}' for m in mean)}, sd {' '.join(f'{s:.3f}' for s in std)}",
                   '', f'Broken pictures: {len(broken) or "none"}', *(f'  {f}: {why}' for f, why in broken.items()), f'Folder: {listing.root}']
-        if picture is not None:
-            dls = picture_dls(data, size, max(1, min(16, train.total() - len(broken))), 'cpu', True, valid_pct=valid_pct, split_seed=split_seed, cache=cache)
+        make = partial(picture_dls, data, size, max(1, min(16, train.total() - len(broken))), 'cpu', True, valid_pct=valid_pct, split_seed=split_seed, cache=cache)
     counts = {(classes[c] if isinstance(classes, dict) else c): (train[c], valid[c]) for c in classes}
     wide = max(5, *(len(str(c)) for c in counts))
-    head = [f'{name}: {train.total():,} training and {valid.total():,} validation pictures of {len(counts)} classes{note}', '',
+    head = [f'{name}: {train.total():,} training and {valid.total():,} validation pictures of {len(counts)} classes', *([note] if note else []), '',
             f"{'class':<{wide}}    train  valid", *(f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in counts.items())]
     if picture is not None:
         picture = Path(picture)
         if not picture.parent.is_dir(): raise FileNotFoundError(f"picture: there is no folder {picture.parent}.")
-        state = random.getstate(), torch.get_rng_state()
-        random.seed(seed), torch.manual_seed(seed)
-        dls.train.rng = random.Random(seed)
-        dls.show_batch(max_n=16, nrows=2, figsize=(12, 3.4))
-        random.setstate(state[0]), torch.set_rng_state(state[1])
+        with no_random(seed): make().show_batch(max_n=16, nrows=2, figsize=(12, 3.4))
         plt.tight_layout(pad=.3)
         plt.savefig(picture, dpi=80)
         plt.close()
