@@ -7,6 +7,7 @@ __all__ = ['processes', 'is_first', 'join_processes', 'once', 'share', 'share_dl
 
 # %% ../nbs/34_distributed.ipynb #3bca8810
 import os
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Callable, Sequence
@@ -180,7 +181,10 @@ def distributed(
     cb, bar, logger = Distributed(sync_bn, find_unused_parameters=find_unused_parameters), getattr(learn, 'progress', None), learn.logger
     learn.add_cb(cb)
     if bar is not None and not is_first(): learn.remove_cb(ProgressCallback)
-    try: yield learn
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Grad strides')   # of kernels of one pixel, whose strides mean nothing
+            yield learn
     finally:
         learn.remove_cb(cb)
         learn.logger = logger
