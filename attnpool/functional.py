@@ -6,6 +6,7 @@
 __all__ = ['Affine', 'attention_pool_plain', 'attention_scores', 'attention_pool', 'mish']
 
 # %% ../nbs/01_functional.ipynb #8fe5ab74
+import threading
 from contextlib import nullcontext
 from typing import Callable
 
@@ -75,13 +76,14 @@ def _eps(norm, dtype):
 
 def _fold_query(query, q, k, norm, scale, num_heads, dtype, const=False):
     "`u` `(queries*heads, c)`, with the norm's weight in it; with `const` also what the scores lack, `(queries*heads, 1)`."
-    query, wq, bq, wk, bk = _to(dtype, query, *q, *k)
+    def split(t): return t.unflatten(0, (num_heads, -1))
+    Q = F.linear(query, *q).unflatten(1, (num_heads, -1))                                    # (queries, heads, d)
+    u = Q.squeeze(1) @ k[0] if num_heads == 1 else torch.einsum('qhd,hdc->qhc', Q, split(k[0])).flatten(0, 1)   # W_k^T q
+    u = scale * u.to(dtype)
     weight, bias = _to(dtype, getattr(norm, 'weight', None), getattr(norm, 'bias', None))
-    Q = F.linear(query, wq, bq).unflatten(1, (num_heads, -1))                                          # (queries, heads, d)
-    u = scale * torch.einsum('qhd,hdc->qhc', Q, wk.unflatten(0, (num_heads, -1))).flatten(0, 1)        # W_k^T q
     folded = u if weight is None else u * weight
     if not const: return folded
-    lack = u.new_zeros(len(u)) if bk is None else scale * (Q * bk.unflatten(0, (num_heads, -1))).sum(-1).flatten()
+    lack = u.new_zeros(len(u)) if k[1] is None else scale * (Q * split(k[1])).sum(-1).flatten().to(dtype)
     return folded, (lack if bias is None else lack + u @ bias)[:, None]
 
 def _scores(x, u, centre, eps):
@@ -130,6 +132,21 @@ def _chunks(x):
     step = max(1, _CHUNK // size) if x.is_cpu else max(1, (1 << 28) // size)
     return [slice(i, i + step) for i in range(0, len(x), step)]
 
+_kept = threading.local()
+
+def _scratch(x, name):
+    "Memory of the shape and strides of `x` for float32, or float64 of float64. On a CPU it is kept from call to call, up to `_CHUNK`."
+    dtype, size = _wide(x.dtype), x.numel()
+    if not x.is_cpu or size * dtype.itemsize > _CHUNK: return torch.empty_like(x, dtype=dtype)
+    key = f'{name} {dtype}'
+    flat = getattr(_kept, key, None)
+    if flat is None or len(flat) < size:
+        with torch.inference_mode(False): flat = torch.empty(size, dtype=dtype)   # to be written to in every mode
+        setattr(_kept, key, flat)
+    return flat.as_strided(x.shape, x.stride())
+
+def _widen(x): return x if x.dtype == _wide(x.dtype) else _scratch(x, 'chunk').copy_(x)
+
 def _dots(rows, x):
     "`rows` `(k, c)` or `(b, k, c)` times `x` `(b, c, n)`: `(b, k, n)`."
     b, c, n = x.shape
@@ -149,38 +166,37 @@ def _gather(p, x):
 def _mean_square(x):
     "Mean of squares over the channels, `(b, 1, n)`."
     if x.mT.is_contiguous(): return torch.linalg.vector_norm(x, dim=1, keepdim=True).square_() / x.shape[1]
-    return _dots(x.new_full((1, x.shape[1]), 1 / x.shape[1]), x.square())
+    return _dots(x.new_full((1, x.shape[1]), 1 / x.shape[1]), torch.mul(x, x, out=_scratch(x, 'squares')))
 
 def _near(mu, var): return mu.is_cpu and bool((mu.square() <= _FAR * var).all())   # elsewhere asking would make the device wait
 
 def _statistics(x, u, centre, eps):
-    "A chunk (less its mean where that is large), its mean or None, `r`, and `u·x`."
-    if not centre: return x, None, x.new_ones(1, 1, 1) if eps is None else (_mean_square(x) + eps).rsqrt(), _dots(u, x)
+    "A chunk, its mean or None, whether the mean was subtracted from it, `r`, and `u·x`."
+    if not centre: return x, None, False, x.new_ones(1, 1, 1) if eps is None else (_mean_square(x) + eps).rsqrt(), _dots(u, x)
     rows = torch.cat([u.new_full((1, x.shape[1]), 1 / x.shape[1]), u])
     dots = _dots(rows, x)
     mu, d = dots[:, :1], dots[:, 1:]
     var = _mean_square(x) - mu.square()
-    if not _near(mu, var):
-        x = x - mu
+    far = not _near(mu, var)
+    if far:
+        x = torch.sub(x, mu, out=_scratch(x, 'chunk'))   # a widened chunk stands there already: in place
         dots = _dots(rows, x)
-        left, d = dots[:, :1], dots[:, 1:]
-        mu, var = mu + left, (_mean_square(x) - left.square()).clamp_(min=0)
-    return x, mu, (var + eps).rsqrt(), d
+        d, var = dots[:, 1:], (_mean_square(x) - dots[:, :1].square()).clamp_(min=0)   # what rounding left of the mean does not count
+    return x, mu, far, (var + eps).rsqrt(), d
 
 def _core_forward(x, u, mask, centre, eps, mean):
     "The three results of `_core_plain`, in chunks, and what the backward pass needs: mean or None, `r`, weights before dropout."
     n, parts = x.shape[2], []
     if centre: u = u - u.mean(-1, keepdim=True)
     for s in _chunks(x):
-        chunk = x[s].to(u.dtype)
-        t, mu, r, d = _statistics(chunk, u, centre, eps)
+        t, mu, far, r, d = _statistics(_widen(x[s]), u, centre, eps)
         a = (d * r).softmax(-1)
-        left = a if mask is None else a * mask[s]
-        p, m = left * r, None
-        if mean and t is chunk:   # the mean is one more weighted sum
+        left, m = a if mask is None else a * mask[s], None
+        p = left * r
+        if mean:   # one more weighted sum
             z, m = _gather(torch.cat([p, p.new_full((len(p), 1, n), 1 / n)], 1), t).split([len(u), 1], 1)
+            m = (m + mu.mean(-1, keepdim=True) if far else m).squeeze(1)
         else: z = _gather(p, t)
-        if mean: m = chunk.mean(-1) if m is None else m.squeeze(1)
         if centre: z = z - z.mean(-1, keepdim=True)
         parts.append((z, None if mask is None else left.sum(-1, keepdim=True), m, mu, r, a))
     return [None if part[0] is None else torch.cat(part) for part in zip(*parts)]
@@ -191,10 +207,10 @@ def _core_backward(x, u, mask, mu, r, a, centre, eps, gz, gleft, gmean, need_x):
     if centre: u, gz = u - u.mean(-1, keepdim=True), gz - gz.mean(-1, keepdim=True)
     gx, gu = torch.empty_like(x) if need_x else None, torch.zeros_like(u)
     for s in _chunks(x):
-        chunk = t = x[s].to(u.dtype)
+        t = chunk = _widen(x[s])
         out = None if gx is None else gx[s] if gx.dtype == u.dtype else chunk   # a widened chunk is ours to write to
         M, R, A, G = None if mu is None else mu[s], r if eps is None else r[s], a[s], gz[s]
-        if centre and not _near(M, R**-2): t, M = torch.sub(t, M, out=out), None
+        if centre and not _near(M, R**-2): t, M = torch.sub(t, M, out=_scratch(t, 'chunk') if out is None else out), None
         ti, d = _dots(torch.cat([G, u.expand(len(G), -1, -1)], 1), t).split(len(u), 1)
         da = R * ti if gleft is None else R * ti + gleft[s]
         if mask is not None: da = da * mask[s]
@@ -261,6 +277,7 @@ def attention_pool(
     _check(x, query, q, k, num_heads)
     if not torch.is_autocast_enabled(x.device.type) and x.dtype != v[0].dtype:
         raise TypeError(f"x: the map is {x.dtype}, the weights are {v[0].dtype}. Use x.to(weight.dtype) or torch.autocast.")
+    if query.dtype != q[0].dtype: raise TypeError(f"query: it is {query.dtype}, the weights are {q[0].dtype}. Use query.to(weight.dtype).")
     if not _foldable(norm, x.shape[1]):
         pooled = attention_pool_plain(x, query, q, k, v, proj, norm, scale, num_heads, dropout_p)
         return (pooled, x.mean((2, 3))) if return_mean else pooled
@@ -284,8 +301,8 @@ def attention_pool(
     wv, bv = (None if o is None else o.unflatten(0, (num_heads, -1)) for o in v)   # (heads, d, c), (heads, d)
     t = t.to(wv.dtype)
     def split(o): return o.to(wv.dtype).unflatten(1, (queries, num_heads))    # (b, queries, heads, ...)
-    if late: pooled = torch.einsum('bqhc,hdc->bqhd', split(t), wv)
-    else:    pooled = torch.einsum('bqhn,bnhd->bqhd', split(weights), torch.einsum('bnc,hdc->bnhd', t, wv))
+    if not late: pooled = torch.einsum('bqhn,bnhd->bqhd', split(weights), torch.einsum('bnc,hdc->bnhd', t, wv))
+    else: pooled = F.linear(split(t), v[0]) if num_heads == 1 else torch.einsum('bqhc,hdc->bqhd', split(t), wv)
     if bv is not None: pooled = pooled + (bv if left is None else bv * split(left))
     if k[1] is not None: pooled = pooled + 0 * k[1].sum()   # a gradient of exactly zero, not None: DDP waits for every parameter
     pooled = F.linear(pooled.flatten(2).to(proj[0].dtype), *proj)
@@ -304,10 +321,8 @@ def _mish_parts(x, buffers):
 
 def _flat_chunks(*ts):
     "Chunks of tensors of the same strides in the order of memory, the first one widened, with four buffers each."
-    ts = [t.as_strided((t.numel(),), (1,)) for t in ts]
-    buffers = ts[0].new_empty(4, min(_MISH_CHUNK, ts[0].numel()), dtype=_wide(ts[0].dtype))
-    for first, *others in zip(*(t.split(_MISH_CHUNK) for t in ts)):
-        yield first.to(buffers.dtype), buffers[:, :len(first)], *others
+    for first, *others in zip(*(t.as_strided((t.numel(),), (1,)).split(_MISH_CHUNK) for t in ts)):
+        yield _widen(first), [_scratch(first, i) for i in range(4)], *others
 
 def _laid_out(x, like): return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
