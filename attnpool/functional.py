@@ -309,20 +309,19 @@ def attention_pool(
     return (pooled, mean.to(x.dtype)) if return_mean else pooled
 
 # %% ../nbs/01_functional.ipynb #90121720
-_MISH_CHUNK = 1 << 17   # numbers
-
-def _mish_parts(x, buffers):
-    "`p(1 + q)` and `1 + q²`, with `p` and `q` in the last two buffers."
-    rho, D, p, q = buffers
-    one = x.new_ones(())
-    torch.sigmoid(x, out=p)
-    torch.sub(one, p, out=q)
-    return torch.addcmul(p, p, q, out=rho), torch.addcmul(one, q, q, out=D), p, q
+_MISH_CHUNK = 1 << 18   # numbers
 
 def _flat_chunks(*ts):
-    "Chunks of tensors of the same strides in the order of memory, the first one widened, with four buffers each."
+    "Chunks of tensors of the same strides, in the order of memory, the first one widened; three buffers with each."
+    buffers = [torch.empty(0)]
     for first, *others in zip(*(t.as_strided((t.numel(),), (1,)).split(_MISH_CHUNK) for t in ts)):
-        yield _widen(first), [_scratch(first, i) for i in range(4)], *others
+        if len(buffers[0]) != len(first): buffers = [_scratch(first, i) for i in range(3)]
+        yield _widen(first), buffers, *others
+
+def _rho(x, p, rho):
+    two = torch.full((), 2., dtype=p.dtype)
+    torch.sub(two, torch.sigmoid(x, out=p), out=rho).mul_(p)
+    return two
 
 def _laid_out(x, like): return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
@@ -331,9 +330,10 @@ class _Mish(torch.autograd.Function):
     def forward(ctx, x):
         ctx.save_for_backward(x)
         y = torch.empty_like(x)   # of x's strides, if x fills its memory
-        for X, buffers, Y in _flat_chunks(_laid_out(x, y), y):
-            rho, D, *_ = _mish_parts(X, buffers)
-            Y.copy_(rho.mul_(X).div_(D))
+        for X, (p, rho, _), Y in _flat_chunks(_laid_out(x, y), y):
+            two = _rho(X, p, rho)
+            torch.sub(two, rho, out=p)
+            torch.mul(X, rho, out=Y).div_(p) if Y.dtype == rho.dtype else Y.copy_(rho.mul_(X).div_(p))
         return y
 
     @staticmethod
@@ -343,16 +343,17 @@ class _Mish(torch.autograd.Function):
             return torch.autograd.grad(F.mish(x), x, g, create_graph=True)[0]
         out = torch.empty_like(x)
         if g.stride() != out.stride(): g = out.copy_(g)   # once, instead of in every operation
-        for X, buffers, G, O in _flat_chunks(_laid_out(x, out), g, out):
-            rho, D, p, q = _mish_parts(X, buffers)
-            rho.addcdiv_(q.square_().mul_(p).mul_(X), D, value=4).div_(D)
-            O.copy_(rho.mul_(G))
+        for X, (p, t, d), G, O in _flat_chunks(_laid_out(x, out), g, out):
+            two = _rho(X, p, t)
+            t.div_(torch.sub(two, t, out=d))
+            torch.ops.aten.tanh_backward.grad_input(p.mul_(X), t, grad_input=d).add_(t)   # x p (1 - t²) + t
+            torch.mul(d, G, out=O) if O.dtype == d.dtype else O.copy_(d.mul_(G))
         return out
 
 def mish(
     x: Tensor, # Any shape, dtype and memory format
 ) -> Tensor: # The same shape
-    "`F.mish`, several times quicker in training on a CPU; elsewhere, and where the operations are traced, `F.mish` itself."
+    "`F.mish`, more than twice as quick in training on a CPU; elsewhere, and where the operations are traced, `F.mish` itself."
     if not x.is_cpu or not x.is_floating_point() or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return F.mish(x)
     return _Mish.apply(x)
