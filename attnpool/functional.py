@@ -152,7 +152,7 @@ def _dots(rows, x):
     b, c, n = x.shape
     if x.mT.is_contiguous(): return (x.mT @ rows.mT).mT
     k = rows.shape[-2]
-    if k > 4 or x.dtype != torch.float32 or not (x.is_cpu and x.is_contiguous()): return rows @ x
+    if k > 4 or x.numel() < 1 << 18 or x.dtype != torch.float32 or not (x.is_cpu and x.is_contiguous()): return rows @ x
     bag = 128 if c % 128 == 0 else c   # short sums, summed again, round less
     index = torch.arange(b * c, dtype=torch.int32).view(b, 1, c).expand(b, k, c).flatten()
     starts = torch.arange(0, b * k * c, bag, dtype=torch.int32)
@@ -161,12 +161,13 @@ def _dots(rows, x):
 
 def _gather(p, x):
     "`p` `(b, k, n)` times `x` `(b, c, n)`, summed over positions: `(b, k, c)`."
-    return torch.bmm(p, x.mT) if x.mT.is_contiguous() else torch.bmm(x, p.mT).mT
+    return torch.bmm(p, x.mT)
 
 def _mean_square(x):
     "Mean of squares over the channels, `(b, 1, n)`."
     if x.mT.is_contiguous(): return torch.linalg.vector_norm(x, dim=1, keepdim=True).square_() / x.shape[1]
-    return _dots(x.new_full((1, x.shape[1]), 1 / x.shape[1]), torch.mul(x, x, out=_scratch(x, 'squares')))
+    squares = [torch.mul(part, part, out=_scratch(part, 'squares')).sum(1, keepdim=True) for part in x.chunk(2)]   # two halves: less scratch memory
+    return torch.cat(squares) / x.shape[1]
 
 def _near(mu, var): return mu.is_cpu and bool((mu.square() <= _FAR * var).all())   # elsewhere asking would make the device wait
 

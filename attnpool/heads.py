@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .functional import _core, _eps, _fold_query, _foldable, _scores, _wide
+from .functional import _core, _eps, _fold_query, _foldable, _no_autocast, _scores, _wide
 from .layers import make_norm
 from .pooling import (AttentionPool2d, AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS,
                               LearnedAggregation, LearnedAggregationSandwich)
@@ -133,16 +133,16 @@ class _FoldedAttention(nn.Module):
         self.register_buffer('bias', (wo @ value + bo).to(dtype))
 
     def forward(self, x: Tensor, query: Tensor | None = None, return_mean: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        m = x.flatten(2)
-        z, _, mean = _core(m, self.u.to(_wide(x.dtype)), None, self.centre, self.eps, return_mean)
-        z = z.unflatten(1, (self.queries, self.num_heads)).flatten(2)
-        out = F.linear(z.squeeze(1) if self.queries == 1 else z, self.weight.to(z.dtype), self.bias.to(z.dtype)).to(x.dtype)
+        with _no_autocast(x): z, _, mean = _core(x.flatten(2), self.u.to(_wide(x.dtype)), None, self.centre, self.eps, return_mean)
+        z = z.unflatten(1, (self.queries, self.num_heads)).flatten(2).to(self.weight.dtype)
+        out = F.linear(z.squeeze(1) if self.queries == 1 else z, self.weight, self.bias)
         return (out, mean.to(x.dtype)) if return_mean else out
 
     def attention_map(self, x: Tensor, query: Tensor | None = None) -> Tensor:
         "Where each query looks, `(b, queries*num_heads, h, w)`."
         dtype = _wide(x.dtype)
-        return _scores(x.flatten(2).to(dtype), self.u.to(dtype), self.centre, self.eps)[-1].softmax(-1).unflatten(-1, x.shape[2:])
+        with _no_autocast(x): scores = _scores(x.flatten(2).to(dtype), self.u.to(dtype), self.centre, self.eps)[-1]
+        return scores.softmax(-1).unflatten(-1, x.shape[2:])
 
     def train(self, mode: bool = True):
         if mode: raise ValueError("mode: a folded model has nothing left to train. Train the model that was given to fold.")
