@@ -125,6 +125,7 @@ def _core_plain(x, u, mask, centre, eps, mean):
 # %% ../nbs/01_functional.ipynb #a65e8291
 _CHUNK = 7 << 19   # bytes of float32: about four pictures of (1024, 14, 14); larger ones leave the cache, smaller ones cost calls
 _FAR = 10          # mean² over variance from which the mean is subtracted first
+_SMALL = 1 << 16   # numbers of a map for which the calls cost more than the work
 
 def _chunks(x):
     "Slices of pictures."
@@ -173,7 +174,7 @@ def _near(mu, var): return mu.is_cpu and bool((mu.square() <= _FAR * var).all())
 
 def _statistics(x, u, centre, eps):
     "A chunk, its mean or None, whether the mean was subtracted from it, `r`, and `u·x`."
-    if not centre: return x, None, False, x.new_ones(1, 1, 1) if eps is None else (_mean_square(x) + eps).rsqrt(), _dots(u, x)
+    if not centre: return x, None, False, x.new_ones(len(x), 1, 1) if eps is None else (_mean_square(x) + eps).rsqrt(), _dots(u, x)
     rows = torch.cat([u.new_full((1, x.shape[1]), 1 / x.shape[1]), u])
     dots = _dots(rows, x)
     mu, d = dots[:, :1], dots[:, 1:]
@@ -210,7 +211,7 @@ def _core_backward(x, u, mask, mu, r, a, centre, eps, gz, gleft, gmean, need_x):
     for s in _chunks(x):
         t = chunk = _widen(x[s])
         out = None if gx is None else gx[s] if gx.dtype == u.dtype else chunk   # a widened chunk is ours to write to
-        M, R, A, G = None if mu is None else mu[s], r if eps is None else r[s], a[s], gz[s]
+        M, R, A, G = None if mu is None else mu[s], r[s], a[s], gz[s]
         if centre and not _near(M, R**-2): t, M = torch.sub(t, M, out=_scratch(t, 'chunk') if out is None else out), None
         ti, d = _dots(torch.cat([G, u.expand(len(G), -1, -1)], 1), t).split(len(u), 1)
         da = R * ti if gleft is None else R * ti + gleft[s]
@@ -251,9 +252,10 @@ class _Core(torch.autograd.Function):
             return next(grads) if need_x else None, next(grads) if need_u else None, None, None, None, None
 
 def _core(x, u, mask, centre, eps, mean):
-    "`_core_plain`, the quick way where nobody traces the operations."
+    "`_core_plain`, in chunks where that pays and nobody traces the operations."
     # vmap and grad of torch.func, which Function.apply asks for in the same way
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.is_meta or len(x) == 0:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.is_meta
+    if traced or x.numel() == 0 or (x.is_cpu and x.numel() <= _SMALL):
         return _core_plain(x, u, mask, centre, eps, mean)
     x = x.as_subclass(Tensor)
     if not (x.is_contiguous() or x.mT.is_contiguous()): x = x.contiguous()
@@ -314,9 +316,9 @@ _MISH_CHUNK = 1 << 18   # numbers
 
 def _flat_chunks(*ts):
     "Chunks of tensors of the same strides, in the order of memory, the first one widened; three buffers with each."
-    buffers = [torch.empty(0)]
+    buffers = None
     for first, *others in zip(*(t.as_strided((t.numel(),), (1,)).split(_MISH_CHUNK) for t in ts)):
-        if len(buffers[0]) != len(first): buffers = [_scratch(first, i) for i in range(3)]
+        if buffers is None or len(buffers[0]) != len(first): buffers = [_scratch(first, i) for i in range(3)]
         yield _widen(first), buffers, *others
 
 def _rho(x, p, rho):
