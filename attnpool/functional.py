@@ -162,12 +162,13 @@ def _dots(rows, x):
 
 def _gather(p, x):
     "`p` `(b, k, n)` times `x` `(b, c, n)`, summed over positions: `(b, k, c)`."
-    return torch.bmm(p, x.mT)
+    if x.mT.is_contiguous() or x.shape[2] < 128: return torch.bmm(p, x.mT)
+    return torch.bmm(x, p.mT).mT   # the same; quicker for long rows
 
 def _mean_square(x):
     "Mean of squares over the channels, `(b, 1, n)`."
     if x.mT.is_contiguous(): return torch.linalg.vector_norm(x, dim=1, keepdim=True).square_() / x.shape[1]
-    squares = [torch.mul(part, part, out=_scratch(part, 'squares')).sum(1, keepdim=True) for part in x.chunk(2)]   # two halves: less scratch memory
+    squares = [torch.mul(part, part, out=_scratch(part, 'squares')).sum(1, keepdim=True) for part in x.chunk(3)]   # a third at a time: less scratch memory
     return torch.cat(squares) / x.shape[1]
 
 def _near(mu, var): return mu.is_cpu and bool((mu.square() <= _FAR * var).all())   # elsewhere asking would make the device wait
