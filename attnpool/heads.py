@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'check_n_out', 'AvgPoolHead', 'LearnedAggregationHead', 'LearnedAggregationSandwichHead', 'AvgAttnPoolHead',
-           'AvgAttnPoolSlimHead', 'AvgAttnConcatPoolHead']
+           'AvgAttnPoolSlimHead', 'AvgAttnConcatPoolHead', 'fold']
 
 # %% ../nbs/12_heads.ipynb #d933f090
+from copy import deepcopy
 from typing import Callable
 
+import torch
+import torch.nn.functional as F
 from fastcore.meta import delegates
-from torch import nn
+from torch import Tensor, nn
 
+from .functional import _core, _eps, _fold_query, _foldable, _no_autocast, _scores, _wide
 from .layers import make_norm
-from .pooling import (AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation,
-                              LearnedAggregationSandwich)
+from .pooling import (AttentionPool2d, AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS,
+                              LearnedAggregation, LearnedAggregationSandwich)
 from .registry import Registry
 
 # %% ../nbs/12_heads.ipynb #c91d11a4
@@ -112,3 +116,56 @@ class AvgAttnConcatPoolHead(_Head):
         **kwargs
     ):
         super().__init__(AvgAttnConcatPooling2d(ni, norm=norm, **kwargs), _linear(2*ni, n_out))
+
+# %% ../nbs/12_heads.ipynb #b6a1d7a0
+class _FoldedAttention(nn.Module):
+    "What `AttentionPool2d` computes for a query that no longer changes."
+    def __init__(self, attn, query):
+        super().__init__()
+        def f64(l): return l.weight.double(), None if l.bias is None else l.bias.double()
+        c, heads, dtype = attn.ni, attn.num_heads, attn.proj.weight.dtype
+        norm = None if attn.norm is None else deepcopy(attn.norm).double()
+        self.centre, self.eps = isinstance(norm, nn.LayerNorm), _eps(norm, _wide(dtype))
+        u = _fold_query(query.double(), f64(attn.q), f64(attn.k), norm, attn.scale, heads, torch.float64)
+        (wv, bv), (wo, bo) = f64(attn.v), f64(attn.proj)
+        weight = torch.einsum('ohd,hdc->ohc', wo.unflatten(1, (heads, -1)), wv.unflatten(0, (heads, -1)))   # W_o W_v of each head
+        value = wv.new_zeros(len(wv)) if bv is None else bv
+        if getattr(norm, 'bias', None) is not None: value = value + wv @ norm.bias
+        if getattr(norm, 'weight', None) is not None: weight = weight * norm.weight
+        self.queries, self.num_heads = len(query), heads
+        self.register_buffer('u', u.to(_wide(dtype)))
+        self.register_buffer('weight', weight.flatten(1).to(dtype))   # (c_out, heads*c)
+        self.register_buffer('bias', (wo @ value + bo).to(dtype))
+
+    def forward(self, x: Tensor, query: Tensor | None = None, return_mean: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        with _no_autocast(x): z, _, mean = _core(x.flatten(2), self.u.to(_wide(x.dtype)), None, self.centre, self.eps, return_mean)
+        z = z.unflatten(1, (self.queries, self.num_heads)).flatten(2).to(self.weight.dtype)
+        out = F.linear(z.squeeze(1) if self.queries == 1 else z, self.weight, self.bias)
+        return (out, mean.to(x.dtype)) if return_mean else out
+
+    def attention_map(self, x: Tensor, query: Tensor | None = None) -> Tensor:
+        "Where each query looks, `(b, queries*num_heads, h, w)`."
+        dtype = _wide(x.dtype)
+        with _no_autocast(x): scores = _scores(x.flatten(2).to(dtype), self.u.to(dtype), self.centre, self.eps)[-1]
+        return scores.softmax(-1).unflatten(-1, x.shape[2:])
+
+    def train(self, mode: bool = True):
+        if mode: raise ValueError("mode: a folded model has nothing left to train. Train the model that was given to fold.")
+        return super().train(mode)
+
+def fold(
+    model: nn.Module, # A head, or a network with one or several of our attention pools, in eval mode
+) -> nn.Module: # A copy for inference, without gradients; the original stays as it is
+    "The same outputs with `u` and `W_o W_v` of every attention pool computed beforehand; ready for `torch.export` and ONNX."
+    if not isinstance(model, nn.Module): raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}.")
+    if any(m.training for m in model.modules()):
+        raise ValueError("model: it is in training mode, where its weights still change and dropout is on. Use fold(model.eval()).")
+    model = deepcopy(model).requires_grad_(False)
+    pools = {name: m for name, m in model.named_modules() if isinstance(getattr(m, 'attn', None), AttentionPool2d) and hasattr(m, 'query')}
+    if not pools: raise ValueError("model: there is no attention pool in it to fold. Give it a head that has one, for example AvgAttnConcatPoolHead.")
+    for name, pool in pools.items():
+        if not _foldable(pool.attn.norm, pool.attn.ni):
+            raise ValueError(f"model: the norm of {name or 'the pool'}.attn is a {type(pool.attn.norm).__name__}, which cannot be folded. "
+                             "Use norm=nn.LayerNorm or nn.RMSNorm, or the model as it is.")
+        pool.attn = _FoldedAttention(pool.attn, pool.query).eval()
+    return model

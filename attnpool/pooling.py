@@ -52,12 +52,15 @@ class AttentionPool2d(nn.Module):
     def forward(self,
         x: Tensor, # `(b, ni, h, w)`
         query: Tensor, # `(queries, ni)`
-    ) -> Tensor: # `(b, ni)` for one query, `(b, queries, ni)` for several
+        return_mean: bool = False, # Also return the mean of the map `(b, ni)`, found in the same pass
+    ) -> Tensor | tuple[Tensor, Tensor]: # `(b, ni)` for one query, `(b, queries, ni)` for several; and the mean
         "What each query gathers from the map."
         q, k, v, proj = ((l.weight, l.bias) for l in (self.q, self.k, self.v, self.proj))
         out = attention_pool(x, query, q, k, v, proj, self.norm, self.scale, self.num_heads,
-                             dropout_p=self.attn_drop if self.training else 0.)
-        return self.proj_drop(out.squeeze(1) if len(query) == 1 else out)
+                             dropout_p=self.attn_drop if self.training else 0., return_mean=return_mean)
+        out, *mean = out if return_mean else (out,)
+        out = self.proj_drop(out.squeeze(1) if len(query) == 1 else out)
+        return (out, *mean) if return_mean else out
 
     def attention_map(self,
         x: Tensor, # `(b, ni, h, w)`
@@ -141,8 +144,8 @@ class AvgAttnPooling2d(_FFNPooling):
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
-        attn = self.drop_path(self.attn(x, self.query))
-        x = self.norm(x.mean((2, 3)) + attn)
+        attn, mean = self.attn(x, self.query, return_mean=True)
+        x = self.norm(mean + self.drop_path(attn))
         return x + self.drop_path(self.ffn(x))
 
 # %% ../nbs/11_pooling.ipynb #74aa638d
@@ -163,8 +166,8 @@ class AvgAttnPooling2dS(_AttnPooling):
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
-        attn = self.drop_path(self.attn(x, self.query))
-        return self.act(self.norm(x.mean((2, 3)) + attn))
+        attn, mean = self.attn(x, self.query, return_mean=True)
+        return self.act(self.norm(mean + self.drop_path(attn)))
 
 # %% ../nbs/11_pooling.ipynb #2bcdcef0
 class AvgAttnConcatPooling2d(_FFNPooling):
@@ -176,6 +179,7 @@ class AvgAttnConcatPooling2d(_FFNPooling):
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, 2*ni)`: average half first."
-        a = self.query + self.drop_path(self.norm1(self.attn(x, self.query)))
+        attn, mean = self.attn(x, self.query, return_mean=True)
+        a = self.query + self.drop_path(self.norm1(attn))
         a = a + self.drop_path(self.ffn(self.norm2(a)))
-        return self.act(torch.cat([self.norm4(x.mean((2, 3))), self.norm3(a)], dim=1))
+        return self.act(torch.cat([self.norm4(mean), self.norm3(a)], dim=1))

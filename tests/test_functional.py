@@ -1,4 +1,6 @@
-"The fold against the plain form, and the plain form against torch's own attention, in float64."
+"The fold against the plain form, the plain form against torch's own attention in float64; Mish against torch's."
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -7,10 +9,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from attnpool.functional import attention_pool, attention_pool_plain, attention_scores
+from attnpool import functional
+from attnpool.functional import attention_pool, attention_pool_plain, attention_scores, mish
 from attnpool.layers import TokenBatchNorm
 
 TOL = 1e-12
+functional._SMALL = 0   # these maps are small; the chunks are what is tested
 NORMS = dict(none=lambda c: None, layer=nn.LayerNorm, plain_layer=lambda c: nn.LayerNorm(c, elementwise_affine=False), unbiased_layer=lambda c: nn.LayerNorm(c, bias=False),
              rms=nn.RMSNorm, rms_eps=lambda c: nn.RMSNorm(c, eps=1e-3), batch=TokenBatchNorm, group=lambda c: Tokens(nn.GroupNorm(4, c)))
 
@@ -125,23 +129,173 @@ def test_key_bias_gets_a_gradient_of_exactly_zero():
     assert torch.equal(grads[5], torch.zeros_like(grads[5]))
 
 
-def test_second_derivatives():
-    x, query, affine, layer = problem(b=1, c=4, h=2, w=2)
+@pytest.mark.parametrize("norm, options", [("layer", {}), ("layer", dict(return_mean=True)), ("layer", dict(dropout_p=.4)), ("layer", dict(num_heads=2)),
+                                           ("rms", dict(return_mean=True)), ("none", {})])
+def test_second_derivatives(norm, options):
+    x, query, affine, layer = problem(b=1, c=4, h=2, w=2, norm=norm)
     leaves = [t.requires_grad_() for t in (x, query, *(t for pair in affine for t in pair))]
-    def f(x, query, *ws): return attention_pool(x, query, *(tuple(ws[i:i + 2]) for i in range(0, 8, 2)), norm=layer)
+    def f(x, query, *ws):
+        torch.manual_seed(5)   # the same weights are dropped every time
+        return attention_pool(x, query, *(tuple(ws[i:i + 2]) for i in range(0, 8, 2)), norm=layer, **options)
     assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(f, leaves)
 
 
-@pytest.mark.parametrize("offset", [0, 100, 1000])
-def test_a_common_offset_costs_no_more_digits_than_in_the_plain_form(offset):
-    x, query, affine, layer = problem(b=8, c=256, h=7, w=7, offset=offset)
-    exact = attention_pool_plain(x, query, *affine, norm=layer)
-    def to(t): return t.float()
-    low = [tuple(map(to, pair)) for pair in affine]
-    def error(f): return (f(to(x), to(query), *low, norm=layer.float()) - exact).abs().max()
-    ours, plain = error(attention_pool), error(attention_pool_plain)
-    assert ours <= 5 * plain
+def test_small_maps_take_the_short_way(monkeypatch):
+    x, query, affine, layer = problem()
+    chunks, g1 = with_gradients(attention_pool, x, query, affine, layer)
+    monkeypatch.setattr(functional, "_SMALL", 1 << 16)
+    monkeypatch.setattr(functional, "_core_forward", None)
+    short, g2 = with_gradients(attention_pool, x, query, affine, layer)
+    agree(short, chunks)
+    assert max((i - j).abs().max() for i, j in zip(g1, g2)) <= TOL * max(g.abs().max() for g in g1)
+
+
+def core_inputs(b=7, c=128, n=35, k=1, dtype=torch.float64, fmt="contiguous", offset=0.):
+    g = torch.Generator().manual_seed(2)
+    x = (torch.randn(b, c, n, generator=g, dtype=torch.float64) + offset).to(dtype)
+    if fmt == "channels_last": x = x.mT.contiguous().mT
+    return x, torch.randn(k, c, generator=g, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32)) / c**.5
+
+
+@pytest.mark.parametrize("fmt", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("k", [1, 2, 6])
+@pytest.mark.parametrize("centre, eps", [(True, 1e-5), (False, 1e-5), (False, None)])
+@pytest.mark.parametrize("mean, dropout", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("offset", [0., 50.])
+def test_core_in_chunks_equals_core(monkeypatch, fmt, k, centre, eps, mean, dropout, offset):
+    monkeypatch.setattr(functional, "_CHUNK", 3 * 128 * 35 * 4)   # three pictures at a time: the last chunk is smaller
+    x, u = core_inputs(k=k, fmt=fmt, offset=offset)
+    if not centre: u = u / 10   # without the norm, scores of hundreds
+    mask = torch.rand(7, k, 35, dtype=x.dtype) if dropout else None
+    results = []
+    for f in (functional._Core.apply, functional._core_plain):
+        X, U = x.clone().requires_grad_(), u.clone().requires_grad_()
+        outs = [o for o in f(X, U, mask, centre, eps, mean) if o is not None]
+        assert len(outs) == 1 + mean + dropout
+        weights = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o) for o in outs]
+        results.append([o.detach() for o in outs] + list(torch.autograd.grad(outs, (X, U), weights)))
+    largest = max(plain.abs().max() for plain in results[1])
+    for ours, plain in zip(*results): assert (ours - plain).abs().max() <= 1e-11 * largest
+    assert results[0][-2].stride() == x.stride()
+
+
+@pytest.mark.parametrize("fmt", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [35, 300])
+def test_core_of_wide_maps(fmt, dtype, n):
+    x, u = core_inputs(b=9, c=512, n=n, dtype=dtype, fmt=fmt)   # long enough for every way of reading
+    X, U = x.clone().requires_grad_(), u.clone().requires_grad_()
+    exact = x.double().requires_grad_(), u.double().requires_grad_()
+    g = torch.randn(9, 1, 512)
+    z, _, mean = functional._Core.apply(X, U, None, True, 1e-5, True)
+    z2, _, mean2 = functional._core_plain(*exact, None, True, 1e-5, True)
+    ours, plain = torch.autograd.grad((z, mean), (X, U), (g, g[:, 0])), torch.autograd.grad((z2, mean2), exact, (g.double(), g[:, 0].double()))
+    assert z.dtype == torch.float32 and ours[0].dtype == dtype
+    agree(z.double(), z2, 3e-6)
+    agree(mean.double(), mean2, 3e-6)
+    agree(ours[1].double(), plain[1], 3e-6)
+    agree(ours[0].double(), plain[0], 3e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dropout, numbers", [(0., 3), (.3, 4)])
+def test_saves_the_map_and_four_numbers_per_position_at_most(dropout, numbers):
+    b, c, n = 4, 64, 35
+    x, query, affine, layer = problem(b=b, c=c, h=5, w=7)
+    x.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        attention_pool(x, query, *affine, norm=layer, dropout_p=dropout, return_mean=True)
+    maps = {t.data_ptr() for t in saved if t.numel() >= x.numel()}
+    assert maps == {x.data_ptr()}
+    assert sum(t.numel() for t in saved if t.ndim == 3 and t.shape[-1] == n and t.numel() < x.numel()) == numbers * b * n
+
+
+@pytest.mark.parametrize("norm", sorted(NORMS))
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_mean_comes_along(norm, queries):
+    x, query, affine, layer = problem(queries=queries, norm=norm)
+    pooled, mean = attention_pool(x, query, *affine, norm=layer, return_mean=True)
+    agree(mean, x.mean((2, 3)))
+    agree(pooled, attention_pool(x, query, *affine, norm=layer))
+
+
+def test_torch_func_grad_and_vmap():
+    x, query, affine, layer = problem(b=3, c=8)
+    def loss(x, query): return attention_pool(x, query, *affine, norm=layer).square().sum()
+    X, Q = x.clone().requires_grad_(), query.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(X, Q), (X, Q))
+    for a, e in zip(torch.func.grad(loss, (0, 1))(x, query), expected): agree(a, e)
+    single = torch.func.vmap(lambda one: attention_pool(one[None], query, *affine, norm=layer)[0])(x)
+    agree(single, attention_pool(x, query, *affine, norm=layer))
+    per_sample = torch.func.vmap(torch.func.grad(lambda q, one: loss(one[None], q)), (None, 0))(query, x)
+    agree(per_sample.sum(0), expected[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last])
+def test_compiles_into_one_graph(fmt):
+    x, query, affine, layer = problem(b=2, c=16, dtype=torch.float32)
+    x = x.to(memory_format=fmt)
+    ours, g1 = with_gradients(attention_pool, x, query, affine, layer)
+    compiled, g2 = with_gradients(torch.compile(attention_pool, fullgraph=True, backend="aot_eager"), x, query, affine, layer)
+    agree(compiled, ours, 1e-5)
+    largest = max(g.abs().max() for g in g1)
+    assert max((i - j).abs().max() for i, j in zip(g1, g2)) <= 1e-5 * largest
+
+
+def test_a_map_that_needs_no_gradient_and_a_query_that_needs_none():
+    x, query, affine, layer = problem()
+    full, g = with_gradients(attention_pool, x, query, affine, layer)
+    weight = torch.linspace(-1, 1, full.numel(), dtype=full.dtype).view_as(full)
+    q = query.clone().requires_grad_()
+    agree(torch.autograd.grad((attention_pool(x, q, *affine, norm=layer) * weight).sum(), q)[0], g[1])
+    with torch.no_grad(): frozen = [tuple(t.clone() for t in pair) for pair in affine]
+    X = x.clone().requires_grad_()
+    agree(torch.autograd.grad((attention_pool(X, query, *frozen, norm=layer.requires_grad_(False)) * weight).sum(), X)[0], g[0])
+
+
+def test_maps_of_any_strides():
+    x, query, affine, layer = problem(b=4, c=12, h=6, w=10)
+    for view in (x[:, :, ::2], x[::2], x.transpose(2, 3), x.flip(3)[:, :, :, :4], x[:1].expand(3, -1, -1, -1), x[:, :, :1, :1].expand_as(x)):
+        X = view.detach().requires_grad_()
+        ours, plain = (torch.autograd.grad(f(X, query, *affine, norm=layer).square().sum(), X)[0] for f in (attention_pool, attention_pool_plain))
+        agree(ours, plain)
+
+
+def test_inference_mode_and_scratch_memory_do_not_meet():
+    functional._kept.__dict__.clear()
+    x, query, affine, layer = problem(b=4, c=64, dtype=torch.bfloat16)
+    with torch.inference_mode(): first = attention_pool(x, query, *affine, norm=layer)
+    X = x.clone().requires_grad_()
+    attention_pool(X, query, *affine, norm=layer).sum().backward()
+    with torch.no_grad(): agree(attention_pool(x, query, *affine, norm=layer), first, 1e-2)
+
+
+def offsets(x, where):
+    "100 or 1000 everywhere, or on one picture, one position, a few channels."
+    x = x.clone()
+    if where == "picture": x[1] += 1000
+    elif where == "position": x[:, :, 2, 3] += 1000
+    elif where == "channels": x[:, :3] += 1000
+    else: x += where
+    return x
+
+
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("where", [0, 3, 100, 1000, "picture", "position", "channels"])
+def test_a_large_mean_costs_no_more_digits_than_in_the_plain_form(where, fmt):
+    x, query, affine, layer = problem(b=8, c=256, h=7, w=7)
+    x = offsets(x, where).float().to(memory_format=fmt)   # what float32 holds of it is the map
+    low = [tuple(t.float() for t in pair) for pair in affine]
+    def run(f, x, query, affine, layer): return with_gradients(f, x, query, affine, layer, scale=.1)
+    exact = run(attention_pool_plain, x.double(), query.float().double(), [tuple(t.double() for t in pair) for pair in low], layer)
+    layer = layer.float()
+    ours, plain = (run(f, x, query.float(), low, layer) for f in (attention_pool, attention_pool_plain))
+    def error(a, b): return (a.double() - b).abs().max()
+    assert error(ours[0], exact[0]) <= 5 * error(plain[0], exact[0])
+    assert error(ours[1][0], exact[1][0]) <= 5 * error(plain[1][0], exact[1][0])   # the gradient of the map
+    assert error(ours[1][1], exact[1][1]) <= 5 * error(plain[1][1], exact[1][1])   # and of the query
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -166,11 +320,16 @@ def test_autocast(norm):
             agree(out.float(), exact, .03)
 
 
-def test_large_fp16_maps_stay_finite():
-    x, query, affine, layer = problem(b=2, c=64, dtype=torch.float32)
-    x = (x / x.abs().max() * 1e4).half()
-    out = attention_pool(x, query.half(), *[tuple(t.half() for t in pair) for pair in affine], norm=layer.half())
-    assert out.isfinite().all()
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["large", "constant", "zero", "one position"])
+def test_extreme_maps_stay_finite(kind, dtype, norm):
+    x, query, affine, layer = problem(b=2, c=64, norm=norm, dtype=torch.float32)
+    x = dict(large=lambda: x / x.abs().max() * 1e4, constant=lambda: torch.full_like(x, 1e4), zero=lambda: x * 0).get(kind, lambda: x[:, :, :1, :1] * 100)()
+    low = [tuple(t.to(dtype) for t in pair) for pair in affine]
+    for fmt in (torch.contiguous_format, torch.channels_last):
+        out, grads = with_gradients(attention_pool, x.to(dtype).to(memory_format=fmt), query.to(dtype), low, layer.to(dtype), scale=.1)
+        assert out.isfinite().all() and all(g.isfinite().all() for g in grads)
 
 
 def test_export_with_any_batch_height_and_width():
@@ -196,6 +355,8 @@ def test_export_with_any_batch_height_and_width():
     (dict(query=torch.randn(12)), ValueError, "query: expected shape (queries, 12), got (12,)"),
     (dict(query=torch.randn(1, 9)), ValueError, "query: expected shape (queries, 12), got (1, 9)"),
     (dict(num_heads=5), ValueError, "num_heads: 5 does not divide the 12 channels"),
+    (dict(query=torch.randn(1, 12).half()), TypeError, "query: it is torch.float16, the weights are torch.float32"),
+    (dict(x=torch.randn(2, 12, 3, 5).bfloat16()), TypeError, "x: the map is torch.bfloat16, the weights are torch.float32"),
     (dict(x=torch.randn(2, 12, 3, 5).double()), TypeError, "x: the map is torch.float64, the weights are torch.float32"),
 ])
 def test_bad_input(change, error, words):
@@ -213,3 +374,65 @@ def test_on_a_gpu(autocast):
     with torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext():
         out = attention_pool(x.cuda(), query.cuda(), *[tuple(t.cuda() for t in pair) for pair in affine], norm=layer.cuda())
     agree(out.float().cpu(), exact, .03 if autocast else 1e-4)
+
+
+def both(f, x, g):
+    x = x.detach().requires_grad_()
+    y = f(x)
+    return y.detach(), torch.autograd.grad(y, x, g)[0]
+
+
+@pytest.mark.parametrize("chunk", [1 << 18, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 4, 5), (2, 3, 2, 4, 5)])
+def test_mish_equals_torch(monkeypatch, shape, dtype, chunk):
+    monkeypatch.setattr(functional, "_MISH_CHUNK", chunk)
+    x, g = (20 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+    y, dx = both(mish, x, g)
+    y2, dx2 = both(F.mish, x.double(), g.double())
+    tol = 4 * torch.finfo(dtype).eps
+    assert y.dtype == dx.dtype == dtype and y.shape == x.shape
+    assert ((y - y2).abs() <= tol * y2.abs() + 1e-30 + (1e-7 if dtype == torch.float16 else 0)).all()
+    assert ((dx - dx2).abs() <= 20 * tol * g.abs()).all()
+
+
+def test_mish_in_every_memory_format():
+    x, g = torch.randn(4, 6, 5, 7), torch.randn(4, 6, 5, 7)
+    last = torch.channels_last
+    for X in (x, x.to(memory_format=last), x[:, ::2], x.transpose(1, 3), x[:1].expand(4, -1, -1, -1)):
+        for G in (torch.randn_like(X), torch.randn(X.shape), torch.randn(X.shape).to(memory_format=last), torch.randn(()).expand(X.shape)):
+            for ours, torchs in zip(both(mish, X, G), both(F.mish, X, G)): agree(ours, torchs, 5e-6)
+    assert mish(x.to(memory_format=last)).is_contiguous(memory_format=last)
+
+
+def test_mish_neither_overflows_nor_vanishes_early():
+    x = torch.tensor([-torch.inf, -1e30, -100., -80., -15., 0., 15., 80., 100., 1e30, torch.inf, torch.nan])
+    y, dx = both(mish, x, torch.ones(12))
+    exact, slope = both(F.mish, x[3:9].double(), torch.ones(6, dtype=torch.float64))
+    assert ((y[3:9] - exact).abs() <= 1e-6 * exact.abs()).all() and ((dx[3:9] - slope).abs() <= 1e-5 * slope.abs()).all()
+    assert y[11].isnan() and y[1:11].isfinite()[:9].all() and y[10] == torch.inf and dx[1:10].isfinite().all()
+
+
+def test_mish_saves_its_input_only():
+    x, saved = torch.randn(3, 4, 5, 6, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t): mish(x)
+    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
+
+
+def test_mish_under_transforms():
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(mish, x) and torch.autograd.gradgradcheck(mish, x)
+    def total(x): return mish(x).sum()
+    expected = both(F.mish, x, torch.ones_like(x))[1]
+    agree(torch.func.grad(total)(x.detach()), expected)
+    agree(torch.func.vmap(torch.func.grad(total))(x.detach()), expected)
+    agree(torch.export.export(Wrapped(), (x.detach(),)).module()(x.detach()), F.mish(x))
+
+
+class Wrapped(nn.Module):
+    def forward(self, x): return mish(x)
+
+
+def test_functional_needs_torch_alone():
+    code = "import sys, attnpool.functional; print(*[m for m in ('fastcore', 'fastai', 'timm', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -16,6 +16,7 @@ from fastxtend.vision.models.xresnet import ECAResNeXtBlock, ResNeXtBlock, XResN
 from torch import nn
 
 from ..heads import check_n_out
+from ..layers import Mish
 from ..registry import Registry
 
 # %% ../../nbs/20_models.xresnet.ipynb #547f6e61
@@ -45,7 +46,7 @@ def build_xresnet(
     c_in: int = 3, # Channels of the pictures
     widen: float = 1., # Factor on `block_szs`
     stem_szs: Sequence[int] = (32, 32, 64), # Channels of the stem's three convolutions
-    act_cls: Callable[[], nn.Module] = nn.Mish, # Activation of stem and body
+    act_cls: Callable[[], nn.Module] = Mish, # Activation of stem and body
     stem_pool: Callable | None = MaxBlurPool, # Pool after the stem, halving the map; None for no pool
     block_pool: Callable = BlurPool, # Pool on the shortcut of strided blocks
     stoch_depth: float = 0., # Stochastic depth of every block
