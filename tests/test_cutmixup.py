@@ -603,7 +603,8 @@ def test_knows_reduction():
     assert not any(map(knows_reduction, (Blind(), no_reduction, 3)))
 
 
-DISTRIBUTED = textwrap.dedent("""   # imports little: both processes load it
+# imports little, because both processes have to load it
+DISTRIBUTED = textwrap.dedent("""
     import os, sys, warnings
     warnings.filterwarnings('ignore')
     os.environ.update(RANK=sys.argv[1], LOCAL_RANK=sys.argv[1], WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[2])
