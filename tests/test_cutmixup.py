@@ -654,6 +654,8 @@ DISTRIBUTED = textwrap.dedent("""
 def test_two_processes():
     pytest.importorskip("accelerate")
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    run = [subprocess.Popen([sys.executable, '-c', DISTRIBUTED, str(rank), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-           for rank in range(2)]
-    for out, err in [p.communicate(timeout=120) for p in run]: assert out.strip().endswith('fine'), err[-3000:]
+    run = [subprocess.Popen([sys.executable, '-c', DISTRIBUTED, str(rank), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    try:
+        for out, err in [p.communicate(timeout=400) for p in run]: assert out.strip().endswith('fine'), err[-3000:]
+    finally:
+        for p in run: p.kill()
