@@ -91,7 +91,11 @@ def draw_mix(
     return Mix(partner, np.where(kinds == MIXUP, lam, 1.), np.where(kinds[:, None] == CUTMIX, cutmix_box(cut, size, rng), 0), tuple(size))
 
 # %% ../nbs/02_mixing.ipynb #3fb8aee3
-def send_array(a: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def send_array(
+    a: np.ndarray, # Any shape
+    device: torch.device, # Where it should go
+    dtype: torch.dtype | None = None, # Of the tensor; None keeps the array's
+) -> Tensor:
     "An array as a tensor on `device`, without waiting for it."
     t = torch.from_numpy(a).to(dtype)
     if device.type == 'cuda': t = t.pin_memory()
@@ -156,6 +160,7 @@ def is_index(
     "Whether targets are class indices `(b,)`."
     return y.ndim == 1 and not y.is_floating_point() and y.dtype != torch.bool
 
+# %% ../nbs/02_mixing.ipynb #958ccb3e
 def mix_labels(
     y: Tensor, # Targets of the samples: class indices `(b,)`, label weights `(b, classes)`, or numbers `(b,)`
     y2: Tensor, # Those of the partners

@@ -2,20 +2,21 @@
 import inspect
 import pickle
 import random
+import socket
 import subprocess
 import sys
 import textwrap
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.training import GradientAccumulation
-from fastai.data.all import DataLoader, DataLoaders, Datasets, Normalize, Pipeline, TfmdDL, Transform
+from fastai.data.all import DataLoader, DataLoaders, Normalize, Pipeline, TfmdDL, Transform
 from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CancelBatchException, CancelFitException, CrossEntropyLossFlat, FocalLossFlat,
                                IntToFloatTensor, LabelSmoothingCrossEntropyFlat, Learner, MSELossFlat, RandTransform, SGD, TensorCategory, TensorImage,
-                               TensorMask, TensorMultiCategory, aug_transforms, MixedPrecision as FastaiMixedPrecision)
+                               TensorMask, TensorMultiCategory, aug_transforms)
 from scipy import stats
 from torch import nn
 
@@ -602,48 +603,59 @@ def test_knows_reduction():
     assert not any(map(knows_reduction, (Blind(), no_reduction, 3)))
 
 
+# imports little, because both processes have to load it
 DISTRIBUTED = textwrap.dedent("""
-    import sys, os, torch, warnings
+    import os, sys, warnings
     warnings.filterwarnings('ignore')
-    sys.path.insert(0, sys.argv[2])
-    os.environ.update(RANK=sys.argv[1], LOCAL_RANK=sys.argv[1], WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[3], ACCELERATE_USE_CPU='true')
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo')
+    os.environ.update(RANK=sys.argv[1], LOCAL_RANK=sys.argv[1], WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[2])
+    import torch
+    from torch import distributed, nn
+    distributed.init_process_group('gloo')
     import fastai.distributed as D
-    from test_cutmixup import *
+    from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, SGD, TfmdDL, Transform
+    from attnpool.callback.cutmixup import CutMixUpAugment
     def broadcast(self, t, rank):
         t = torch.tensor(t)
-        torch.distributed.broadcast(t, rank)
+        distributed.broadcast(t, rank)
         return t.tolist()
     D.DistributedDL._broadcast = broadcast   # fastai's goes by way of CUDA
+
+    class Items(list): split_idx = 0
+    class Mark(Transform):
+        split_idx = 0
+        def encodes(self, x: torch.Tensor): return x + 100 if x.ndim == 4 else x
+    class Probe(Callback):
+        order, seen = 1, []
+        def before_batch(self):
+            if self.training: self.seen.append((self.x.mean((1, 2, 3)) > 99, torch.ones(8) if self.cut_mix_up_augment.lam is None else self.cut_mix_up_augment.lam))
     torch.manual_seed(0)
-    dls = make_dls(32, 8, tfms=[Mark(), NORM])
-    learn, probe = make_learn(dls), Probe()
-    before = state(learn)
-    with learn.no_logging(): learn.fit(2, .1, cbs=[CutMixUpAugment(mix_alpha=1.), probe, D.DistributedTrainer(sync_bn=False, cpu=True)])
-    assert all(a is b for a, b in zip(before, state(learn)))
-    assert len(probe.batches) == 4, len(probe.batches)   # 32 samples, two processes, batches of 8, two epochs
-    pixels = torch.cat([x * 2 + .5 for (x,), *_ in probe.batches]).as_subclass(torch.Tensor)
-    marked = (pixels.mean((1, 2, 3)) > 99).sum().item()
-    assert 0 < marked < 32, marked
-    lam = torch.cat([torch.ones(8) if lam is None else lam for *_, lam in probe.batches])
-    both = [torch.zeros(32) for _ in range(2)]
-    torch.distributed.all_gather(both, lam)
-    assert not torch.equal(*both)
-    w = learn.model.lin.weight.detach()
-    ws = [torch.zeros_like(w) for _ in range(2)]
-    torch.distributed.all_gather(ws, w)
-    assert torch.equal(*ws)   # gradients were shared
+    items = Items((torch.rand(4, 6, 6), torch.tensor(i % 4)) for i in range(32))
+    dls = DataLoaders(*(TfmdDL(items, bs=8, shuffle=True, num_workers=0, after_batch=[Mark()]) for _ in range(2)), device=torch.device('cpu'))
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+    def state(): return [*dls.loaders, *dls.train.after_batch.fs, learn.loss_func, *learn.cbs, learn.model]
+    before = state()
+    with learn.no_logging(): learn.fit(2, .1, cbs=[CutMixUpAugment(mix_alpha=1.), Probe(), D.DistributedTrainer(sync_bn=False, cpu=True)])
+    assert len(before) == len(state()) and all(a is b for a, b in zip(before, state()))
+    assert len(Probe.seen) == 4                                   # 32 samples, two processes, batches of 8, two epochs
+    marked, lam = (torch.cat(t).float() for t in zip(*Probe.seen))
+    assert 0 < marked.sum() < 32 and (lam[marked > 0] == 1).all()
+    def everywhere(t):
+        both = [torch.zeros_like(t) for _ in range(2)]
+        distributed.all_gather(both, t)
+        return both
+    assert not torch.equal(*everywhere(lam))                      # each mixes its own share
+    assert torch.equal(*everywhere(net[2].weight.detach()))       # and both learn the same
     print('fine')
 """)
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
+def test_two_processes():
     pytest.importorskip("accelerate")
-    import socket
-    from pathlib import Path
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    run = [subprocess.Popen([sys.executable, '-c', DISTRIBUTED, str(rank), str(Path(__file__).parent), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-           for rank in range(2)]
-    for out, err in [p.communicate(timeout=120) for p in run]: assert out.strip().endswith('fine'), err[-3000:]
+    run = [subprocess.Popen([sys.executable, '-c', DISTRIBUTED, str(rank), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    try:
+        for out, err in [p.communicate(timeout=400) for p in run]: assert out.strip().endswith('fine'), err[-3000:]
+    finally:
+        for p in run: p.kill()

@@ -101,4 +101,6 @@ class ChannelsLast(Callback):
         self.turned = []
 
     def _turn(self, memory_format):
-        for p in self.turned: p.data = p.data.contiguous(memory_format=memory_format)
+        for p in self.turned:
+            p.data = p.data.contiguous(memory_format=memory_format)
+            if p.grad is not None: p.grad = p.grad.contiguous(memory_format=memory_format)
