@@ -59,6 +59,7 @@ def test_our_training_step_takes_one_map():
 
 def test_multiply_adds():
     c, n = 64, 49
+    for name, layer in speed.competitors((c, 7, 7)).items(): assert (speed.multiply_adds(layer, (c, 7, 7)) > 0) == (name != "average"), name
     assert speed.multiply_adds(nn.Conv2d(c, 8, 1, bias=False), (c, 7, 7)) == c * 8 * n
     fold, blog = (speed.multiply_adds(speed.competitors((c, 7, 7), [name])[name], (c, 7, 7)) for name in ("fold", "blog"))
     assert blog == 2 * n * c**2 + 2 * c**2 + 2 * n * c   # keys and values; query and projection; scores and sum

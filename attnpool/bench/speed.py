@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 from typing import Callable, Sequence
@@ -170,7 +171,8 @@ def multiply_adds(
 ) -> int: # Of the matrix products, for one picture
     "What torch's counter sees of a forward pass on one picture."
     x = torch.randn(1, *shape).contiguous(memory_format=torch.channels_last)   # matrix products throughout
-    with torch.no_grad(), FlopCounterMode(display=False) as count: layer(x)
+    layer = deepcopy(layer).to('cpu', torch.float32).requires_grad_(False)
+    with FlopCounterMode(display=False) as count: layer(x)
     return count.get_total_flops() // 2
 
 # %% ../../nbs/42_bench.speed.ipynb #907caab3
@@ -214,7 +216,7 @@ def measure(
             rows.append(setting | dict(layer=name) | {f'forward_{k}': v for k, v in forward.loc[name].items()} | {f'training_{k}': v for k, v in training.loc[name].items()}
                         | dict(memory_maps=peak_memory(training_step(layer, x, matrices=False), device) / x.nbytes,
                                parameters=sum(p.numel() for p in layer.parameters()),
-                               multiply_adds=multiply_adds(layer.to('cpu', torch.float32), shape)))
+                               multiply_adds=multiply_adds(layer, shape)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/42_bench.speed.ipynb #c04f2a0a
