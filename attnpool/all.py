@@ -4,29 +4,41 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPooling2d', 'AvgAttnPoolHead',
-           'AvgAttnPoolSlimHead', 'AvgAttnPooling2d', 'AvgAttnPooling2dS', 'AvgPoolHead', 'DATASETS', 'HEADS',
-           'LearnedAggregation', 'LearnedAggregationHead', 'LearnedAggregationSandwich',
-           'LearnedAggregationSandwichHead', 'RECIPES', 'Recipe', 'TokenBatchNorm', 'attention_maps', 'attention_pool',
-           'attention_pool_plain', 'attention_scores', 'class_activation_map', 'cluttered_digits', 'digits_dls',
-           'find_pools', 'get_recipe', 'pointing_game', 'recipe_learner', 'show_maps', 'vision_learner',
-           'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
+           'AvgAttnPoolSlimHead', 'AvgAttnPooling2d', 'AvgAttnPooling2dS', 'AvgPoolHead', 'ChannelsLast', 'CutMixUp',
+           'CutMixUpAugment', 'DATASETS', 'HEADS', 'LearnedAggregation', 'LearnedAggregationHead',
+           'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'Mish', 'MixedPrecision', 'RECIPES',
+           'Recipe', 'TokenBatchNorm', 'agreement', 'attention_maps', 'attention_pool', 'attention_pool_plain',
+           'attention_scores', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix', 'cutmix_box',
+           'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'find_pools', 'fold',
+           'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish', 'mixup',
+           'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'scale_up', 'show_maps',
+           'small_data_metrics', 'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50', 'xeca_resnext50s',
+           'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
 
 # %% ../nbs/51_all.ipynb #f18ea5f4
-from .bench.data import DATASETS, cluttered_digits, digits_dls
-from .functional import attention_pool, attention_pool_plain, attention_scores
+from .bench.data import DATASETS, cluttered_digits, digits_dls, get_dls, picture_dls, valid_dl
+from .callback.cutmixup import CutMixUp, CutMixUpAugment
+from .callback.precision import ChannelsLast, MixedPrecision
+from .distributed import distributed, join_processes, scale_up
+from .functional import attention_pool, attention_pool_plain, attention_scores, mish
 from .heads import (HEADS, AvgAttnConcatPoolHead, AvgAttnPoolHead, AvgAttnPoolSlimHead, AvgPoolHead, LearnedAggregationHead,
-                            LearnedAggregationSandwichHead)
-from .interpret import attention_maps, class_activation_map, find_pools, pointing_game, show_maps
-from .layers import TokenBatchNorm
-from .learner import RECIPES, Recipe, get_recipe, recipe_learner, vision_learner
+                            LearnedAggregationSandwichHead, fold)
+from .interpret import (agreement, attention_maps, class_activation_map, class_token_maps, deletion_insertion, energy_in_box, find_pools,
+                                grad_cam, maps_of, maps_page, open_pictures, pointing_game, show_maps)
+from .layers import Mish, TokenBatchNorm
+from .learner import RECIPES, Recipe, get_recipe, recipe_learner, small_data_metrics, vision_learner
+from .mixing import cutmix, cutmix_box, cutmixup, mixup
+from .models.surgery import with_head
 from .models.xresnet import ARCHS, xeca_resnext50, xeca_resnext50s, xeca_resnext_tiny, xresnext50, xresnext50s
 from .pooling import (AttentionPool2d, AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation,
                               LearnedAggregationSandwich)
 
 # %% ../nbs/51_all.ipynb #32e20460
 _all_ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPooling2d', 'AvgAttnPoolHead', 'AvgAttnPoolSlimHead',
-         'AvgAttnPooling2d', 'AvgAttnPooling2dS', 'AvgPoolHead', 'DATASETS', 'HEADS', 'LearnedAggregation', 'LearnedAggregationHead',
-         'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'RECIPES', 'Recipe', 'TokenBatchNorm', 'attention_maps',
-         'attention_pool', 'attention_pool_plain', 'attention_scores', 'class_activation_map', 'cluttered_digits', 'digits_dls',
-         'find_pools', 'get_recipe', 'pointing_game', 'recipe_learner', 'show_maps', 'vision_learner', 'xeca_resnext50',
-         'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
+         'AvgAttnPooling2d', 'AvgAttnPooling2dS', 'AvgPoolHead', 'ChannelsLast', 'CutMixUp', 'CutMixUpAugment', 'DATASETS', 'HEADS',
+         'LearnedAggregation', 'LearnedAggregationHead', 'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'Mish',
+         'MixedPrecision', 'RECIPES', 'Recipe', 'TokenBatchNorm', 'agreement', 'attention_maps', 'attention_pool', 'attention_pool_plain',
+         'attention_scores', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix', 'cutmix_box', 'cutmixup', 'deletion_insertion',
+         'digits_dls', 'distributed', 'energy_in_box', 'find_pools', 'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page',
+         'mish', 'mixup', 'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'scale_up', 'show_maps', 'small_data_metrics', 'valid_dl',
+         'vision_learner', 'with_head', 'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']

@@ -137,7 +137,6 @@ def test_a_job_comes_back_as_it_was():
     assert isinstance(again.function, RunJob) and again.args == (spec, "out", "cpu")
 
 
-@pytest.mark.skipif(not hasattr(runs, "once"), reason="bench.runs trains in one process")
 def test_the_tasks_of_a_job_share_the_run(tmp_path):
     (result,) = submit([make_spec(**SMALL)], tmp_path, "local", tasks_per_node=2)
     assert result["processes"] == 2 and result["spec"]["bs"] == 128

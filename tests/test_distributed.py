@@ -204,7 +204,6 @@ with distributed(learn), learn.no_bar(), learn.no_logging(): learn.fit(10**6, 1e
     assert done.returncode not in (0, None) and "rank      : 1" in done.stderr
 
 
-@pytest.mark.skipif(not hasattr(runs, "once"), reason="bench.runs trains in one process")
 def test_the_command_on_two_processes(tmp_path):
     command = ["-m", "attnpool.cli", "bench", "digits", "--device", "cpu", "--heads", "concat", "--seeds", "1", "--epochs", "1", "--size", "20", "--bs", "64",
                "--out", tmp_path / "runs"]

@@ -254,3 +254,10 @@ def test_a_picture_too_small_for_the_body_is_told():
         def forward(self, x): return nn.functional.conv2d(x, torch.ones(3, 3, 9, 9))
     with pytest.raises(ValueError, match="x: pictures of 4x4 px are too small"):
         attention_maps(nn.Sequential(Picky(), LearnedAggregationHead(3, 2)), torch.randn(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_maps_of_a_folded_network(name):
+    from attnpool.heads import fold
+    model, x = xeca_resnext_tiny(10, custom_head=HEADS[name]).eval(), torch.randn(2, 3, 51, 38)
+    assert torch.allclose(attention_maps(fold(model), x), attention_maps(model, x), atol=1e-6)

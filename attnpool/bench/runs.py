@@ -26,7 +26,7 @@ except ImportError: resource = None   # Windows
 import fastai
 import numpy as np
 import torch
-from fastai.vision.all import Callback, CancelFitException, Learner, default_device, set_seed
+from fastai.vision.all import Callback, CancelFitException, Learner, set_seed
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -35,6 +35,7 @@ from safetensors.torch import save as safetensors_bytes
 
 import attnpool
 from .data import SOURCES, data_name, get_dls, valid_dl
+from ..distributed import distributed, is_first, join_processes, once, processes
 from ..heads import HEADS
 from ..interpret import maps_of, pointing_game
 from ..learner import get_recipe, recipe_learner
@@ -161,6 +162,7 @@ class RunLog(Callback):
     def after_epoch(self):
         self.rows.append(dict(epoch=self.epoch, **dict(zip(self.recorder.metric_names[1:-1], map(float, self.recorder.values[-1]))),
                               seconds=round(time.perf_counter() - self.start, 3), train_seconds=round(self.trained - self.start, 3)))
+        if not is_first(): return
         out = io.StringIO()
         writer = csv.DictWriter(out, self.rows[0], lineterminator='\n')
         writer.writeheader()
@@ -196,37 +198,52 @@ def run(
     wait: float = -1, # Seconds to wait for another process that is making the same run; -1 without end. Then `filelock.Timeout`
 ) -> dict: # `status` ('complete' or 'diverged'), last epoch's metrics, sizes, times, versions, and the folder
     "Make a run, or return it if it is there already. A diverged run is a result too."
-    folder = Path(out)/spec.name
-    try: return load_run(folder)
-    except ValueError: pass
-    (Path(out)/'.locks').mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(out)/'.locks'/spec.name, timeout=wait):   # the system frees it when a process dies
-        try: return load_run(folder)   # another process has made it meanwhile
-        except ValueError: return _make(spec, folder, default_device() if device is None else torch.device(device), on_epoch)
+    folder, device = Path(out)/spec.name, join_processes(device)
+    if (result := once(_complete, folder)): return result
+    lock = FileLock(Path(out)/'.locks'/spec.name, timeout=wait)   # the system frees it when a process dies
+    def acquire():
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    once(acquire)
+    try: return once(_complete, folder) or _make(spec, folder, device, on_epoch)   # another may have made it meanwhile
+    finally: lock.release()
 
-def _make(spec, folder, device, on_epoch):
-    set_seed(spec.seed)   # before the DataLoaders, which draw the seed of their order when they are made
-    dls = get_dls(spec.data, size=spec.size, bs=spec.bs, device=device, **({'skip_broken': True} if spec.skip_broken else {}))
-    larger = {str(size): valid_dl(dls, size) for size in spec.eval_sizes}
+def _complete(folder):
+    try: return load_run(folder)
+    except ValueError: return None
+
+def _empty(folder, spec):
     if folder.exists(): shutil.rmtree(folder)   # nothing of an unfinished run may be taken for this one's
     folder.mkdir(parents=True)
     write_file(folder/'spec.json', json.dumps(asdict(spec), indent=1))
+
+def _make(spec, folder, device, on_epoch):
+    "Make a run, with the other processes of a launcher if there are any."
+    if spec.bs % processes(): raise ValueError(f"bs: {spec.bs} is not a multiple of {processes()}, the number of processes that share each batch.")
+    set_seed(spec.seed)   # before the DataLoaders, which draw the seed of their order when they are made
+    dls = get_dls(spec.data, size=spec.size, bs=spec.bs // processes(), device=device, **({'skip_broken': True} if spec.skip_broken else {}))
+    larger = {str(size): valid_dl(dls, size) for size in spec.eval_sizes}
+    once(_empty, folder, spec)
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
 
     log = RunLog(folder/'history.csv', on_epoch)
     set_seed(spec.seed)
     learn = recipe_learner(dls, spec.arch, spec.head, spec.recipe, cbs=log, **_recipe_values(spec))
     set_seed(spec.seed)   # the heads have drawn different numbers of weights
-    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    sizes = {}
+    with learn.no_bar(), learn.no_logging(), distributed(learn):
+        learn.fit_recipe()
+        last = log.rows[-1] if log.rows else {}
+        losses = {k: v for k, v in last.items() if k.endswith('loss')}   # a correlation of constant predictions is NaN by right
+        if log.diverged is None and len(_finite(losses)) < len(losses): log.diverged = last['epoch']
+        for size, dl in larger.items() if log.diverged is None else ():
+            sizes[size] = dict(zip(learn.recorder.metric_names[2:-1], map(float, learn.validate(dl=dl))))
+    return once(_finish, spec, folder, device, learn, log, sizes)
 
-    last = log.rows[-1] if log.rows else {}
-    if log.diverged is None and len(_finite(last)) < len(last): log.diverged = last['epoch']
-    sizes, share, first = {}, None, {}
-    if log.diverged is None:
-        share, first = looks(learn)
-        for size, dl in larger.items():
-            with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=dl)
-            sizes[size] = dict(zip(learn.recorder.metric_names[2:-1], map(float, values)))
+def _finish(spec, folder, device, learn, log, sizes):
+    "Write what the training left; `result.json` last."
+    last, dls = log.rows[-1] if log.rows else {}, learn.dls
+    share, first = looks(learn) if log.diverged is None else (None, {})
     if first:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **{k: v.as_subclass(torch.Tensor).cpu().numpy() for k, v in first.items()})
@@ -237,8 +254,8 @@ def _make(spec, folder, device, on_epoch):
         spec=asdict(spec), status='complete' if log.diverged is None else 'diverged', diverged_epoch=log.diverged,
         **_finite({k: v for k, v in last.items() if k not in ('epoch', 'seconds', 'train_seconds')}), sizes=sizes, peak_in_box=share,
         parameters=sum(p.numel() for p in learn.model.parameters()), pictures=[len(dls.train_ds), len(dls.valid_ds)],
-        seconds_per_epoch=mean('seconds'), images_per_second=round(len(dls.train) * spec.bs / mean('train_seconds'), 1) if log.rows else None,
-        peak_memory_mb=_peak_memory(device), device=str(device), machine=_machine(device), threads=torch.get_num_threads(), git=_git(),
+        seconds_per_epoch=mean('seconds'), images_per_second=round(len(dls.train) * dls.train.bs / mean('train_seconds'), 1) if log.rows else None,
+        peak_memory_mb=_peak_memory(device), device=str(device), processes=processes(), machine=_machine(device), threads=torch.get_num_threads(), git=_git(),
         versions=dict(attnpool=attnpool.__version__, torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version()),
         files={f.name: f.stat().st_size for f in sorted(folder.iterdir())})
     write_file(folder/'result.json', json.dumps(result, indent=1))
@@ -258,6 +275,14 @@ def open_run(
     return learn
 
 # %% ../../nbs/41_bench.runs.ipynb #3e799009
+def _writable(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (probe := out/f'.probe-{os.getpid()}').touch()   # an error now, not after the first run
+        probe.unlink()
+    except OSError as e:
+        raise type(e)(f"--out: cannot write to {out} ({e.strerror}). Choose another folder, for example --out {Path.home()/'runs'}.") from None
+
 def sweep(
     specs: Sequence[Spec], # What to run
     out: Path | str = 'runs', # Folder of run folders
@@ -265,18 +290,14 @@ def sweep(
     console: Console | None = None, # Where progress is shown; None for the standard output
 ) -> list[dict]: # Results, in the order of `specs`
     "Make all runs that are not there yet, with progress: which run of how many, epoch, time left."
-    console, out = console or Console(), Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (probe := out/f'.probe-{os.getpid()}').touch()   # an error now, not after the first run
-        probe.unlink()
-    except OSError as e:
-        raise type(e)(f"--out: cannot write to {out} ({e.strerror}). Choose another folder, for example --out {Path.home()/'runs'}.") from None
+    console, out, device = console or Console(), Path(out), join_processes(device)
+    if not is_first(): console = Console(quiet=True)
+    once(_writable, out)
     results = {}
     for spec in specs:
-        try: results[spec] = load_run(out/spec.name)
+        try: results[spec] = once(load_run, out/spec.name)
         except ValueError as e:
-            if (out/spec.name).exists(): console.print(f'{e} It is made again.', markup=False, highlight=False)
+            if once((out/spec.name).exists): console.print(f'{e} It is made again.', markup=False, highlight=False)
     if results: console.print(f'{len(results)} of {len(specs)} runs are in {out} already.', markup=False, highlight=False)
     others = sorted({f"{r['device']}, attnpool {r['versions']['attnpool']}, torch {r['versions']['torch']}" for r in results.values()}
                     - {f'{device}, attnpool {attnpool.__version__}, torch {torch.__version__}'})
