@@ -61,7 +61,8 @@ def test_multiply_adds():
     c, n = 64, 49
     for name, layer in speed.competitors((c, 7, 7)).items(): assert (speed.multiply_adds(layer, (c, 7, 7)) > 0) == (name != "average"), name
     assert speed.multiply_adds(nn.Conv2d(c, 8, 1, bias=False), (c, 7, 7)) == c * 8 * n
-    fold, blog = (speed.multiply_adds(speed.competitors((c, 7, 7), [name])[name], (c, 7, 7)) for name in ("fold", "blog"))
+    c, n = 512, 196
+    fold, blog = (speed.multiply_adds(speed.competitors((c, 14, 14), [name])[name], (c, 14, 14)) for name in ("fold", "blog"))
     assert blog == 2 * n * c**2 + 2 * c**2 + 2 * n * c   # keys and values; query and projection; scores and sum
     assert fold == 4 * c**2 + 3 * n * c                  # query, fold, value, projection; mean, scores and sum
 

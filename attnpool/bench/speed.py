@@ -224,13 +224,14 @@ def format_speed(
     table: pd.DataFrame, # From `measure`
 ) -> list[Table]: # One for each setting
     "The table for the terminal, within 80 columns: ratios to average pooling, quartiles in brackets."
-    def ratio(r, which): return f"{r[f'{which}_ratio']:.1f} [{r[f'{which}_low']:.1f}, {r[f'{which}_high']:.1f}]"
+    def number(v): return f'{v:.1f}' if v < 10 else f'{v:.0f}'
+    def ratio(r, which): return f"{number(r[f'{which}_ratio'])} [{number(r[f'{which}_low'])}, {number(r[f'{which}_high'])}]"
     tables = []
     for setting, rows in table.groupby(['map', 'batch', 'dtype', 'format'], sort=False):
         out = Table(title=' '.join(map(str, setting)), box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
-        for name in ('layer', 'forward', 'training', 'memory', 'params', 'MACs'): out.add_column(name, justify='left' if name == 'layer' else 'right')
+        for name in ('layer', 'forward', 'training', 'memory', 'M params', 'M MACs'): out.add_column(name, justify='left' if name == 'layer' else 'right')
         for _, r in rows.iterrows():
-            out.add_row(r.layer, ratio(r, 'forward'), ratio(r, 'training'), f'{r.memory_maps:.2f}', f'{r.parameters / 1e6:.2f} M', f'{r.multiply_adds / 1e6:.1f} M')
+            out.add_row(r.layer, ratio(r, 'forward'), ratio(r, 'training'), f'{r.memory_maps:.2f}', f'{r.parameters / 1e6:.2f}', number(r.multiply_adds / 1e6))
         tables.append(out)
     return tables
 
