@@ -80,7 +80,10 @@ class PatchConvBlock(nn.Module):
         # what stochastic depth drops is not computed in the first place
         keep = (torch.rand(len(x)) >= rate).nonzero().squeeze(1).to(x.device, non_blocking=True)
         if not len(keep): return x + 0 * self._branch(x[:1])   # every parameter has a gradient
-        return x.index_add(0, keep, self._branch(x[keep], 1 / (1 - rate)).to(x.dtype))
+        rows = x.permute(0, 2, 3, 1).flatten(1)                # in channels-last order a picture is one stretch of memory
+        def maps(t): return t.unflatten(1, (*x.shape[2:], x.shape[1])).permute(0, 3, 1, 2)
+        y = self._branch(maps(rows.index_select(0, keep)), 1 / (1 - rate))
+        return maps(rows.index_add(0, keep, y.permute(0, 2, 3, 1).flatten(1).to(x.dtype)))
 
 # %% ../../nbs/21_models.patchconvnet.ipynb #52dbc1ef
 def _in_slices(f, x, rows=4096):
