@@ -8,9 +8,9 @@ __all__ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPo
            'CutMixUpAugment', 'DATASETS', 'HEADS', 'LearnedAggregation', 'LearnedAggregationHead',
            'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'Mish', 'MixedPrecision', 'RECIPES',
            'Recipe', 'TokenBatchNorm', 'agreement', 'attention_maps', 'attention_pool', 'attention_pool_plain',
-           'attention_scores', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix', 'cutmix_box',
-           'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'find_pools', 'fold',
-           'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish', 'mixup',
+           'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix',
+           'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'find_pools',
+           'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish', 'mixup',
            'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'scale_up', 'show_maps',
            'small_data_metrics', 'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50', 'xeca_resnext50s',
            'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
@@ -18,7 +18,7 @@ __all__ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPo
 # %% ../nbs/51_all.ipynb #f18ea5f4
 from .bench.data import DATASETS, cluttered_digits, digits_dls, get_dls, picture_dls, valid_dl
 from .callback.cutmixup import CutMixUp, CutMixUpAugment
-from .callback.precision import ChannelsLast, MixedPrecision
+from .callback.precision import ChannelsLast, MixedPrecision, best_amp
 from .distributed import distributed, join_processes, scale_up
 from .functional import attention_pool, attention_pool_plain, attention_scores, mish
 from .heads import (HEADS, AvgAttnConcatPoolHead, AvgAttnPoolHead, AvgAttnPoolSlimHead, AvgPoolHead, LearnedAggregationHead,
@@ -38,7 +38,7 @@ _all_ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPool
          'AvgAttnPooling2d', 'AvgAttnPooling2dS', 'AvgPoolHead', 'ChannelsLast', 'CutMixUp', 'CutMixUpAugment', 'DATASETS', 'HEADS',
          'LearnedAggregation', 'LearnedAggregationHead', 'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'Mish',
          'MixedPrecision', 'RECIPES', 'Recipe', 'TokenBatchNorm', 'agreement', 'attention_maps', 'attention_pool', 'attention_pool_plain',
-         'attention_scores', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix', 'cutmix_box', 'cutmixup', 'deletion_insertion',
+         'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix', 'cutmix_box', 'cutmixup', 'deletion_insertion',
          'digits_dls', 'distributed', 'energy_in_box', 'find_pools', 'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page',
          'mish', 'mixup', 'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'scale_up', 'show_maps', 'small_data_metrics', 'valid_dl',
          'vision_learner', 'with_head', 'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']

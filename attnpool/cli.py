@@ -71,6 +71,10 @@ def bench(
     arch: Annotated[str, typer.Option(help='Network: xeca_resnext_tiny, xeca_resnext50s, ..., or any timm name.')] = 'xeca_resnext_tiny',
     recipe: Annotated[str, typer.Option(help='Recipe: quick, mixed (with CutMixUpAugment, in bfloat16), blog, paper-small.')] = 'quick',
     mix: Annotated[str | None, typer.Option(help="What mixes the pictures: cutmixup, mixup, cutmix, or none.  [default: the recipe's]")] = None,
+    opt: Annotated[str | None, typer.Option(help="Optimizer: adam, ranger, lamb.  [default: the recipe's]")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Schedule: one_cycle, flat_cos, cosine.  [default: the recipe's]")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="Share of the label spread over all classes.  [default: the recipe's]")] = None,
+    wd: Annotated[float | None, typer.Option(help="Weight decay.  [default: the recipe's]")] = None,
     precision: Annotated[str | None, typer.Option(help="float32, bf16, fp16, or auto: mixed on a GPU, float32 elsewhere.  [default: the recipe's]")] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out instead of stopping.')] = False,
     eval_sizes: Annotated[str, typer.Option(help='Further picture sizes at which to validate after training, separated by commas: 256,384.')] = '',
@@ -110,7 +114,8 @@ def bench(
     from attnpool.heads import HEADS
     names = list(HEADS) if heads == 'all' else _list('heads', heads)
     sizes = _list('eval-sizes', eval_sizes, int) if eval_sizes else ()
-    common = dict(epochs=epochs, size=size, bs=bs, lr=lr, mix='' if mix == 'none' else mix, precision=precision)
+    common = dict(epochs=epochs, size=size, bs=bs, lr=lr, mix='' if mix == 'none' else mix, opt=opt, schedule=schedule, label_smoothing=label_smoothing,
+                  wd=wd, precision=precision)
     n = max(gpus, 1) if cluster else None   # processes of a run
     specs = [scale_up(make_spec(data, head, seed, arch, recipe, sizes, skip_broken, **common), n) for seed in _list('seeds', seeds, int) for head in names]
     console = Console()
