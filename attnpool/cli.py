@@ -290,7 +290,7 @@ def speed(
 def complexity(
     networks: Annotated[str | None, typer.Option(help="timm names, or NAME+HEAD, separated by commas.  [default: the PatchConvNets and their rivals]")] = None,
     sizes: Annotated[str, typer.Option(help='Sides of the pictures, in pixels, multiples of 32, separated by commas.')] = '224',
-    speed: Annotated[bool, typer.Option('--speed/--no-speed', help='Measure pictures per second as well.')] = True,
+    speed: Annotated[bool, typer.Option('--speed', help='Measure pictures per second as well: minutes per network on a CPU.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='The table as CSV.')] = Path('complexity.csv'),
 ):

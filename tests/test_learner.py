@@ -8,7 +8,8 @@ from fastai.vision.all import (Learner, accuracy, load_learner, mobilenet_v2, re
 from torch import nn
 
 from attnpool.heads import HEADS, AvgAttnConcatPoolHead, LearnedAggregationHead
-from attnpool.learner import RECIPES, Recipe, TimmMap, get_recipe, map_width, recipe_learner, vision_learner
+from attnpool.learner import RECIPES, Recipe, get_recipe, map_width, recipe_learner, vision_learner
+from attnpool.models.surgery import TimmMap
 from attnpool.models.xresnet import xeca_resnext_tiny
 
 quiet = dict(pretrained=False)
@@ -23,6 +24,19 @@ def test_the_head_gets_the_map_of_any_network(dls, arch, ni):
     xb = dls.one_batch()[0]
     assert body.eval()(xb).ndim == 4
     assert learn.model(xb).shape == (len(xb), 10)
+
+
+def test_vision_transformers_give_their_patches_as_a_map(dls):
+    learn = vision_learner(dls, "vit_tiny_patch16_224", custom_head=LearnedAggregationHead, **quiet)
+    assert learn.model[1][0].attn.ni == 192 and learn.model[0].eval()(torch.randn(1, 3, 224, 224)).shape == (1, 192, 14, 14)
+
+
+def test_patchconvnet_keeps_its_aggregation_or_takes_a_head(dls):
+    own = vision_learner(dls, "patchconvnet_s20", depth=2, **quiet)
+    assert type(own.model[0].model.pool).__name__ == "PaperAggregation" and own.model(dls.one_batch()[0]).shape == (16, 10)
+    assert len(own.splitter(own.model)) == 3   # stem and first half, second half, the rest: for differential rates
+    other = vision_learner(dls, "patchconvnet_s20", depth=2, custom_head=LearnedAggregationHead, **quiet)
+    assert other.model[0](dls.one_batch()[0]).shape == (16, 384, 4, 4) and other.model[1][0].attn.ni == 384
 
 
 @pytest.mark.parametrize("arch, cut, ni", [(resnet18, -3, 256), (resnet18, lambda m: nn.Sequential(*list(m.children())[:-4]), 128), (mobilenet_v2, -1, 1280)])
@@ -110,8 +124,7 @@ def test_our_networks_in_a_plain_learner(dls):
      ValueError, "has no pooling layer at which to cut it. Pass cut="),
     (lambda dls: vision_learner(dls, lambda pretrained: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.AdaptiveAvgPool2d(1)), custom_head=LearnedAggregationHead, **quiet),
      ValueError, "arch: cannot find the width of its map"),
-    (lambda dls: vision_learner(dls, "vit_tiny_patch16_224", custom_head=LearnedAggregationHead, **quiet), ValueError,
-     "tokens (b, n, c) as vision transformers do, instead of a map (b, c, h, w)"),
+    (lambda dls: map_width(nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.Flatten(2))), ValueError, "tokens (b, n, c) as vision transformers do, instead of a map (b, c, h, w)"),
     (lambda dls: vision_learner(dls, resnet18, custom_head=LearnedAggregationHead, n_out=0, **quiet), ValueError, "n_out: expected at least 1 output, got 0"),
     (lambda dls: vision_learner(dls, resnet18, n_out=0, **quiet), ValueError, "n_out: expected at least 1 output, got 0"),
     (lambda dls: vision_learner(dls, shufflenet_v2_x0_5, custom_head=LearnedAggregationHead, **quiet), ValueError, "of its 56 convolutions"),
