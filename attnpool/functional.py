@@ -255,7 +255,7 @@ class _Core(torch.autograd.Function):
 def _core(x, u, mask, centre, eps, mean):
     "`_core_plain`, in chunks where that pays and nobody traces the operations."
     # vmap and grad of torch.func, which Function.apply asks for in the same way
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.is_meta
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.is_meta or hasattr(x, 'fake_mode')
     if traced or x.numel() == 0 or (x.is_cpu and x.numel() <= _SMALL):
         return _core_plain(x, u, mask, centre, eps, mean)
     x = x.as_subclass(Tensor)
@@ -358,6 +358,6 @@ def mish(
     x: Tensor, # Any shape, dtype and memory format
 ) -> Tensor: # The same shape
     "`F.mish`, more than twice as quick in training on a CPU; elsewhere, and where the operations are traced, `F.mish` itself."
-    if not x.is_cpu or not x.is_floating_point() or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if not x.is_cpu or hasattr(x, 'fake_mode') or not x.is_floating_point() or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return F.mish(x)
     return _Mish.apply(x)

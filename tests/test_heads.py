@@ -201,6 +201,16 @@ def test_bad_input(make, error, words):
     assert words in str(e.value)
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_head_on_fake_tensors(name):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        x = torch.randn(4, 64, 32, 32, requires_grad=True)
+        out = HEADS[name](64, 5)(x)
+        out.sum().backward()
+        assert out.shape == (4, 5) and x.grad.shape == x.shape
+
+
 def test_registries_are_dicts_that_never_lose_a_name():
     table = Registry("thing")
     table["a"] = 1
