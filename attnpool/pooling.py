@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AttentionPool2d', 'LearnedAggregation', 'LearnedAggregationSandwich', 'AvgAttnPooling2d', 'AvgAttnPooling2dS',
-           'AvgAttnConcatPooling2d']
+           'AvgAttnConcatPooling2d', 'AvgStartAttnPooling2d', 'ClassQueryPooling2d']
 
 # %% ../nbs/11_pooling.ipynb #3ee3bddd
 from typing import Callable
@@ -13,7 +13,8 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .functional import attention_pool, attention_scores
+from .functional import (_near, _no_autocast, _scores, _scratch, _statistics, _wide, _widen,
+                                 attention_pool, attention_scores)
 from .layers import check_rate, drop_path, make_norm
 
 # %% ../nbs/11_pooling.ipynb #0904418e
@@ -183,3 +184,180 @@ class AvgAttnConcatPooling2d(_FFNPooling):
         a = self.query + self.drop_path(self.norm1(attn))
         a = a + self.drop_path(self.ffn(self.norm2(a)))
         return self.act(torch.cat([self.norm4(mean), self.norm3(a)], dim=1))
+
+# %% ../nbs/11_pooling.ipynb #d92a00ff
+_START_CHUNK = 1 << 21   # bytes of float32
+
+def _start_chunks(x):
+    step = max(1, (_START_CHUNK if x.is_cpu else 1 << 28) // (4 * x.shape[1] * x.shape[2]))
+    return [slice(i, i + step) for i in range(0, len(x), step)]
+
+def _mixture(a, m): return a if m is None else a * (1 - m) + m / a.shape[-1]
+
+def _start_plain(x, u, m, eps):
+    "What each query pools of its own channels, `(b, c)`. `m`: the share of uniform weights, a number, `(b, 1, 1)` or None."
+    t = x.flatten(2).to(u.dtype)
+    a = _mixture(_scores(t, u, True, eps)[-1].softmax(-1), m)
+    return (t.unflatten(1, (len(u), -1)) * a[:, :, None]).sum(-1).flatten(1)
+
+def _spread(g, k):
+    "`(b, c)` to `(b, k, c)`: row `k` holds the channels of query `k`, zeros elsewhere."
+    out = g.new_zeros(len(g), k, k, g.shape[1] // k)
+    out.diagonal(dim1=1, dim2=2).copy_(g.unflatten(1, (k, -1)).mT)
+    return out.flatten(2)
+
+def _own_dots(g, x, k):
+    "`g` `(b, c)` times `x` `(b, c, n)`, summed over the channels of each query: `(b, k, n)`."
+    b, c, n = x.shape
+    if x.mT.is_contiguous(): return (x.mT @ _spread(g, k).mT).mT
+    return torch.bmm(g.reshape(b * k, 1, c // k), x.reshape(b * k, c // k, n)).view(b, k, n)
+
+def _own_gather(w, x):
+    "`w` `(b, k, n)` times `x` `(b, c, n)`, each query on its channels: `(b, c)`."
+    b, k, n = w.shape
+    if x.mT.is_contiguous(): return (w @ x.mT).unflatten(2, (k, -1)).diagonal(dim1=1, dim2=2).mT.flatten(1)
+    return torch.bmm(w.reshape(b * k, 1, n), x.reshape(b * k, -1, n).mT).view(b, -1)
+
+def _start_forward(x, u, m, eps):
+    "`_start_plain` in chunks, and what the backward pass needs: mean, `r`, weights before the mixture, `u·x`."
+    k, parts = len(u), []
+    u = u - u.mean(-1, keepdim=True)
+    for s in _start_chunks(x):
+        t, mu, far, r, d = _statistics(_widen(x[s]), u, True, eps)
+        a = (d * r).softmax(-1)
+        w = _mixture(a, m[s] if isinstance(m, Tensor) else m)
+        z = _own_gather(w, t)
+        if far: z = (z.unflatten(1, (k, -1)) + (w * mu).sum(-1, keepdim=True)).flatten(1)   # the mean was subtracted from the chunk
+        parts.append((z, mu, r, a, d))
+    return [torch.cat(part) for part in zip(*parts)]
+
+def _start_backward(x, u, m, mu, r, a, d, g, need_x):
+    "Gradients of the map (None unless asked for) and of `u`, in chunks."
+    k, c = u.shape
+    u = u - u.mean(-1, keepdim=True)
+    rows, gx, gu = torch.cat([u, u.new_ones(1, c)]).mT, torch.empty_like(x) if need_x else None, torch.zeros_like(u)
+    for s in _start_chunks(x):
+        t = chunk = _widen(x[s])
+        out = None if gx is None else gx[s] if gx.dtype == u.dtype else chunk   # a widened chunk is ours to write to
+        M, R, A, D, G, W = mu[s], r[s], a[s], d[s], g[s], a[s]
+        far = not _near(M, R**-2)
+        if far: t = torch.sub(t, M, out=_scratch(t, 'chunk') if out is None else out)
+        da = _own_dots(G, t, k)
+        if far: da = da + M * G.unflatten(1, (k, -1)).sum(-1, keepdim=True)
+        if m is not None:
+            share = m[s] if isinstance(m, Tensor) else m
+            da, W = da * (1 - share), _mixture(A, share)
+        ds = A * (da - (A * da).sum(-1, keepdim=True))
+        dd = ds * R
+        gu += torch.bmm(dd, t.mT).sum(0)
+        if out is None: continue
+        kappa = -(ds * D).sum(1, keepdim=True) * R**3 / c
+        torch.mul(t, kappa, out=out)
+        shift = torch.zeros_like(M) if far else -kappa * M
+        out.baddbmm_(torch.cat([rows.expand(len(G), -1, -1), _spread(G, k).mT], 2), torch.cat([dd, shift, W], 1))
+        if out is chunk: gx[s] = out
+    return gx, gu - gu.mean(-1, keepdim=True)
+
+class _Start(torch.autograd.Function):
+    "Saves the map and a few numbers per position; a second derivative goes through `_start_plain`."
+    @staticmethod
+    def forward(ctx, x, u, m, eps):
+        with _no_autocast(x): z, *kept = _start_forward(x, u, m, eps)
+        ctx.save_for_backward(x, u, *kept)
+        ctx.options = m, eps
+        return z
+
+    @staticmethod
+    def backward(ctx, g):
+        x, u, *kept = ctx.saved_tensors
+        m, eps = ctx.options
+        need_x, need_u, *_ = ctx.needs_input_grad
+        with _no_autocast(x):
+            if not torch.is_grad_enabled(): return *_start_backward(x, u, m, *kept, g, need_x), None, None
+            grads = iter(torch.autograd.grad(_start_plain(x, u, m, eps), [t for t, need in ((x, need_x), (u, need_u)) if need], g, create_graph=True))
+            return next(grads) if need_x else None, next(grads) if need_u else None, None, None
+
+def _start(x, u, m, eps):
+    "`_start_plain`, in chunks where that pays and nobody traces the operations."
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.is_meta
+    if traced or x.numel() == 0 or (x.is_cpu and x.numel() <= 1 << 16): return _start_plain(x, u, m, eps)
+    x = x.as_subclass(Tensor)
+    if not (x.is_contiguous() or x.mT.is_contiguous()): x = x.contiguous()
+    if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad): return _Start.apply(x, u, m, eps)
+    return _start_forward(x, u, m, eps)[0]
+
+class _ZeroQueryPooling(nn.Module):
+    "Queries that start at zero and look at the normalised map."
+    eps = 1e-5
+    def __init__(self, ni, n_queries):
+        super().__init__()
+        if ni < 1: raise ValueError(f"ni: expected the number of channels of the map, got {ni}.")
+        self.ni = ni
+        self.query = nn.Parameter(torch.zeros(n_queries, ni))
+
+    def _check(self, x):
+        if x.ndim != 4: raise ValueError(f"x: expected a map of shape (b, c, h, w), got {tuple(x.shape)}. One picture: x[None].")
+        if x.shape[1] != self.ni: raise ValueError(f"x: expected {self.ni} channels, got {x.shape[1]}. Build the layer with ni=x.shape[1].")
+        if x.shape[2] * x.shape[3] == 0: raise ValueError(f"x: a map of shape {tuple(x.shape)} has no positions to pool. Use a larger picture.")
+
+    def _weights(self, x):
+        "The map `(b, c, n)` in float32 or wider, and the weights `(b, k, n)`."
+        self._check(x)
+        dtype = _wide(x.dtype)
+        with _no_autocast(x):
+            m = x.flatten(2).to(dtype)
+            return m, _scores(m, self.query.to(dtype), True, self.eps)[-1].softmax(-1)
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        "Where each query looks: `(b, ni, h, w)` to weights `(b, queries, h, w)` that sum to one over positions."
+        return self._weights(x)[1].unflatten(-1, x.shape[2:])
+
+class AvgStartAttnPooling2d(_ZeroQueryPooling):
+    "Attention pooling that starts as average pooling: queries from zero, each pooling its own share of the channels."
+    def __init__(self,
+        ni: int, # Channels of the map, and of the result
+        n_queries: int = 8, # Queries, a divisor of `ni`; each has its own map and pools `ni/n_queries` channels
+        mix: float = 0., # Share of the training pictures that see uniform weights, in [0, 1]; in eval mode the weights are the same mixture
+    ):
+        if n_queries < 1 or ni % n_queries:
+            raise ValueError(f"n_queries: {n_queries} does not divide the {ni} channels. Use a divisor of {ni}.")
+        if not 0 <= mix <= 1: raise ValueError(f"mix: expected a share in [0, 1], got {mix}. Use 0 for attention alone, .5 for half of the pictures.")
+        super().__init__(ni, n_queries)
+        self.c_out, self.mix = ni, mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        "`(b, ni, h, w)` to `(b, ni)`."
+        self._check(x)
+        dtype, m = _wide(x.dtype), self.mix or None
+        if self.mix and self.training: m = (torch.rand(len(x), 1, 1, device=x.device) < self.mix).to(dtype)
+        with _no_autocast(x): return _start(x.flatten(2), self.query.to(dtype), m, self.eps).to(x.dtype)
+
+    def attention_map(self,
+        x: Tensor, # `(b, ni, h, w)`
+        combined: bool = False, # One map, the mean over the queries, instead of one for each
+    ) -> Tensor: # `(b, n_queries, h, w)` or `(b, 1, h, w)`; sums to one over positions
+        "Where each query looks in eval mode, the uniform share of `mix` included."
+        weights = _mixture(super().attention_map(x).flatten(2), self.mix or None).unflatten(-1, x.shape[2:])
+        return weights.mean(1, keepdim=True) if combined else weights
+
+    def extra_repr(self): return f'{self.ni}, n_queries={len(self.query)}, mix={self.mix:g}'
+
+# %% ../nbs/11_pooling.ipynb #98739862
+class ClassQueryPooling2d(_ZeroQueryPooling):
+    "One query per class, from zero, over that class's logits of every position; pool and classifier in one."
+    def __init__(self,
+        ni: int, # Channels of the map
+        n_out: int, # Classes, and so queries, maps and outputs
+    ):
+        super().__init__(ni, n_out)
+        self.c_out = n_out
+        self.linear = nn.Linear(ni, n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        "`(b, ni, h, w)` to logits `(b, n_out)`."
+        m, weights = self._weights(x)
+        with _no_autocast(x):
+            out = (weights * (self.linear.weight.to(m.dtype) @ m)).sum(-1) + self.linear.bias.to(m.dtype)
+        return out.to(x.dtype)
+
+    def extra_repr(self): return f'{self.ni}, {self.c_out}'
