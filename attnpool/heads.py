@@ -62,9 +62,11 @@ class LearnedAggregationHead(_Head):
         ni: int, # Channels of the map
         n_out: int, # Outputs
         norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm in the pool and after it
+        final_act: Callable[[], nn.Module] | None = None, # Activation before the linear layer
         **kwargs
     ):
-        super().__init__(LearnedAggregation(ni, norm=norm, **kwargs), make_norm(norm, ni), _linear(ni, n_out))
+        act = [] if final_act is None else [final_act()]
+        super().__init__(LearnedAggregation(ni, norm=norm, **kwargs), make_norm(norm, ni), *act, _linear(ni, n_out))
 
 # %% ../nbs/12_heads.ipynb #9f178da3
 @HEADS.register('sandwich')
@@ -75,9 +77,11 @@ class LearnedAggregationSandwichHead(_Head):
         ni: int, # Channels of the map
         n_out: int, # Outputs
         norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm in the pool and after it
+        final_act: Callable[[], nn.Module] | None = None, # Activation before the linear layer
         **kwargs
     ):
-        super().__init__(LearnedAggregationSandwich(ni, norm=norm, **kwargs), make_norm(norm, ni), _linear(ni, n_out))
+        act = [] if final_act is None else [final_act()]
+        super().__init__(LearnedAggregationSandwich(ni, norm=norm, **kwargs), make_norm(norm, ni), *act, _linear(ni, n_out))
 
 # %% ../nbs/12_heads.ipynb #613af695
 @HEADS.register('avgattn')

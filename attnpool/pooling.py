@@ -7,6 +7,7 @@ __all__ = ['AttentionPool2d', 'LearnedAggregation', 'LearnedAggregationSandwich'
            'AvgAttnConcatPooling2d', 'AvgStartAttnPooling2d', 'ClassQueryPooling2d']
 
 # %% ../nbs/11_pooling.ipynb #3ee3bddd
+from functools import partial
 from typing import Callable
 
 import torch
@@ -18,9 +19,9 @@ from .functional import (_near, _no_autocast, _scores, _scratch, _statistics, _w
 from .layers import check_rate, drop_path, make_norm
 
 # %% ../nbs/11_pooling.ipynb #0904418e
-def _init_weights(m):
+def _init_weights(m, std=.02):
     if isinstance(m, nn.Linear):
-        nn.init.trunc_normal_(m.weight, std=.02)
+        nn.init.trunc_normal_(m.weight, std=std)
         if m.bias is not None: nn.init.zeros_(m.bias)
 
 class AttentionPool2d(nn.Module):
@@ -37,18 +38,20 @@ class AttentionPool2d(nn.Module):
         num_heads: int = 1, # Heads; the paper argues for one, so that the map is the weight itself
         attn_drop: float = 0., # Dropout on the attention weights
         proj_drop: float = 0., # Dropout after the output projection
+        init_std: float = .02, # Standard deviation of the initial weights, cut at 2 on both sides; above 0
     ):
         super().__init__()
         if ni < 1: raise ValueError(f"ni: expected the number of channels of the map, got {ni}.")
         if num_heads < 1 or ni % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide the {ni} channels. Use a divisor of {ni}.")
         self.ni, self.scale, self.num_heads = ni, scale, num_heads
+        if not init_std > 0: raise ValueError(f"init_std: expected a standard deviation above 0, got {init_std}. The blog's is .02.")
         self.attn_drop = check_rate('attn_drop', attn_drop)
         self.norm = make_norm(norm, ni)
         self.q, self.k, self.v = (nn.Linear(ni, ni, bias=bias) for _ in range(3))
         self.proj = nn.Linear(ni, ni)
         self.proj_drop = nn.Dropout(check_rate('proj_drop', proj_drop))
-        self.apply(_init_weights)
+        self.apply(partial(_init_weights, std=init_std))
 
     def forward(self,
         x: Tensor, # `(b, ni, h, w)`
@@ -101,53 +104,84 @@ class _FFNPooling(_AttnPooling):
     def __init__(self,
         ni: int, # Channels of the map
         attn_bias: bool = True, # Biases of query, key and value
-        ffn_expand: float = 3, # Width of the feed-forward part over `ni`
+        ffn_expand: float | None = 3, # Width of the feed-forward part over `ni`; None for no feed-forward part
         norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm of positions and of vectors
         act_cls: Callable[[], nn.Module] = nn.GELU, # Activation of the feed-forward part, and at the end of the concat pool
         drop_path_rate: float = 0., # Stochastic depth on both branches
         **kwargs
     ):
         super().__init__(ni, attn_bias, norm, drop_path_rate, **kwargs)
-        self._layers(ni, norm, act_cls)
-        self.ffn = _feed_forward(ni, ffn_expand, act_cls, norm if self.sandwich else None)
+        self.ffn = None
+        self._layers(ni, norm, act_cls, ffn_expand is not None)
+        if ffn_expand is not None: self.ffn = _feed_forward(ni, ffn_expand, act_cls, norm if self.sandwich else None)
 
-def _gamma(ni): return nn.Parameter(torch.full((ni,), 1e-4))
+class _GammaPooling(_FFNPooling):
+    @delegates(AttentionPool2d.__init__, but=['bias', 'norm'])
+    def __init__(self,
+        ni: int, # Channels of the map
+        attn_bias: bool = True, # Biases of query, key and value
+        ffn_expand: float | None = 3, # Width of the feed-forward part over `ni`; None for no feed-forward part
+        norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm of positions and of vectors
+        act_cls: Callable[[], nn.Module] = nn.GELU, # Activation of the feed-forward part
+        drop_path_rate: float = 0., # Stochastic depth on both branches
+        gamma: float | None = 1e-4, # Initial value of both `gamma`; None for branches without
+        gamma_per_channel: bool = True, # One `gamma` for each channel, or a single one
+        residual: str = 'query', # What the attention is added to: 'query', 'mean' or 'both'
+        **kwargs
+    ):
+        if residual not in ('query', 'mean', 'both'): raise ValueError(f"residual: expected 'query', 'mean' or 'both', got {residual!r}.")
+        self._gamma_init, self._gamma_size, self.residual = gamma, ni if gamma_per_channel else 1, residual   # `_layers` reads them
+        super().__init__(ni, attn_bias, ffn_expand, norm, act_cls, drop_path_rate, **kwargs)
+
+    def _gamma(self):
+        return None if self._gamma_init is None else nn.Parameter(torch.full((self._gamma_size,), float(self._gamma_init)))
+
+    def _attend(self, x):
+        "What the attention finds, and what it is added to."
+        if self.residual == 'query': return self.attn(x, self.query), self.query
+        attn, mean = self.attn(x, self.query, return_mean=True)
+        return attn, mean + self.query if self.residual == 'both' else mean
+
+def _scaled(gamma, x): return x if gamma is None else gamma * x
 
 # %% ../nbs/11_pooling.ipynb #73becc4b
-class LearnedAggregation(_FFNPooling):
+class LearnedAggregation(_GammaPooling):
     "Learned Aggregation (paper, section 3.1): attention and feed-forward, each added with a learned `gamma` per channel."
     sandwich = False
-    def _layers(self, ni, norm, act_cls):
-        self.gamma_1, self.gamma_2, self.norm = _gamma(ni), _gamma(ni), make_norm(norm, ni)
+    def _layers(self, ni, norm, act_cls, ffn):
+        self.gamma_1 = self._gamma()
+        if ffn: self.gamma_2, self.norm = self._gamma(), make_norm(norm, ni)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
-        x = self.query + self.drop_path(self.gamma_1 * self.attn(x, self.query))
-        return x + self.drop_path(self.gamma_2 * self.ffn(self.norm(x)))
+        attn, residual = self._attend(x)
+        x = residual + self.drop_path(_scaled(self.gamma_1, attn))
+        return x if self.ffn is None else x + self.drop_path(_scaled(self.gamma_2, self.ffn(self.norm(x))))
 
 # %% ../nbs/11_pooling.ipynb #5fdfe2fc
-class LearnedAggregationSandwich(_FFNPooling):
+class LearnedAggregationSandwich(_GammaPooling):
     "Learned Aggregation with sandwich norm: a norm after the attention and one inside the feed-forward part."
-    def _layers(self, ni, norm, act_cls):
-        self.gamma_1, self.gamma_2 = _gamma(ni), _gamma(ni)
-        self.norm1, self.norm2 = make_norm(norm, ni), make_norm(norm, ni)
+    def _layers(self, ni, norm, act_cls, ffn):
+        self.gamma_1, self.norm1 = self._gamma(), make_norm(norm, ni)
+        if ffn: self.gamma_2, self.norm2 = self._gamma(), make_norm(norm, ni)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
-        x = self.query + self.drop_path(self.gamma_1 * self.norm1(self.attn(x, self.query)))
-        return x + self.drop_path(self.gamma_2 * self.ffn(self.norm2(x)))
+        attn, residual = self._attend(x)
+        x = residual + self.drop_path(_scaled(self.gamma_1, self.norm1(attn)))
+        return x if self.ffn is None else x + self.drop_path(_scaled(self.gamma_2, self.ffn(self.norm2(x))))
 
 # %% ../nbs/11_pooling.ipynb #ae3def5b
 class AvgAttnPooling2d(_FFNPooling):
     "Average Attention Pooling (blog): mean plus attention, norm, then a feed-forward part with sandwich norm."
-    def _layers(self, ni, norm, act_cls):
+    def _layers(self, ni, norm, act_cls, ffn):
         self.norm = make_norm(norm, ni)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
         attn, mean = self.attn(x, self.query, return_mean=True)
         x = self.norm(mean + self.drop_path(attn))
-        return x + self.drop_path(self.ffn(x))
+        return x if self.ffn is None else x + self.drop_path(self.ffn(x))
 
 # %% ../nbs/11_pooling.ipynb #74aa638d
 class AvgAttnPooling2dS(_AttnPooling):
@@ -173,16 +207,17 @@ class AvgAttnPooling2dS(_AttnPooling):
 # %% ../nbs/11_pooling.ipynb #2bcdcef0
 class AvgAttnConcatPooling2d(_FFNPooling):
     "Concat Attention Pooling (blog): the mean and a Learned Aggregation without `gamma`, each normed, concatenated, activated; `c_out` is `2*ni`."
-    def _layers(self, ni, norm, act_cls):
+    def _layers(self, ni, norm, act_cls, ffn):
         self.c_out = 2 * ni
-        self.norm1, self.norm2, self.norm3, self.norm4 = (make_norm(norm, ni) for _ in range(4))
+        self.norm1, self.norm3, self.norm4 = (make_norm(norm, ni) for _ in range(3))
+        if ffn: self.norm2 = make_norm(norm, ni)
         self.act = act_cls()
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, 2*ni)`: average half first."
         attn, mean = self.attn(x, self.query, return_mean=True)
         a = self.query + self.drop_path(self.norm1(attn))
-        a = a + self.drop_path(self.ffn(self.norm2(a)))
+        if self.ffn is not None: a = a + self.drop_path(self.ffn(self.norm2(a)))
         return self.act(torch.cat([self.norm4(mean), self.norm3(a)], dim=1))
 
 # %% ../nbs/11_pooling.ipynb #d92a00ff
