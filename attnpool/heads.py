@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'check_n_out', 'AvgPoolHead', 'LearnedAggregationHead', 'LearnedAggregationSandwichHead', 'AvgAttnPoolHead',
-           'AvgAttnPoolSlimHead', 'AvgAttnConcatPoolHead', 'fold']
+           'AvgAttnPoolSlimHead', 'AvgAttnConcatPoolHead', 'AvgStartAttnPoolHead', 'ClassQueryPoolHead', 'fold']
 
 # %% ../nbs/12_heads.ipynb #d933f090
 from copy import deepcopy
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .functional import _core, _eps, _fold_query, _foldable, _no_autocast, _scores, _wide
 from .layers import make_norm
-from .pooling import (AttentionPool2d, AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS,
-                              LearnedAggregation, LearnedAggregationSandwich)
+from .pooling import (AttentionPool2d, AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, AvgStartAttnPooling2d,
+                              ClassQueryPooling2d, LearnedAggregation, LearnedAggregationSandwich, _ZeroQueryPooling)
 from .registry import Registry
 
 # %% ../nbs/12_heads.ipynb #c91d11a4
@@ -39,6 +39,11 @@ def check_n_out(
 
 def _linear(ni, n_out): return nn.Linear(ni, check_n_out(n_out))
 
+def _xresnet_init(linear):
+    nn.init.kaiming_normal_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
 @HEADS.register('avg')
 class AvgPoolHead(_Head):
     "Average pooling and a linear layer."
@@ -46,9 +51,7 @@ class AvgPoolHead(_Head):
         ni: int, # Channels of the map
         n_out: int, # Outputs
     ):
-        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), _linear(ni, n_out))
-        nn.init.kaiming_normal_(self[-1].weight)
-        nn.init.zeros_(self[-1].bias)
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), _xresnet_init(_linear(ni, n_out)))
 
 # %% ../nbs/12_heads.ipynb #54cd3e96
 @HEADS.register('learned')
@@ -59,9 +62,11 @@ class LearnedAggregationHead(_Head):
         ni: int, # Channels of the map
         n_out: int, # Outputs
         norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm in the pool and after it
+        final_act: Callable[[], nn.Module] | None = None, # Activation before the linear layer
         **kwargs
     ):
-        super().__init__(LearnedAggregation(ni, norm=norm, **kwargs), make_norm(norm, ni), _linear(ni, n_out))
+        act = [] if final_act is None else [final_act()]
+        super().__init__(LearnedAggregation(ni, norm=norm, **kwargs), make_norm(norm, ni), *act, _linear(ni, n_out))
 
 # %% ../nbs/12_heads.ipynb #9f178da3
 @HEADS.register('sandwich')
@@ -72,9 +77,11 @@ class LearnedAggregationSandwichHead(_Head):
         ni: int, # Channels of the map
         n_out: int, # Outputs
         norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm in the pool and after it
+        final_act: Callable[[], nn.Module] | None = None, # Activation before the linear layer
         **kwargs
     ):
-        super().__init__(LearnedAggregationSandwich(ni, norm=norm, **kwargs), make_norm(norm, ni), _linear(ni, n_out))
+        act = [] if final_act is None else [final_act()]
+        super().__init__(LearnedAggregationSandwich(ni, norm=norm, **kwargs), make_norm(norm, ni), *act, _linear(ni, n_out))
 
 # %% ../nbs/12_heads.ipynb #613af695
 @HEADS.register('avgattn')
@@ -116,6 +123,29 @@ class AvgAttnConcatPoolHead(_Head):
         **kwargs
     ):
         super().__init__(AvgAttnConcatPooling2d(ni, norm=norm, **kwargs), _linear(2*ni, n_out))
+
+# %% ../nbs/12_heads.ipynb #8ce6f1f7
+@HEADS.register('avgstart')
+class AvgStartAttnPoolHead(_Head):
+    "Attention pooling that starts as average pooling, linear."
+    @delegates(AvgStartAttnPooling2d)
+    def __init__(self,
+        ni: int, # Channels of the map
+        n_out: int, # Outputs
+        **kwargs
+    ):
+        super().__init__(AvgStartAttnPooling2d(ni, **kwargs), _xresnet_init(_linear(ni, n_out)))
+
+# %% ../nbs/12_heads.ipynb #f21002dc
+@HEADS.register('classquery')
+class ClassQueryPoolHead(_Head):
+    "One query per class, from zero, over the logits of every position."
+    def __init__(self,
+        ni: int, # Channels of the map
+        n_out: int, # Outputs
+    ):
+        super().__init__(ClassQueryPooling2d(ni, check_n_out(n_out)))
+        _xresnet_init(self[0].linear)
 
 # %% ../nbs/12_heads.ipynb #b6a1d7a0
 class _FoldedAttention(nn.Module):
@@ -162,7 +192,8 @@ def fold(
         raise ValueError("model: it is in training mode, where its weights still change and dropout is on. Use fold(model.eval()).")
     model = deepcopy(model).requires_grad_(False)
     pools = {name: m for name, m in model.named_modules() if isinstance(getattr(m, 'attn', None), AttentionPool2d) and hasattr(m, 'query')}
-    if not pools: raise ValueError("model: there is no attention pool in it to fold. Give it a head that has one, for example AvgAttnConcatPoolHead.")
+    if not pools and not any(isinstance(m, _ZeroQueryPooling) for m in model.modules()):
+        raise ValueError("model: there is no attention pool in it to fold. Give it a head that has one, for example AvgAttnConcatPoolHead.")
     for name, pool in pools.items():
         if not _foldable(pool.attn.norm, pool.attn.ni):
             raise ValueError(f"model: the norm of {name or 'the pool'}.attn is a {type(pool.attn.norm).__name__}, which cannot be folded. "

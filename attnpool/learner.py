@@ -166,12 +166,13 @@ RECIPES = Registry('recipe')
 
 # %% ../nbs/32_learner.ipynb #717f933a
 RECIPES['quick'] = Recipe(epochs=8, size=40, bs=32, opt='adam', schedule='one_cycle',
-                          lr={'avg': 32e-3, 'learned': 2e-3, 'sandwich': 2e-3, 'avgattn': 2e-3, 'slim': 2e-3, 'concat': 16e-3, '*': 2e-3})
+                          lr={'avg': 32e-3, 'learned': 2e-3, 'sandwich': 2e-3, 'avgattn': 2e-3, 'slim': 2e-3, 'concat': 16e-3,
+                              'avgstart': 32e-3, 'classquery': 32e-3, '*': 2e-3})
 
 # %% ../nbs/32_learner.ipynb #3cdf2c26
 RECIPES['mixed'] = replace(RECIPES['quick'], opt='ranger', schedule='flat_cos', label_smoothing=.1, mix='cutmixup', precision='bf16')
 RECIPES['blog'] = Recipe(epochs=80, size=224, bs=64, opt='ranger', schedule='flat_cos', label_smoothing=.1, mix='cutmixup', lr={
-    'avg': 8e-3, 'learned': 2e-3, 'sandwich': 2e-3, 'avgattn': 3e-3, 'slim': 4e-3, 'concat': 4e-3, '*': 2e-3,
+    'avg': 8e-3, 'learned': 2e-3, 'sandwich': 2e-3, 'avgattn': 3e-3, 'slim': 4e-3, 'concat': 4e-3, 'avgstart': 8e-3, 'classquery': 8e-3, '*': 2e-3,
     'imagewoof/learned': 9e-4, 'imagewoof/sandwich': 1e-3, 'imagewoof/avgattn': 1e-3, 'imagewoof/slim': 2e-3,
     'petals/learned': 6e-4, 'petals/sandwich': 1e-3, 'petals/slim': 3e-3})
 RECIPES['paper-small'] = Recipe(epochs=100, size=224, bs=256, lr=3e-3, opt='lamb', schedule='cosine', label_smoothing=.1, mix='paper', wd=.01)

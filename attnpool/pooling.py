@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['AttentionPool2d', 'LearnedAggregation', 'LearnedAggregationSandwich', 'AvgAttnPooling2d', 'AvgAttnPooling2dS',
-           'AvgAttnConcatPooling2d']
+           'AvgAttnConcatPooling2d', 'AvgStartAttnPooling2d', 'ClassQueryPooling2d']
 
 # %% ../nbs/11_pooling.ipynb #3ee3bddd
+from functools import partial
 from typing import Callable
 
 import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .functional import attention_pool, attention_scores
+from .functional import (_near, _no_autocast, _scores, _scratch, _statistics, _wide, _widen,
+                                 attention_pool, attention_scores)
 from .layers import check_rate, drop_path, make_norm
 
 # %% ../nbs/11_pooling.ipynb #0904418e
-def _init_weights(m):
+def _init_weights(m, std=.02):
     if isinstance(m, nn.Linear):
-        nn.init.trunc_normal_(m.weight, std=.02)
+        nn.init.trunc_normal_(m.weight, std=std)
         if m.bias is not None: nn.init.zeros_(m.bias)
 
 class AttentionPool2d(nn.Module):
@@ -36,18 +38,20 @@ class AttentionPool2d(nn.Module):
         num_heads: int = 1, # Heads; the paper argues for one, so that the map is the weight itself
         attn_drop: float = 0., # Dropout on the attention weights
         proj_drop: float = 0., # Dropout after the output projection
+        init_std: float = .02, # Standard deviation of the initial weights, cut at 2 on both sides; above 0
     ):
         super().__init__()
         if ni < 1: raise ValueError(f"ni: expected the number of channels of the map, got {ni}.")
         if num_heads < 1 or ni % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide the {ni} channels. Use a divisor of {ni}.")
         self.ni, self.scale, self.num_heads = ni, scale, num_heads
+        if not init_std > 0: raise ValueError(f"init_std: expected a standard deviation above 0, got {init_std}. The blog's is .02.")
         self.attn_drop = check_rate('attn_drop', attn_drop)
         self.norm = make_norm(norm, ni)
         self.q, self.k, self.v = (nn.Linear(ni, ni, bias=bias) for _ in range(3))
         self.proj = nn.Linear(ni, ni)
         self.proj_drop = nn.Dropout(check_rate('proj_drop', proj_drop))
-        self.apply(_init_weights)
+        self.apply(partial(_init_weights, std=init_std))
 
     def forward(self,
         x: Tensor, # `(b, ni, h, w)`
@@ -100,53 +104,84 @@ class _FFNPooling(_AttnPooling):
     def __init__(self,
         ni: int, # Channels of the map
         attn_bias: bool = True, # Biases of query, key and value
-        ffn_expand: float = 3, # Width of the feed-forward part over `ni`
+        ffn_expand: float | None = 3, # Width of the feed-forward part over `ni`; None for no feed-forward part
         norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm of positions and of vectors
         act_cls: Callable[[], nn.Module] = nn.GELU, # Activation of the feed-forward part, and at the end of the concat pool
         drop_path_rate: float = 0., # Stochastic depth on both branches
         **kwargs
     ):
         super().__init__(ni, attn_bias, norm, drop_path_rate, **kwargs)
-        self._layers(ni, norm, act_cls)
-        self.ffn = _feed_forward(ni, ffn_expand, act_cls, norm if self.sandwich else None)
+        self.ffn = None
+        self._layers(ni, norm, act_cls, ffn_expand is not None)
+        if ffn_expand is not None: self.ffn = _feed_forward(ni, ffn_expand, act_cls, norm if self.sandwich else None)
 
-def _gamma(ni): return nn.Parameter(torch.full((ni,), 1e-4))
+class _GammaPooling(_FFNPooling):
+    @delegates(AttentionPool2d.__init__, but=['bias', 'norm'])
+    def __init__(self,
+        ni: int, # Channels of the map
+        attn_bias: bool = True, # Biases of query, key and value
+        ffn_expand: float | None = 3, # Width of the feed-forward part over `ni`; None for no feed-forward part
+        norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm of positions and of vectors
+        act_cls: Callable[[], nn.Module] = nn.GELU, # Activation of the feed-forward part
+        drop_path_rate: float = 0., # Stochastic depth on both branches
+        gamma: float | None = 1e-4, # Initial value of both `gamma`; None for branches without
+        gamma_per_channel: bool = True, # One `gamma` for each channel, or a single one
+        residual: str = 'query', # What the attention is added to: 'query', 'mean' or 'both'
+        **kwargs
+    ):
+        if residual not in ('query', 'mean', 'both'): raise ValueError(f"residual: expected 'query', 'mean' or 'both', got {residual!r}.")
+        self._gamma_init, self._gamma_size, self.residual = gamma, ni if gamma_per_channel else 1, residual   # `_layers` reads them
+        super().__init__(ni, attn_bias, ffn_expand, norm, act_cls, drop_path_rate, **kwargs)
+
+    def _gamma(self):
+        return None if self._gamma_init is None else nn.Parameter(torch.full((self._gamma_size,), float(self._gamma_init)))
+
+    def _attend(self, x):
+        "What the attention finds, and what it is added to."
+        if self.residual == 'query': return self.attn(x, self.query), self.query
+        attn, mean = self.attn(x, self.query, return_mean=True)
+        return attn, mean + self.query if self.residual == 'both' else mean
+
+def _scaled(gamma, x): return x if gamma is None else gamma * x
 
 # %% ../nbs/11_pooling.ipynb #73becc4b
-class LearnedAggregation(_FFNPooling):
+class LearnedAggregation(_GammaPooling):
     "Learned Aggregation (paper, section 3.1): attention and feed-forward, each added with a learned `gamma` per channel."
     sandwich = False
-    def _layers(self, ni, norm, act_cls):
-        self.gamma_1, self.gamma_2, self.norm = _gamma(ni), _gamma(ni), make_norm(norm, ni)
+    def _layers(self, ni, norm, act_cls, ffn):
+        self.gamma_1 = self._gamma()
+        if ffn: self.gamma_2, self.norm = self._gamma(), make_norm(norm, ni)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
-        x = self.query + self.drop_path(self.gamma_1 * self.attn(x, self.query))
-        return x + self.drop_path(self.gamma_2 * self.ffn(self.norm(x)))
+        attn, residual = self._attend(x)
+        x = residual + self.drop_path(_scaled(self.gamma_1, attn))
+        return x if self.ffn is None else x + self.drop_path(_scaled(self.gamma_2, self.ffn(self.norm(x))))
 
 # %% ../nbs/11_pooling.ipynb #5fdfe2fc
-class LearnedAggregationSandwich(_FFNPooling):
+class LearnedAggregationSandwich(_GammaPooling):
     "Learned Aggregation with sandwich norm: a norm after the attention and one inside the feed-forward part."
-    def _layers(self, ni, norm, act_cls):
-        self.gamma_1, self.gamma_2 = _gamma(ni), _gamma(ni)
-        self.norm1, self.norm2 = make_norm(norm, ni), make_norm(norm, ni)
+    def _layers(self, ni, norm, act_cls, ffn):
+        self.gamma_1, self.norm1 = self._gamma(), make_norm(norm, ni)
+        if ffn: self.gamma_2, self.norm2 = self._gamma(), make_norm(norm, ni)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
-        x = self.query + self.drop_path(self.gamma_1 * self.norm1(self.attn(x, self.query)))
-        return x + self.drop_path(self.gamma_2 * self.ffn(self.norm2(x)))
+        attn, residual = self._attend(x)
+        x = residual + self.drop_path(_scaled(self.gamma_1, self.norm1(attn)))
+        return x if self.ffn is None else x + self.drop_path(_scaled(self.gamma_2, self.ffn(self.norm2(x))))
 
 # %% ../nbs/11_pooling.ipynb #ae3def5b
 class AvgAttnPooling2d(_FFNPooling):
     "Average Attention Pooling (blog): mean plus attention, norm, then a feed-forward part with sandwich norm."
-    def _layers(self, ni, norm, act_cls):
+    def _layers(self, ni, norm, act_cls, ffn):
         self.norm = make_norm(norm, ni)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
         attn, mean = self.attn(x, self.query, return_mean=True)
         x = self.norm(mean + self.drop_path(attn))
-        return x + self.drop_path(self.ffn(x))
+        return x if self.ffn is None else x + self.drop_path(self.ffn(x))
 
 # %% ../nbs/11_pooling.ipynb #74aa638d
 class AvgAttnPooling2dS(_AttnPooling):
@@ -172,14 +207,192 @@ class AvgAttnPooling2dS(_AttnPooling):
 # %% ../nbs/11_pooling.ipynb #2bcdcef0
 class AvgAttnConcatPooling2d(_FFNPooling):
     "Concat Attention Pooling (blog): the mean and a Learned Aggregation without `gamma`, each normed, concatenated, activated; `c_out` is `2*ni`."
-    def _layers(self, ni, norm, act_cls):
+    def _layers(self, ni, norm, act_cls, ffn):
         self.c_out = 2 * ni
-        self.norm1, self.norm2, self.norm3, self.norm4 = (make_norm(norm, ni) for _ in range(4))
+        self.norm1, self.norm3, self.norm4 = (make_norm(norm, ni) for _ in range(3))
+        if ffn: self.norm2 = make_norm(norm, ni)
         self.act = act_cls()
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, 2*ni)`: average half first."
         attn, mean = self.attn(x, self.query, return_mean=True)
         a = self.query + self.drop_path(self.norm1(attn))
-        a = a + self.drop_path(self.ffn(self.norm2(a)))
+        if self.ffn is not None: a = a + self.drop_path(self.ffn(self.norm2(a)))
         return self.act(torch.cat([self.norm4(mean), self.norm3(a)], dim=1))
+
+# %% ../nbs/11_pooling.ipynb #d92a00ff
+_START_CHUNK = 1 << 21   # bytes of float32
+
+def _start_chunks(x):
+    step = max(1, (_START_CHUNK if x.is_cpu else 1 << 28) // (4 * x.shape[1] * x.shape[2]))
+    return [slice(i, i + step) for i in range(0, len(x), step)]
+
+def _mixture(a, m): return a if m is None else a * (1 - m) + m / a.shape[-1]
+
+def _start_plain(x, u, m, eps):
+    "What each query pools of its own channels, `(b, c)`. `m`: the share of uniform weights, a number, `(b, 1, 1)` or None."
+    t = x.flatten(2).to(u.dtype)
+    a = _mixture(_scores(t, u, True, eps)[-1].softmax(-1), m)
+    return (t.unflatten(1, (len(u), -1)) * a[:, :, None]).sum(-1).flatten(1)
+
+def _spread(g, k):
+    "`(b, c)` to `(b, k, c)`: row `k` holds the channels of query `k`, zeros elsewhere."
+    out = g.new_zeros(len(g), k, k, g.shape[1] // k)
+    out.diagonal(dim1=1, dim2=2).copy_(g.unflatten(1, (k, -1)).mT)
+    return out.flatten(2)
+
+def _own_dots(g, x, k):
+    "`g` `(b, c)` times `x` `(b, c, n)`, summed over the channels of each query: `(b, k, n)`."
+    b, c, n = x.shape
+    if x.mT.is_contiguous(): return (x.mT @ _spread(g, k).mT).mT
+    return torch.bmm(g.reshape(b * k, 1, c // k), x.reshape(b * k, c // k, n)).view(b, k, n)
+
+def _own_gather(w, x):
+    "`w` `(b, k, n)` times `x` `(b, c, n)`, each query on its channels: `(b, c)`."
+    b, k, n = w.shape
+    if x.mT.is_contiguous(): return (w @ x.mT).unflatten(2, (k, -1)).diagonal(dim1=1, dim2=2).mT.flatten(1)
+    return torch.bmm(w.reshape(b * k, 1, n), x.reshape(b * k, -1, n).mT).view(b, -1)
+
+def _start_forward(x, u, m, eps):
+    "`_start_plain` in chunks, and what the backward pass needs: mean, `r`, weights before the mixture, `u·x`."
+    k, parts = len(u), []
+    u = u - u.mean(-1, keepdim=True)
+    for s in _start_chunks(x):
+        t, mu, far, r, d = _statistics(_widen(x[s]), u, True, eps)
+        a = (d * r).softmax(-1)
+        w = _mixture(a, m[s] if isinstance(m, Tensor) else m)
+        z = _own_gather(w, t)
+        if far: z = (z.unflatten(1, (k, -1)) + (w * mu).sum(-1, keepdim=True)).flatten(1)   # the mean was subtracted from the chunk
+        parts.append((z, mu, r, a, d))
+    return [torch.cat(part) for part in zip(*parts)]
+
+def _start_backward(x, u, m, mu, r, a, d, g, need_x):
+    "Gradients of the map (None unless asked for) and of `u`, in chunks."
+    k, c = u.shape
+    u = u - u.mean(-1, keepdim=True)
+    rows, gx, gu = torch.cat([u, u.new_ones(1, c)]).mT, torch.empty_like(x) if need_x else None, torch.zeros_like(u)
+    for s in _start_chunks(x):
+        t = chunk = _widen(x[s])
+        out = None if gx is None else gx[s] if gx.dtype == u.dtype else chunk   # a widened chunk is ours to write to
+        M, R, A, D, G, W = mu[s], r[s], a[s], d[s], g[s], a[s]
+        far = not _near(M, R**-2)
+        if far: t = torch.sub(t, M, out=_scratch(t, 'chunk') if out is None else out)
+        da = _own_dots(G, t, k)
+        if far: da = da + M * G.unflatten(1, (k, -1)).sum(-1, keepdim=True)
+        if m is not None:
+            share = m[s] if isinstance(m, Tensor) else m
+            da, W = da * (1 - share), _mixture(A, share)
+        ds = A * (da - (A * da).sum(-1, keepdim=True))
+        dd = ds * R
+        gu += torch.bmm(dd, t.mT).sum(0)
+        if out is None: continue
+        kappa = -(ds * D).sum(1, keepdim=True) * R**3 / c
+        torch.mul(t, kappa, out=out)
+        shift = torch.zeros_like(M) if far else -kappa * M
+        out.baddbmm_(torch.cat([rows.expand(len(G), -1, -1), _spread(G, k).mT], 2), torch.cat([dd, shift, W], 1))
+        if out is chunk: gx[s] = out
+    return gx, gu - gu.mean(-1, keepdim=True)
+
+class _Start(torch.autograd.Function):
+    "Saves the map and a few numbers per position; a second derivative goes through `_start_plain`."
+    @staticmethod
+    def forward(ctx, x, u, m, eps):
+        with _no_autocast(x): z, *kept = _start_forward(x, u, m, eps)
+        ctx.save_for_backward(x, u, *kept)
+        ctx.options = m, eps
+        return z
+
+    @staticmethod
+    def backward(ctx, g):
+        x, u, *kept = ctx.saved_tensors
+        m, eps = ctx.options
+        need_x, need_u, *_ = ctx.needs_input_grad
+        with _no_autocast(x):
+            if not torch.is_grad_enabled(): return *_start_backward(x, u, m, *kept, g, need_x), None, None
+            grads = iter(torch.autograd.grad(_start_plain(x, u, m, eps), [t for t, need in ((x, need_x), (u, need_u)) if need], g, create_graph=True))
+            return next(grads) if need_x else None, next(grads) if need_u else None, None, None
+
+def _start(x, u, m, eps):
+    "`_start_plain`, in chunks where that pays and nobody traces the operations."
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.is_meta
+    if traced or x.numel() == 0 or (x.is_cpu and x.numel() <= 1 << 16): return _start_plain(x, u, m, eps)
+    x = x.as_subclass(Tensor)
+    if not (x.is_contiguous() or x.mT.is_contiguous()): x = x.contiguous()
+    if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad): return _Start.apply(x, u, m, eps)
+    return _start_forward(x, u, m, eps)[0]
+
+class _ZeroQueryPooling(nn.Module):
+    "Queries that start at zero and look at the normalised map."
+    eps = 1e-5
+    def __init__(self, ni, n_queries):
+        super().__init__()
+        if ni < 1: raise ValueError(f"ni: expected the number of channels of the map, got {ni}.")
+        self.ni = ni
+        self.query = nn.Parameter(torch.zeros(n_queries, ni))
+
+    def _check(self, x):
+        if x.ndim != 4: raise ValueError(f"x: expected a map of shape (b, c, h, w), got {tuple(x.shape)}. One picture: x[None].")
+        if x.shape[1] != self.ni: raise ValueError(f"x: expected {self.ni} channels, got {x.shape[1]}. Build the layer with ni=x.shape[1].")
+        if x.shape[2] * x.shape[3] == 0: raise ValueError(f"x: a map of shape {tuple(x.shape)} has no positions to pool. Use a larger picture.")
+
+    def _weights(self, x):
+        "The map `(b, c, n)` in float32 or wider, and the weights `(b, k, n)`."
+        self._check(x)
+        dtype = _wide(x.dtype)
+        with _no_autocast(x):
+            m = x.flatten(2).to(dtype)
+            return m, _scores(m, self.query.to(dtype), True, self.eps)[-1].softmax(-1)
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        "Where each query looks: `(b, ni, h, w)` to weights `(b, queries, h, w)` that sum to one over positions."
+        return self._weights(x)[1].unflatten(-1, x.shape[2:])
+
+class AvgStartAttnPooling2d(_ZeroQueryPooling):
+    "Attention pooling that starts as average pooling: queries from zero, each pooling its own share of the channels."
+    def __init__(self,
+        ni: int, # Channels of the map, and of the result
+        n_queries: int = 8, # Queries, a divisor of `ni`; each has its own map and pools `ni/n_queries` channels
+        mix: float = 0., # Share of the training pictures that see uniform weights, in [0, 1]; in eval mode the weights are the same mixture
+    ):
+        if n_queries < 1 or ni % n_queries:
+            raise ValueError(f"n_queries: {n_queries} does not divide the {ni} channels. Use a divisor of {ni}.")
+        if not 0 <= mix <= 1: raise ValueError(f"mix: expected a share in [0, 1], got {mix}. Use 0 for attention alone, .5 for half of the pictures.")
+        super().__init__(ni, n_queries)
+        self.c_out, self.mix = ni, mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        "`(b, ni, h, w)` to `(b, ni)`."
+        self._check(x)
+        dtype, m = _wide(x.dtype), self.mix or None
+        if self.mix and self.training: m = (torch.rand(len(x), 1, 1, device=x.device) < self.mix).to(dtype)
+        with _no_autocast(x): return _start(x.flatten(2), self.query.to(dtype), m, self.eps).to(x.dtype)
+
+    def attention_map(self,
+        x: Tensor, # `(b, ni, h, w)`
+        combined: bool = False, # One map, the mean over the queries, instead of one for each
+    ) -> Tensor: # `(b, n_queries, h, w)` or `(b, 1, h, w)`; sums to one over positions
+        "Where each query looks in eval mode, the uniform share of `mix` included."
+        weights = _mixture(super().attention_map(x).flatten(2), self.mix or None).unflatten(-1, x.shape[2:])
+        return weights.mean(1, keepdim=True) if combined else weights
+
+    def extra_repr(self): return f'{self.ni}, n_queries={len(self.query)}, mix={self.mix:g}'
+
+# %% ../nbs/11_pooling.ipynb #98739862
+class ClassQueryPooling2d(_ZeroQueryPooling):
+    "One query per class, from zero, over that class's logits of every position; pool and classifier in one."
+    def __init__(self,
+        ni: int, # Channels of the map
+        n_out: int, # Classes, and so queries, maps and outputs
+    ):
+        super().__init__(ni, n_out)
+        self.c_out = n_out
+        self.linear = nn.Linear(ni, n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        "`(b, ni, h, w)` to logits `(b, n_out)`."
+        m, weights = self._weights(x)
+        with _no_autocast(x):
+            out = (weights * (self.linear.weight.to(m.dtype) @ m)).sum(-1) + self.linear.bias.to(m.dtype)
+        return out.to(x.dtype)
+
+    def extra_repr(self): return f'{self.ni}, {self.c_out}'

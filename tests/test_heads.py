@@ -13,7 +13,7 @@ from attnpool.layers import TokenBatchNorm, drop_path, make_norm
 from attnpool.pooling import AttentionPool2d
 from attnpool.registry import Registry
 
-POOLS = list(dict.fromkeys(type(head(16, 2)[0]) for head in HEADS.values() if hasattr(head(16, 2)[0], "attention_map")))
+POOLS = list(dict.fromkeys(type(head(16, 2)[0]) for head in HEADS.values() if hasattr(head(16, 2)[0], "attn")))   # the blog's
 C = 16
 
 
@@ -160,7 +160,8 @@ def test_head_signature_is_complete(name):
 def test_what_stands_after_the_pool():
     after = {n: [type(m).__name__ for m in list(HEADS[n](C, 5))[1:]] for n in HEADS}
     normed = ["LayerNorm", "Linear"]
-    assert after == dict(avg=["Flatten", "Linear"], learned=normed, sandwich=normed, avgattn=normed, slim=normed, concat=["Linear"])
+    assert after == dict(avg=["Flatten", "Linear"], learned=normed, sandwich=normed, avgattn=normed, slim=normed, concat=["Linear"],
+                         avgstart=["Linear"], classquery=[])
     assert [type(m).__name__ for m in AvgAttnPoolHead(C, 5, final_act=nn.GELU)][1:] == ["LayerNorm", "GELU", "Linear"]
 
 

@@ -1,0 +1,93 @@
+"The options of the blog's ablations: each does what it says, and the defaults are the printed heads."
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attnpool.heads import HEADS, LearnedAggregationHead, fold
+from attnpool.layers import TokenBatchNorm
+from attnpool.pooling import (AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation, LearnedAggregationSandwich)
+
+C = 16
+WITH_FFN = [LearnedAggregation, LearnedAggregationSandwich, AvgAttnPooling2d, AvgAttnConcatPooling2d]
+WITH_GAMMA = WITH_FFN[:2]
+
+
+def shaken(m):
+    g = torch.Generator().manual_seed(3)
+    for p in m.parameters(): p.data = torch.randn(p.shape, generator=g, dtype=p.dtype) * (p.shape[-1]**-.5 if p.ndim > 1 else 1)
+    return m
+
+
+def attention(pool, x):
+    a, n = pool.attn, pool.attn.norm(x.flatten(2).mT)
+    return a.proj(F.scaled_dot_product_attention(a.q(pool.query).expand(len(x), 1, -1), a.k(n), a.v(n), scale=a.scale).squeeze(1))
+
+
+@pytest.mark.parametrize("pool", WITH_GAMMA)
+@pytest.mark.parametrize("residual", ["query", "mean", "both"])
+@pytest.mark.parametrize("gamma, per_channel", [(.5, True), (1., False), (None, True)])
+@pytest.mark.parametrize("ffn_expand", [2, None])
+def test_gamma_residual_and_feed_forward(pool, residual, gamma, per_channel, ffn_expand):
+    pool = pool(C, gamma=gamma, gamma_per_channel=per_channel, residual=residual, ffn_expand=ffn_expand).double()
+    names = [n for n, _ in pool.named_parameters() if n.startswith("gamma")]
+    assert names == ([] if gamma is None else ["gamma_1"] if ffn_expand is None else ["gamma_1", "gamma_2"])
+    for n in names: assert torch.equal(getattr(pool, n), torch.full((C if per_channel else 1,), gamma, dtype=torch.float64))
+    x = torch.randn(3, C, 4, 5, dtype=torch.float64)
+    shaken(pool)
+    sandwich = type(pool) is LearnedAggregationSandwich
+    attn, mean = attention(pool, x), x.mean((2, 3))
+    y = {"query": pool.query, "mean": mean, "both": mean + pool.query}[residual]
+    y = y + (1 if gamma is None else pool.gamma_1) * (pool.norm1(attn) if sandwich else attn)
+    if ffn_expand: y = y + (1 if gamma is None else pool.gamma_2) * pool.ffn((pool.norm2 if sandwich else pool.norm)(y))
+    assert (pool(x) - y).abs().max() <= 1e-12 * y.abs().max()
+
+
+@pytest.mark.parametrize("pool", WITH_FFN)
+def test_without_feed_forward(pool):
+    small, x = shaken(pool(C, ffn_expand=None).double()), torch.randn(3, C, 4, 5, dtype=torch.float64)
+    assert not any("ffn" in n or n.startswith(("norm2", "gamma_2")) for n, _ in small.named_parameters())
+    small(x).square().sum().backward()
+    assert all(p.grad is not None for p in small.parameters())   # nothing is left over
+    attn, mean = attention(small, x), x.mean((2, 3))
+    if pool is AvgAttnPooling2d: assert torch.allclose(small(x), small.norm(mean + attn))
+    if pool is AvgAttnConcatPooling2d:
+        expected = F.gelu(torch.cat([small.norm4(mean), small.norm3(small.query + small.norm1(attn))], 1))
+        assert torch.allclose(small(x), expected)
+
+
+@pytest.mark.parametrize("pool", [*WITH_FFN, AvgAttnPooling2dS])
+def test_init_std_reaches_the_attention(pool):
+    for l in (lambda a: (a.q, a.k, a.v, a.proj))(pool(256, init_std=.1).attn):
+        assert l.weight.std().item() == pytest.approx(.1, rel=.05) and l.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["learned", "sandwich", "avgattn"])
+def test_extra_activation(name):
+    assert [type(m).__name__ for m in HEADS[name](C, 5, final_act=nn.GELU)][1:] == ["LayerNorm", "GELU", "Linear"]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, TokenBatchNorm])
+def test_ablated_heads_train_and_fold(norm):
+    head = shaken(LearnedAggregationHead(C, 5, norm=norm, gamma=None, residual="both", ffn_expand=None, final_act=nn.GELU))
+    x = torch.randn(4, C, 5, 5)
+    head(x).sum().backward()
+    assert all(p.grad is not None for p in head.parameters())
+    head.eval()
+    if norm is not TokenBatchNorm: torch.testing.assert_close(fold(head)(x), head(x))
+
+
+def test_options_are_in_the_heads_signatures():
+    p = inspect.signature(LearnedAggregationHead).parameters
+    assert (p["gamma"].default, p["gamma_per_channel"].default, p["residual"].default, p["ffn_expand"].default, p["init_std"].default) == (1e-4, True, "query", 3, .02)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: LearnedAggregation(C, residual="max"), "residual: expected 'query', 'mean' or 'both', got 'max'"),
+    (lambda: LearnedAggregation(C, init_std=0), "init_std: expected a standard deviation above 0, got 0"),
+])
+def test_bad_input(make, words):
+    with pytest.raises(ValueError) as e: make()
+    assert words in str(e.value)
