@@ -149,7 +149,7 @@ def field(annotation, default, line):
     comment = (m := re.search(r'\s# (.*)', line)) and m[1]
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == 'Annotated':   # an option of the command line
         annotation, option = annotation.slice.elts
-        comment = next((ast.literal_eval(k.value) for k in option.keywords if k.arg == 'help'), None)
+        comment = next((k.value.value for k in option.keywords if k.arg == 'help' and isinstance(k.value, ast.Constant)), None)   # not a name's
     kind = annotation and ast.unparse(annotation)
     if kind in ('NoneType', 'Optional'): kind = None   # show_doc's for a default of None: it says nothing
     return kind, default and ast.unparse(default), comment
