@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPooling2d', 'AvgAttnPoolHead',
-           'AvgAttnPoolSlimHead', 'AvgAttnPooling2d', 'AvgAttnPooling2dS', 'AvgPoolHead', 'ChannelsLast', 'CutMixUp',
+           'AvgAttnPoolSlimHead', 'AvgAttnPooling2d', 'AvgAttnPooling2dS', 'AvgPoolHead', 'AvgStartAttnPoolHead',
+           'AvgStartAttnPooling2d', 'ChannelsLast', 'ClassQueryPoolHead', 'ClassQueryPooling2d', 'CutMixUp',
            'CutMixUpAugment', 'DATASETS', 'HEADS', 'LearnedAggregation', 'LearnedAggregationHead',
            'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'Mish', 'MixedPrecision', 'RECIPES',
            'Recipe', 'TokenBatchNorm', 'agreement', 'attention_maps', 'attention_pool', 'attention_pool_plain',
            'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix',
            'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'find_pools',
            'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish', 'mixup',
-           'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'scale_up', 'show_maps',
-           'small_data_metrics', 'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50', 'xeca_resnext50s',
-           'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
+           'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up', 'show_maps',
+           'small_data_metrics', 'swap_pool', 'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50',
+           'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
 
 # %% ../nbs/51_all.ipynb #f18ea5f4
 from .bench.data import DATASETS, cluttered_digits, digits_dls, get_dls, picture_dls, valid_dl
@@ -21,24 +22,24 @@ from .callback.cutmixup import CutMixUp, CutMixUpAugment
 from .callback.precision import ChannelsLast, MixedPrecision, best_amp
 from .distributed import distributed, join_processes, scale_up
 from .functional import attention_pool, attention_pool_plain, attention_scores, mish
-from .heads import (HEADS, AvgAttnConcatPoolHead, AvgAttnPoolHead, AvgAttnPoolSlimHead, AvgPoolHead, LearnedAggregationHead,
-                            LearnedAggregationSandwichHead, fold)
+from .heads import (HEADS, AvgAttnConcatPoolHead, AvgAttnPoolHead, AvgAttnPoolSlimHead, AvgPoolHead, AvgStartAttnPoolHead,
+                            ClassQueryPoolHead, LearnedAggregationHead, LearnedAggregationSandwichHead, fold)
 from .interpret import (agreement, attention_maps, class_activation_map, class_token_maps, deletion_insertion, energy_in_box, find_pools,
                                 grad_cam, maps_of, maps_page, open_pictures, pointing_game, show_maps)
 from .layers import Mish, TokenBatchNorm
 from .learner import RECIPES, Recipe, get_recipe, recipe_learner, small_data_metrics, vision_learner
 from .mixing import cutmix, cutmix_box, cutmixup, mixup
-from .models.surgery import with_head
+from .models.surgery import restore_pool, swap_pool, with_head
 from .models.xresnet import ARCHS, xeca_resnext50, xeca_resnext50s, xeca_resnext_tiny, xresnext50, xresnext50s
-from .pooling import (AttentionPool2d, AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation,
-                              LearnedAggregationSandwich)
+from .pooling import (AttentionPool2d, AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, AvgStartAttnPooling2d,
+                              ClassQueryPooling2d, LearnedAggregation, LearnedAggregationSandwich)
 
 # %% ../nbs/51_all.ipynb #32e20460
 _all_ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPooling2d', 'AvgAttnPoolHead', 'AvgAttnPoolSlimHead',
-         'AvgAttnPooling2d', 'AvgAttnPooling2dS', 'AvgPoolHead', 'ChannelsLast', 'CutMixUp', 'CutMixUpAugment', 'DATASETS', 'HEADS',
+         'AvgAttnPooling2d', 'AvgAttnPooling2dS', 'AvgPoolHead', 'AvgStartAttnPoolHead', 'AvgStartAttnPooling2d', 'ChannelsLast', 'ClassQueryPoolHead', 'ClassQueryPooling2d', 'CutMixUp', 'CutMixUpAugment', 'DATASETS', 'HEADS',
          'LearnedAggregation', 'LearnedAggregationHead', 'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'Mish',
          'MixedPrecision', 'RECIPES', 'Recipe', 'TokenBatchNorm', 'agreement', 'attention_maps', 'attention_pool', 'attention_pool_plain',
          'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix', 'cutmix_box', 'cutmixup', 'deletion_insertion',
          'digits_dls', 'distributed', 'energy_in_box', 'find_pools', 'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page',
-         'mish', 'mixup', 'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'scale_up', 'show_maps', 'small_data_metrics', 'valid_dl',
+         'mish', 'mixup', 'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up', 'show_maps', 'small_data_metrics', 'swap_pool', 'valid_dl',
          'vision_learner', 'with_head', 'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']

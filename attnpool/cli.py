@@ -62,7 +62,7 @@ def _sweep(specs, out, device, console, **cluster):
 @app.command()
 def bench(
     data: Annotated[str, typer.Argument(help=_DATA)] = 'digits',
-    heads: Annotated[str, typer.Option(help="Heads, separated by commas: avg, learned, sandwich, avgattn, slim, concat; or 'all'.")] = 'avg,concat,slim,learned',
+    heads: Annotated[str, typer.Option(help="Heads, separated by commas: avg, learned, sandwich, avgattn, slim, concat, avgstart, classquery; or 'all'.")] = 'avg,concat,slim,learned',
     seeds: Annotated[str, typer.Option(help='Seeds, separated by commas. All heads run with each of them.')] = '1,2,3',
     epochs: Annotated[int | None, typer.Option(help="Passes over the training pictures.  [default: the recipe's]")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the pictures, in pixels.  [default: the recipe's]")] = None,

@@ -44,7 +44,8 @@ def attention_pool_plain(
     scale: float = 1., # Factor on the scores: 1 in the blog, `head_dim**-0.5` in the paper's code
     num_heads: int = 1, # Heads, each with its own softmax over `c/num_heads` channels
     dropout_p: float = 0., # Share of the weights that dropout zeroes; 0 outside training
-) -> Tensor: # Pooled vectors `(b, queries, c_out)`
+    return_mean: bool = False, # Also return the mean of the map, `(b, c)`
+) -> Tensor | tuple[Tensor, Tensor]: # Pooled vectors `(b, queries, c_out)`, and the mean
     "Attention pooling in its plain form: keys and values for every position. Slow; made to be read and compared with."
     _check(x, query, q, k, num_heads)
     def split(t): return t.unflatten(-1, (num_heads, -1)).transpose(-3, -2)  # (..., n, c) -> (..., heads, n, c/heads)
@@ -53,7 +54,8 @@ def attention_pool_plain(
     Q, K, V = split(F.linear(query, *q)), split(F.linear(t, *k)), split(F.linear(t, *v))
     weights = (scale * Q @ K.transpose(-2, -1)).softmax(-1)   # (b, heads, queries, n)
     pooled = F.dropout(weights, dropout_p) @ V                # (b, heads, queries, c/heads)
-    return F.linear(pooled.transpose(1, 2).flatten(2), *proj)
+    out = F.linear(pooled.transpose(1, 2).flatten(2), *proj)
+    return (out, x.mean((2, 3))) if return_mean else out
 
 # %% ../nbs/01_functional.ipynb #95fb3513
 def _foldable(norm, c):

@@ -314,7 +314,7 @@ class _Start(torch.autograd.Function):
 
 def _start(x, u, m, eps):
     "`_start_plain`, in chunks where that pays and nobody traces the operations."
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.is_meta
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.is_meta or hasattr(x, 'fake_mode')
     if traced or x.numel() == 0 or (x.is_cpu and x.numel() <= 1 << 16): return _start_plain(x, u, m, eps)
     x = x.as_subclass(Tensor)
     if not (x.is_contiguous() or x.mT.is_contiguous()): x = x.contiguous()
