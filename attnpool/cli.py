@@ -47,7 +47,8 @@ def check_device(
 _DATA = "Data set: digits (cluttered digits, nothing to download), imagenette, imagewoof; or a folder, tar or CSV file of pictures."
 
 def _sweep(specs, out, device, console, **cluster):
-    from attnpool.bench.runs import sweep
+    from attnpool.bench.runs import keep_memory, sweep
+    keep_memory()
     try:
         if not cluster: return sweep(specs, out, check_device(device), console)
         from attnpool.bench.cluster import submit

@@ -20,7 +20,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from .callback.cutmixup import CutMixUp, CutMixUpAugment
-from .callback.precision import MixedPrecision
+from .callback.precision import ChannelsLast, MixedPrecision
 from .heads import HEADS, check_n_out
 from .layers import evaluating
 from .models.patchconvnet import timm_splitter
@@ -219,8 +219,9 @@ def recipe_learner(
     name = next((n for n, known in HEADS.items() if cls is known or isinstance(cls, known)), None)
     r = get_recipe(recipe, name, **overrides)
     loss = LabelSmoothingCrossEntropyFlat(r.label_smoothing) if r.label_smoothing else CrossEntropyLossFlat()
+    layout = [ChannelsLast()] if torch.device(dls.device).type in ('cpu', 'cuda') else []   # quicker there, and the same numbers
     common = dict(loss_func=loss, opt_func=OPTIMIZERS[r.opt], lr=r.lr, metrics=small_data_metrics() if metrics is None else metrics, path=path,
-                  cbs=[*L(cbs), *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()], wd=r.wd)
+                  cbs=[*L(cbs), *layout, *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()], wd=r.wd)
     if isinstance(arch, str) and check_arch(arch) in ARCHS: learn = Learner(dls, ARCHS[arch](get_c(dls), custom_head=custom_head), **common)
     else: learn = vision_learner(dls, arch, pretrained=False, custom_head=custom_head, **common)
     learn.recipe = r

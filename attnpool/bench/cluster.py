@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from .runs import Spec, load_run, make_spec, run, write_file
+from .runs import Spec, keep_memory, load_run, make_spec, run, write_file
 
 # %% ../../nbs/45_bench.cluster.ipynb #fbfe8208
 class RunJob:
@@ -32,6 +32,7 @@ class RunJob:
         from submitit import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
         if JobEnvironment().num_tasks > 1: TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        keep_memory()
         return run(spec, out, device)['status']
 
     def checkpoint(self,
