@@ -63,7 +63,7 @@ def _sweep(specs, out, device, console, **cluster):
 @app.command()
 def bench(
     data: Annotated[str, typer.Argument(help=_DATA)] = 'digits',
-    heads: Annotated[str, typer.Option(help="Heads, separated by commas: avg, learned, sandwich, avgattn, slim, concat, avgstart, classquery; or 'all'.")] = 'avg,concat,slim,learned',
+    heads: Annotated[str, typer.Option(help="Heads, separated by commas: avg, learned, sandwich, avgattn, slim, concat, avgstart, classquery; or 'all'. Also their ablations, such as learned-gamma1 or slim-rms (heads.ABLATIONS).")] = 'avg,concat,slim,learned',
     seeds: Annotated[str, typer.Option(help='Seeds, separated by commas. All heads run with each of them.')] = '1,2,3',
     epochs: Annotated[int | None, typer.Option(help="Passes over the training pictures.  [default: the recipe's]")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the pictures, in pixels.  [default: the recipe's]")] = None,
@@ -263,6 +263,7 @@ def speed(
     quick: Annotated[bool, typer.Option('--quick', help='Fewer settings, under three minutes on two cores.')] = False,
     figures: Annotated[bool, typer.Option('--figures', help="This library's figures against their goals instead.")] = False,
     growth: Annotated[bool, typer.Option('--growth', help='Time and memory against map size and number of queries instead.')] = False,
+    steps: Annotated[bool, typer.Option('--steps', help="Whole training steps of XECA-XResNeXt50S instead: fastxtend's, and what this library changes. And where the time goes.")] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='Folder for the CSV and the plot.')] = Path('speed'),
 ):
@@ -282,6 +283,11 @@ def speed(
     elif growth:
         table = s.growth(device=device, progress=say)
         say(table.to_string(index=False))
+    elif steps:
+        variants = s.step_variants(device=device)
+        table = s.versus(s.interleaved(variants, device=device)).rename_axis('step').reset_index()
+        say(table.round(2).to_string(index=False))
+        if device == 'cpu': say('\nShares of the step, by kind of operation\n' + s.pd.DataFrame({n: s.step_profile(variants[n]) for n in ('fastxtend', 'ours: channels last')}).round(3).to_string())
     else:
         table = s.measure(**(s.QUICK if quick else {}), device=device, progress=say)
         for t in s.format_speed(table): console.print(t)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .callback.cutmixup import CutMixUp, CutMixUpAugment
 from .callback.precision import ChannelsLast, MixedPrecision
-from .heads import HEADS, check_n_out
+from .heads import HEADS, check_n_out, get_head
 from .layers import evaluating
 from .models.patchconvnet import timm_splitter
 from .models.surgery import TimmMap
@@ -158,7 +158,8 @@ class Recipe:
     ) -> 'Recipe':
         "The recipe with the learning rate of that head, on that data if it has its own."
         if not isinstance(self.lr, dict): return self
-        for key in (f'{data}/{head}', head, '*'):
+        base = str(head).split('-')[0]   # an ablation has the rate of its head
+        for key in (f'{data}/{head}', head, f'{data}/{base}', base, '*'):
             if key in self.lr: return replace(self, lr=self.lr[key])
         raise ValueError(f"lr: the recipe has no learning rate for {head!r} and none for '*', the rest. It has {', '.join(self.lr)}.")
 
@@ -204,7 +205,7 @@ def small_data_metrics() -> list: # New ones at each call, since they keep sums
 def recipe_learner(
     dls, # fastai `DataLoaders`
     arch='xeca_resnext50s', # Name in `ARCHS`, timm name, or function as for `vision_learner`
-    head='avg', # Short name in `HEADS`, class or callable `(ni, n_out)`, or module
+    head='avg', # Short name in `HEADS` or `ABLATIONS`, class or callable `(ni, n_out)`, or module
     recipe: str | Recipe = 'quick', # Name in `RECIPES`, or a recipe
     metrics=None, # fastai metrics; None for those of the blog, `small_data_metrics`
     cbs=None, # fastai callbacks
@@ -214,9 +215,9 @@ def recipe_learner(
     "A Learner from scratch that trains as a recipe says. Size and batch size are those of `dls`."
     fixed = overrides.keys() & {'size', 'bs'}
     if fixed: raise ValueError(f"{min(fixed)}: the DataLoaders decide it, got {overrides[min(fixed)]!r}. Make dls with it.")
-    custom_head = HEADS[head] if isinstance(head, str) else head
+    custom_head = get_head(head)
     cls = getattr(custom_head, 'func', custom_head)   # of a partial
-    name = next((n for n, known in HEADS.items() if cls is known or isinstance(cls, known)), None)
+    name = head if isinstance(head, str) else next((n for n, known in HEADS.items() if cls is known or isinstance(cls, known)), None)
     r = get_recipe(recipe, name, **overrides)
     loss = LabelSmoothingCrossEntropyFlat(r.label_smoothing) if r.label_smoothing else CrossEntropyLossFlat()
     layout = [ChannelsLast()] if torch.device(dls.device).type in ('cpu', 'cuda') else []   # quicker there, and the same numbers

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnpool.heads import HEADS, LearnedAggregationHead, fold
+from attnpool.bench.runs import make_spec
+from attnpool.heads import ABLATIONS, HEADS, LearnedAggregationHead, fold, get_head
 from attnpool.layers import TokenBatchNorm
+from attnpool.learner import get_recipe
 from attnpool.pooling import (AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation, LearnedAggregationSandwich)
 
 C = 16
@@ -91,3 +93,40 @@ def test_options_are_in_the_heads_signatures():
 def test_bad_input(make, words):
     with pytest.raises(ValueError) as e: make()
     assert words in str(e.value)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_named_ablations(name, tmp_path):
+    torch.manual_seed(0)
+    head, base = get_head(name)(C, 4), HEADS[name.split("-")[0]]
+    assert isinstance(head, base)
+    x = torch.randn(3, C, 4, 5)
+    F.cross_entropy(head(x), torch.arange(3)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters() if p.requires_grad)
+    assert get_recipe("quick", name).lr == get_recipe("quick", name.split("-")[0]).lr   # its head's rate
+    assert make_spec(head=name).head == name
+    torch.manual_seed(0)
+    plain = base(C, 4)
+    change = name.split("-")[1]
+    norms = {type(m) for m in head.modules()} & {nn.LayerNorm, nn.RMSNorm, TokenBatchNorm}
+    expected = dict(rms={nn.RMSNorm}, batch={TokenBatchNorm}).get(change, {nn.LayerNorm} if any(isinstance(m, nn.LayerNorm) for m in plain.modules()) else set())
+    assert norms == expected
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    if change in ("noffn", "nogamma", "scalar", "1", "rms"): assert count(head) < count(plain)   # RMSNorm has no bias
+    else: assert count(head) == count(plain)
+
+
+@pytest.mark.parametrize("name", ["learned-uniform", "slim-uniform", "concat-uniform", "avgstart-uniform"])
+def test_uniform_controls_look_everywhere(name):
+    head = shaken(get_head(name)(C, 4))
+    maps = head[0].attention_map(torch.randn(2, C, 4, 5))
+    torch.testing.assert_close(maps, torch.full_like(maps, 1 / 20))
+
+
+def test_frozen_queries_stay():
+    head = get_head("avgstart-frozen")(64, 4)
+    assert not head[0].query.requires_grad and .5 < (head[0].query @ torch.randn(64, 500)).std() < 2
+
+
+def test_unknown_ablation():
+    with pytest.raises(ValueError, match="head: 'learned-gama1' is unknown. Did you mean 'learned-gamma1'"): get_head("learned-gama1")

@@ -37,7 +37,7 @@ from safetensors.torch import save as safetensors_bytes
 import attnpool
 from .data import SOURCES, data_name, get_dls, valid_dl
 from ..distributed import distributed, is_first, join_processes, once, processes
-from ..heads import HEADS
+from ..heads import get_head
 from ..interpret import maps_of, pointing_game
 from ..learner import get_recipe, recipe_learner
 from ..models.xresnet import check_arch
@@ -48,7 +48,7 @@ class Spec:
     "What one decides about a run: data, network, head, seed, and every value of the recipe."
     data: str # Name in `DATASETS`, or path
     arch: str # Name in `ARCHS`, or timm name
-    head: str # Short name in `HEADS`
+    head: str # Short name in `HEADS` or `ABLATIONS`
     seed: int # Of initialisation and order; the same body and the same order for every head
     recipe: str # Name in `RECIPES` from which the values below came
     epochs: int # Passes over the training pictures
@@ -76,7 +76,7 @@ class Spec:
 
 def make_spec(
     data: str = 'digits', # Name in `DATASETS`, or path of a folder, archive or CSV
-    head: str = 'avg', # Short name in `HEADS`
+    head: str = 'avg', # Short name in `HEADS` or `ABLATIONS`
     seed: int = 1, # Of initialisation and order
     arch: str = 'xeca_resnext_tiny', # Name in `ARCHS`, or timm name
     recipe: str = 'quick', # Name in `RECIPES`
@@ -85,7 +85,7 @@ def make_spec(
     **overrides # Fields of `Recipe` to replace; None leaves one as it is
 ) -> Spec:
     "A spec with the recipe's values filled in. Unknown names are errors here, before anything runs."
-    name, _, _ = data_name(data), HEADS[head], check_arch(arch)
+    name, _, _ = data_name(data), get_head(head), check_arch(arch)
     family = next((n for n in (*SOURCES, 'petals') if n in name.lower()), name)   # imagenette-128.tar has imagenette's rates
     return Spec(str(data), arch, head, seed, recipe, eval_sizes=tuple(eval_sizes), skip_broken=skip_broken,
                 **asdict(get_recipe(recipe, head, family, **overrides)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASELINE', 'MAPS', 'FORMATS', 'QUICK', 'BlogAttention', 'competitors', 'interleaved', 'versus', 'peak_memory',
-           'training_step', 'multiply_adds', 'machine', 'measure', 'format_speed', 'plot_speed', 'figures', 'growth',
-           'plot_growth', 'write_speed']
+           'training_step', 'multiply_adds', 'machine', 'measure', 'format_speed', 'plot_speed', 'step_variants',
+           'step_profile', 'figures', 'growth', 'plot_growth', 'write_speed']
 
 # %% ../../nbs/42_bench.speed.ipynb #f2af8819
 import os
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import functional
 from ..functional import attention_pool_plain, mish
-from ..heads import HEADS, _FoldedAttention
+from ..heads import HEADS, AvgAttnConcatPoolHead, _FoldedAttention
 from ..pooling import AttentionPool2d, LearnedAggregation
 
 # %% ../../nbs/42_bench.speed.ipynb #9b445a8b
@@ -252,6 +252,64 @@ def plot_speed(
     fig.tight_layout()
     return fig
 
+# %% ../../nbs/42_bench.speed.ipynb #24b8114c
+def step_variants(
+    only: Sequence[str] | None = None, # Names to keep; None for all but the compiled one, which takes minutes to compile
+    batch: int = 16, # Pictures
+    size: int = 128, # Their side, in pixels
+    device: str | torch.device = 'cpu', # Where
+) -> dict[str, Callable[[], object]]: # Training steps without optimizer, by name, fastxtend's first
+    "Forward and backward of XECA-XResNeXt50S with `AvgAttnConcatPoolHead`, as fastxtend builds it and as this library does."
+    from fastxtend.vision.models.pooling import BlurPool, MaxBlurPool
+    from fastxtend.vision.models.xresnet import ECAResNeXtBlock, XResNet
+    from attnpool.models.xresnet import xeca_resnext50s
+    def fastxtend_body():
+        body = XResNet(ECAResNeXtBlock, 4, [3, 4, 9], n_out=10, block_szs=[64, 128, 256], act_cls=nn.Mish, stem_pool=MaxBlurPool, block_pool=BlurPool)
+        return nn.Sequential(*body)[:-4].append(AvgAttnConcatPoolHead(1024, 10))
+    def ours(): return xeca_resnext50s(10, custom_head=AvgAttnConcatPoolHead)
+    def variant(build, layout=torch.contiguous_format, amp=False, compiled=False):
+        torch.manual_seed(0)
+        model = build().to(device, memory_format=layout)
+        x, y = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout), torch.arange(batch, device=device) % 10
+        call = torch.compile(model) if compiled else model
+        def step():
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp): logits = call(x)
+            nn.functional.cross_entropy(logits.float(), y).backward()
+            model.zero_grad(set_to_none=True)
+        return step
+    last = torch.channels_last
+    builders = {'fastxtend': lambda: variant(fastxtend_body), 'fastxtend, channels last': lambda: variant(fastxtend_body, last), 'Mish and head of ours': lambda: variant(ours),
+                'ours: channels last': lambda: variant(ours, last), 'ours, bf16': lambda: variant(ours, last, amp=True), 'ours, compiled': lambda: variant(ours, last, compiled=True)}
+    if unknown := set(only or ()) - builders.keys(): raise ValueError(f"only: {', '.join(sorted(unknown))} is not among them. Choose from {', '.join(builders)}.")
+    return {name: build() for name, build in builders.items() if (name in only if only else name != 'ours, compiled')}
+
+_KINDS = {'convolution': 'conv', 'batch norm': 'batch_norm|BatchNorm', 'Mish': 'Mish|mish', 'max pooling': 'max_pool|MaxPool', 'ECA and residuals': r'aten::add|aten::mul|Mul|aten::sigmoid|Sigmoid|adaptive_avg|Mean|AddBackward',
+          'head': '_Core|layer_norm|LayerNorm|gelu|Gelu|linear|Addmm|aten::mm|aten::cat|Cat', 'gradients to parameters': 'AccumulateGrad'}
+
+def _family(e):
+    "The event and all that it called."
+    yield e
+    for child in e.cpu_children: yield from _family(child)
+
+def _kind(e):
+    import re
+    # a filter per channel with one input channel: BlurPool, fixed weights
+    if any(len(s) == 4 and s[1] == 1 and s[2] > 1 for o in _family(e) if 'conv' in o.name for s in o.input_shapes[1:3]): return 'BlurPool'
+    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, e.name, re.I if kind == 'convolution' else 0)), 'the rest')
+
+def step_profile(
+    step: Callable[[], object], # A training step on a CPU, for example one of `step_variants`
+    steps: int = 3, # How many are watched
+) -> pd.Series: # Share of the time by kind of operation, forward and backward together, largest first
+    "Where a training step on a CPU spends its time."
+    step()
+    with _silent(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as p:
+        for _ in range(steps): step()
+    times = {}
+    for e in p.events():
+        if e.cpu_parent is None: times[_kind(e)] = times.get(_kind(e), 0) + e.cpu_time_total
+    return (pd.Series(times) / sum(times.values())).sort_values(ascending=False)
+
 # %% ../../nbs/42_bench.speed.ipynb #f4e4d758
 def _offset_errors(device, offset, shape=(8, 256, 7, 7)):
     "Largest error against float64 of ours over that of the plain form, when a constant is added to the map."
@@ -319,6 +377,10 @@ def figures(
         for g, name, goal in ((torch.randn(x.shape), 'equal', '≤0.42'), (torch.randn(x.shape).contiguous(memory_format=torch.channels_last), 'different', '≤0.15')):
             step = {f: lambda f=f, g=g: torch.autograd.grad(f(x), x, g) for f in (mish, nn.functional.mish)}
             quotient(f'Mish, training, ours ÷ torch, strides {name}', goal, step[mish], step[nn.functional.mish])
+        what = 'training step of XECA-XResNeXt50S, fastxtend ÷ ours'
+        if only in what:
+            theirs, own = step_variants(['fastxtend', 'ours: channels last']).values()
+            quotient(what, '≥1.3', theirs, own)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/42_bench.speed.ipynb #563c6abc
@@ -377,14 +439,14 @@ def plot_growth(
 
 # %% ../../nbs/42_bench.speed.ipynb #19551494
 def write_speed(
-    table: pd.DataFrame, # From `measure`, `figures` or `growth`
+    table: pd.DataFrame, # From `measure`, `figures`, `growth`, or of whole steps
     out: Path | str, # Folder
     device: str | torch.device = 'cpu', # Where it was measured
 ) -> list[Path]: # The files
     "The table as CSV, with the machine in a first line that begins with `#`, and its picture as PNG."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    name, plot = ('growth', plot_growth) if 'axis' in table else ('figures', None) if 'goal' in table else ('speed', plot_speed)
+    name, plot = next(v for k, v in (('axis', ('growth', plot_growth)), ('goal', ('figures', None)), ('step', ('steps', None)), ('layer', ('speed', plot_speed))) if k in table)
     csv = out/f'{name}.csv'
     csv.write_text(f'# {machine(device)}\n' + table.to_csv(index=False))
     if plot is None: return [csv]

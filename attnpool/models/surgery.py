@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..heads import HEADS
+from ..heads import HEADS, get_head
 from ..pooling import AvgAttnConcatPooling2d, AvgStartAttnPooling2d
 
 # %% ../../nbs/22_models.surgery.ipynb #3a0e49ed
@@ -38,14 +38,14 @@ class TimmMap(nn.Module):
 # %% ../../nbs/22_models.surgery.ipynb #64931d0c
 def with_head(
     arch: str, # timm name
-    head: str | Callable = 'learned', # Short name in `HEADS`, or class or callable `(ni, n_out)`
+    head: str | Callable = 'learned', # Short name in `HEADS` or `ABLATIONS`, or class or callable `(ni, n_out)`
     num_classes: int = 1000, # Outputs
     pretrained: bool = False, # Pretrained weights of the body
     **kwargs # Options of the network, for `timm.create_model`
 ) -> nn.Sequential: # Body and head
     "A timm network whose pool and classifier are replaced by one of our heads."
     if num_classes < 1: raise ValueError(f"num_classes: expected at least 1 class, got {num_classes}. For the map alone use TimmMap.")
-    build = HEADS[head] if isinstance(head, str) else head
+    build = get_head(head)
     if not callable(build): raise TypeError(f"head: expected a name ({', '.join(HEADS)}) or a callable (ni, n_out), got {head!r}.")
     body = timm.create_model(arch, pretrained=pretrained, num_classes=0, global_pool='', **kwargs)
     return nn.Sequential(TimmMap(body), build(body.num_features, num_classes))
@@ -119,7 +119,7 @@ def swap_pool(
     "Put an attention pool in the place of average pooling; the classifier keeps its weights, and the outputs stay the same until the pool is trained."
     if not isinstance(model, nn.Module): raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}.")
     if _swapped(model): raise ValueError(f"model: its pool {next(iter(_swapped(model)))!r} is swapped already. Use restore_pool(model) first.")
-    build = HEADS[head] if isinstance(head, str) else head
+    build = get_head(head)
     if not callable(build): raise TypeError(f"head: expected a name ({', '.join(HEADS)}) or a callable (ni, n_out), got {head!r}.")
     name, (after, layer) = _find_average(model)
     if ni is None: ni = _width(layer)
