@@ -229,10 +229,12 @@ def _start_chunks(x):
 
 def _mixture(a, m): return a if m is None else a * (1 - m) + m / a.shape[-1]
 
-def _start_plain(x, u, m, eps):
-    "What each query pools of its own channels, `(b, c)`. `m`: the share of uniform weights, a number, `(b, 1, 1)` or None."
+def _start_plain(x, u, v, m, eps):
+    """What each query pools: of its own channels, `(b, c)`, or with `v` `(k, c)` of its own row of `v x`, `(b, k)`.
+    `m`: the share of uniform weights, a number, `(b, 1, 1)` or None."""
     t = x.flatten(2).to(u.dtype)
     a = _mixture(_scores(t, u, True, eps)[-1].softmax(-1), m)
+    if v is not None: return (a * (v @ t)).sum(-1)
     return (t.unflatten(1, (len(u), -1)) * a[:, :, None]).sum(-1).flatten(1)
 
 def _spread(g, k):
@@ -253,73 +255,89 @@ def _own_gather(w, x):
     if x.mT.is_contiguous(): return (w @ x.mT).unflatten(2, (k, -1)).diagonal(dim1=1, dim2=2).mT.flatten(1)
     return torch.bmm(w.reshape(b * k, 1, n), x.reshape(b * k, -1, n).mT).view(b, -1)
 
-def _start_forward(x, u, m, eps):
-    "`_start_plain` in chunks, and what the backward pass needs: mean, `r`, weights before the mixture, `u·x`."
+def _start_forward(x, u, v, m, eps):
+    "`_start_plain` in chunks, and what the backward pass needs: mean, `r`, weights before the mixture, `u·x`, `v·x`."
     k, parts = len(u), []
     u = u - u.mean(-1, keepdim=True)
+    rows = u if v is None else torch.cat([u, v])
     for s in _start_chunks(x):
-        t, mu, far, r, d = _statistics(_widen(x[s]), u, True, eps)
+        t, mu, far, r, d = _statistics(_widen(x[s]), rows, True, eps)
+        d, l = d[:, :k], d[:, k:]
         a = (d * r).softmax(-1)
         w = _mixture(a, m[s] if isinstance(m, Tensor) else m)
-        z = _own_gather(w, t)
-        if far: z = (z.unflatten(1, (k, -1)) + (w * mu).sum(-1, keepdim=True)).flatten(1)   # the mean was subtracted from the chunk
-        parts.append((z, mu, r, a, d))
+        if v is None:
+            z = _own_gather(w, t)
+            if far: z = (z.unflatten(1, (k, -1)) + (w * mu).sum(-1, keepdim=True)).flatten(1)   # the mean was subtracted from the chunk
+        else:
+            if far: l = l + mu * v.sum(-1, keepdim=True)
+            z = (w * l).sum(-1)
+        parts.append((z, mu, r, a, d, l))
     return [torch.cat(part) for part in zip(*parts)]
 
-def _start_backward(x, u, m, mu, r, a, d, g, need_x):
-    "Gradients of the map (None unless asked for) and of `u`, in chunks."
+def _start_backward(x, u, v, m, mu, r, a, d, l, g, need_x):
+    "Gradients of the map (None unless asked for), of `u` and of `v`, in chunks."
     k, c = u.shape
     u = u - u.mean(-1, keepdim=True)
-    rows, gx, gu = torch.cat([u, u.new_ones(1, c)]).mT, torch.empty_like(x) if need_x else None, torch.zeros_like(u)
+    rows = torch.cat([u, u.new_ones(1, c)] if v is None else [u, u.new_ones(1, c), v]).mT
+    gx, gu, gv = torch.empty_like(x) if need_x else None, torch.zeros_like(u), None if v is None else torch.zeros_like(v)
     for s in _start_chunks(x):
         t = chunk = _widen(x[s])
         out = None if gx is None else gx[s] if gx.dtype == u.dtype else chunk   # a widened chunk is ours to write to
         M, R, A, D, G, W = mu[s], r[s], a[s], d[s], g[s], a[s]
         far = not _near(M, R**-2)
         if far: t = torch.sub(t, M, out=_scratch(t, 'chunk') if out is None else out)
-        da = _own_dots(G, t, k)
-        if far: da = da + M * G.unflatten(1, (k, -1)).sum(-1, keepdim=True)
+        if v is not None: da = l[s] * G[:, :, None]
+        else:
+            da = _own_dots(G, t, k)
+            if far: da = da + M * G.unflatten(1, (k, -1)).sum(-1, keepdim=True)
         if m is not None:
             share = m[s] if isinstance(m, Tensor) else m
             da, W = da * (1 - share), _mixture(A, share)
         ds = A * (da - (A * da).sum(-1, keepdim=True))
-        dd = ds * R
-        gu += torch.bmm(dd, t.mT).sum(0)
+        dd, dl = ds * R, None if v is None else W * G[:, :, None]
+        sums = torch.bmm(dd if v is None else torch.cat([dd, dl], 1), t.mT).sum(0)
+        gu += sums[:k]
+        if v is not None:
+            gv += sums[k:]
+            if far: gv += (dl * M).sum((0, 2))[:, None]
         if out is None: continue
         kappa = -(ds * D).sum(1, keepdim=True) * R**3 / c
-        torch.mul(t, kappa, out=out)
         shift = torch.zeros_like(M) if far else -kappa * M
-        out.baddbmm_(torch.cat([rows.expand(len(G), -1, -1), _spread(G, k).mT], 2), torch.cat([dd, shift, W], 1))
+        torch.mul(t, kappa, out=out)
+        columns, factors = [rows.expand(len(G), -1, -1)], [dd, shift] if v is None else [dd, shift, dl]
+        if v is None and not t.mT.is_contiguous(): out.unflatten(1, (k, -1)).addcmul_(W[:, :, None], G.unflatten(1, (k, -1))[..., None])
+        elif v is None: columns, factors = [*columns, _spread(G, k).mT], [*factors, W]
+        out.baddbmm_(torch.cat(columns, 2), torch.cat(factors, 1))
         if out is chunk: gx[s] = out
-    return gx, gu - gu.mean(-1, keepdim=True)
+    return gx, gu - gu.mean(-1, keepdim=True), gv
 
 class _Start(torch.autograd.Function):
     "Saves the map and a few numbers per position; a second derivative goes through `_start_plain`."
     @staticmethod
-    def forward(ctx, x, u, m, eps):
-        with _no_autocast(x): z, *kept = _start_forward(x, u, m, eps)
-        ctx.save_for_backward(x, u, *kept)
+    def forward(ctx, x, u, v, m, eps):
+        with _no_autocast(x): z, *kept = _start_forward(x, u, v, m, eps)
+        ctx.save_for_backward(x, u, v, *kept)
         ctx.options = m, eps
         return z
 
     @staticmethod
     def backward(ctx, g):
-        x, u, *kept = ctx.saved_tensors
+        x, u, v, *kept = ctx.saved_tensors
         m, eps = ctx.options
-        need_x, need_u, *_ = ctx.needs_input_grad
+        need = ctx.needs_input_grad[:3]
         with _no_autocast(x):
-            if not torch.is_grad_enabled(): return *_start_backward(x, u, m, *kept, g, need_x), None, None
-            grads = iter(torch.autograd.grad(_start_plain(x, u, m, eps), [t for t, need in ((x, need_x), (u, need_u)) if need], g, create_graph=True))
-            return next(grads) if need_x else None, next(grads) if need_u else None, None, None
+            if not torch.is_grad_enabled(): return *_start_backward(x, u, v, m, *kept, g, need[0]), None, None
+            grads = iter(torch.autograd.grad(_start_plain(x, u, v, m, eps), [t for t, n in zip((x, u, v), need) if n], g, create_graph=True))
+            return *(next(grads) if n else None for n in need), None, None
 
-def _start(x, u, m, eps):
+def _start(x, u, v, m, eps):
     "`_start_plain`, in chunks where that pays and nobody traces the operations."
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.is_meta or hasattr(x, 'fake_mode')
-    if traced or x.numel() == 0 or (x.is_cpu and x.numel() <= 1 << 16): return _start_plain(x, u, m, eps)
+    if traced or x.numel() == 0 or (x.is_cpu and x.numel() <= 1 << 16): return _start_plain(x, u, v, m, eps)
     x = x.as_subclass(Tensor)
     if not (x.is_contiguous() or x.mT.is_contiguous()): x = x.contiguous()
-    if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad): return _Start.apply(x, u, m, eps)
-    return _start_forward(x, u, m, eps)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, u, v)): return _Start.apply(x, u, v, m, eps)
+    return _start_forward(x, u, v, m, eps)[0]
 
 class _ZeroQueryPooling(nn.Module):
     "Queries that start at zero and look at the normalised map."
@@ -335,17 +353,12 @@ class _ZeroQueryPooling(nn.Module):
         if x.shape[1] != self.ni: raise ValueError(f"x: expected {self.ni} channels, got {x.shape[1]}. Build the layer with ni=x.shape[1].")
         if x.shape[2] * x.shape[3] == 0: raise ValueError(f"x: a map of shape {tuple(x.shape)} has no positions to pool. Use a larger picture.")
 
-    def _weights(self, x):
-        "The map `(b, c, n)` in float32 or wider, and the weights `(b, k, n)`."
-        self._check(x)
-        dtype = _wide(x.dtype)
-        with _no_autocast(x):
-            m = x.flatten(2).to(dtype)
-            return m, _scores(m, self.query.to(dtype), True, self.eps)[-1].softmax(-1)
-
     def attention_map(self, x: Tensor) -> Tensor:
         "Where each query looks: `(b, ni, h, w)` to weights `(b, queries, h, w)` that sum to one over positions."
-        return self._weights(x)[1].unflatten(-1, x.shape[2:])
+        self._check(x)
+        dtype = _wide(x.dtype)
+        with _no_autocast(x): scores = _scores(x.flatten(2).to(dtype), self.query.to(dtype), True, self.eps)[-1]
+        return scores.softmax(-1).unflatten(-1, x.shape[2:])
 
 class AvgStartAttnPooling2d(_ZeroQueryPooling):
     "Attention pooling that starts as average pooling: queries from zero, each pooling its own share of the channels."
@@ -365,7 +378,7 @@ class AvgStartAttnPooling2d(_ZeroQueryPooling):
         self._check(x)
         dtype, m = _wide(x.dtype), self.mix or None
         if self.mix and self.training: m = (torch.rand(len(x), 1, 1, device=x.device) < self.mix).to(dtype)
-        with _no_autocast(x): return _start(x.flatten(2), self.query.to(dtype), m, self.eps).to(x.dtype)
+        with _no_autocast(x): return _start(x.flatten(2), self.query.to(dtype), None, m, self.eps).to(x.dtype)
 
     def attention_map(self,
         x: Tensor, # `(b, ni, h, w)`
@@ -390,9 +403,10 @@ class ClassQueryPooling2d(_ZeroQueryPooling):
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to logits `(b, n_out)`."
-        m, weights = self._weights(x)
+        self._check(x)
+        dtype = _wide(x.dtype)
         with _no_autocast(x):
-            out = (weights * (self.linear.weight.to(m.dtype) @ m)).sum(-1) + self.linear.bias.to(m.dtype)
+            out = _start(x.flatten(2), self.query.to(dtype), self.linear.weight.to(dtype), None, self.eps) + self.linear.bias.to(dtype)
         return out.to(x.dtype)
 
     def extra_repr(self): return f'{self.ni}, {self.c_out}'

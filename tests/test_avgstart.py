@@ -78,8 +78,10 @@ def test_gradgradcheck_in_chunks(monkeypatch):
     u = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     x = torch.randn(5, 8, 6, dtype=torch.float64, requires_grad=True)
     for m in (None, .3, torch.tensor([0., 1, 0, 1, 0], dtype=torch.float64).view(5, 1, 1)):
-        def f(x, u): return pooling._Start.apply(x, u, m, 1e-5)
-        assert torch.autograd.gradcheck(f, (x, u)) and torch.autograd.gradgradcheck(f, (x, u))
+        for v in (None, torch.randn(2, 8, dtype=torch.float64, requires_grad=True)):
+            def f(x, u, v=None): return pooling._Start.apply(x, u, v, m, 1e-5)
+            inputs = (x, u) if v is None else (x, u, v)
+            assert torch.autograd.gradcheck(f, inputs) and torch.autograd.gradgradcheck(f, inputs)
 
 
 @pytest.mark.parametrize("dtype, tol", [(torch.bfloat16, .01), (torch.float16, .002)])
@@ -95,15 +97,22 @@ def test_half_precision_in_chunks(dtype, tol, layout):
     assert (pool(x) - exact(X)).abs().max() <= tol * exact(X).abs().max() and (a - b).abs().max() <= tol * b.abs().max()
 
 
-def test_class_query_equals_a_loop_over_classes():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("offset", [0., 50.])
+@pytest.mark.parametrize("b", [3, 150])
+def test_class_query_equals_a_loop_over_classes(layout, offset, b):
     pool = ClassQueryPooling2d(24, 5).double()
     nn.init.normal_(pool.query)
-    x = torch.randn(3, 24, 4, 6, dtype=torch.float64)
+    x = (torch.randn(b, 24, 4, 6, dtype=torch.float64) + offset).to(memory_format=layout).requires_grad_()
     a = weights(pool, x)
     logits = pool.linear(x.flatten(2).mT)   # (b, n, 5)
     expected = torch.stack([(a[:, k] * logits[..., k]).sum(1) for k in range(5)], 1)
-    assert (pool(x) - expected).abs().max() <= 1e-13
-    assert torch.allclose(pool.attention_map(x).flatten(2), a) and pool.attention_map(x).shape == (3, 5, 4, 6)
+    out, g = pool(x), torch.randn(b, 5, dtype=torch.float64)
+    assert (out - expected).abs().max() <= 1e-12 * expected.abs().max()
+    inputs = x, pool.query, pool.linear.weight, pool.linear.bias
+    for ours, theirs in zip(torch.autograd.grad(out, inputs, g), torch.autograd.grad(expected, inputs, g, retain_graph=True)):
+        assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+    assert torch.allclose(pool.attention_map(x).flatten(2), a) and pool.attention_map(x).shape == (b, 5, 4, 6)
 
 
 def test_mix_trains_on_both_and_tests_on_the_mixture():
