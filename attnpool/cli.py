@@ -72,7 +72,7 @@ def bench(
     arch: Annotated[str, typer.Option(help='Network: xeca_resnext_tiny, xeca_resnext50s, ..., or any timm name.')] = 'xeca_resnext_tiny',
     recipe: Annotated[str, typer.Option(help='Recipe: quick, mixed (with CutMixUpAugment, in bfloat16), blog, paper-small.')] = 'quick',
     mix: Annotated[str | None, typer.Option(help="What mixes the pictures: cutmixup, mixup, cutmix, or none.  [default: the recipe's]")] = None,
-    opt: Annotated[str | None, typer.Option(help="Optimizer: adam, ranger, lamb.  [default: the recipe's]")] = None,
+    opt: Annotated[str | None, typer.Option(help="Optimizer: adam, adamw (torch's fused one), ranger, lamb.  [default: the recipe's]")] = None,
     schedule: Annotated[str | None, typer.Option(help="Schedule: one_cycle, flat_cos, cosine.  [default: the recipe's]")] = None,
     label_smoothing: Annotated[float | None, typer.Option(help="Share of the label spread over all classes.  [default: the recipe's]")] = None,
     wd: Annotated[float | None, typer.Option(help="Weight decay.  [default: the recipe's]")] = None,

@@ -9,13 +9,14 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'MIXES', 'PRECISIONS', 'RECIPES', 'map_wid
 # %% ../nbs/32_learner.ipynb #169ba6d0
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Callable
 from unittest.mock import patch as patched
 
 import fastai.vision.learner as fastai_learner
 import torch
 from fastai.vision.all import (Adam, BalancedAccuracy, CrossEntropyLossFlat, F1Score, L, LabelSmoothingCrossEntropyFlat, Lamb, Learner,
-                               MatthewsCorrCoef, ParamScheduler, accuracy, apply_init, combined_cos, default_split, get_c, patch, ranger)
+                               MatthewsCorrCoef, OptimWrapper, ParamScheduler, accuracy, apply_init, combined_cos, default_split, get_c, patch, ranger)
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
@@ -115,6 +116,7 @@ def vision_learner(
 # %% ../nbs/32_learner.ipynb #b374688d
 OPTIMIZERS = Registry('opt')
 OPTIMIZERS['adam'], OPTIMIZERS['ranger'], OPTIMIZERS['lamb'] = Adam, ranger, Lamb
+OPTIMIZERS['adamw'] = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)   # one pass over the weights
 
 SCHEDULES = Registry('schedule')
 

@@ -294,3 +294,34 @@ def test_killed_and_interrupted_sweeps_go_on(tmp_path, sig):
     assert [load_run(tmp_path / s.name)["spec"]["seed"] for s in specs] == [1, 2, 3] and first["status"] == "complete"
     assert json.loads((second / "result.json").read_text())["status"] == "complete"
     assert (tmp_path / "report.html").exists() and not list(tmp_path.rglob("*.tmp"))
+
+
+KILLS = int(os.environ.get("ATTNPOOL_KILLS", 0))
+
+
+@pytest.mark.skipif(not KILLS, reason="ATTNPOOL_KILLS=20 kills a sweep that often, which takes some minutes")
+def test_kills_at_random_moments(tmp_path):
+    specs = [make_spec(head="avg", seed=s, **SMALL) for s in range(1, 4 * KILLS + 1)]
+    flags = "--heads", "avg", "--seeds", ",".join(str(s.seed) for s in specs)
+    made, moments = {}, np.random.default_rng(0)
+
+    def look():
+        for file in (tmp_path / s.name / "result.json" for s in specs):
+            if not file.exists(): continue
+            load_run(file.parent)   # an error if a file is torn
+            assert made.setdefault(file, file.stat().st_mtime_ns) == file.stat().st_mtime_ns, "a finished run was made again"
+
+    for _ in range(KILLS):
+        process = start(tmp_path, *flags)
+        started = time.time()
+        wait_for(lambda: any(f.stat().st_mtime > started for f in tmp_path.glob("*/spec.json")), process)   # it trains
+        with pytest.raises(subprocess.TimeoutExpired): process.communicate(timeout=moments.uniform(0, 6))   # some runs later
+        process.kill()
+        process.communicate()
+        look()
+    process = start(tmp_path, *flags)
+    _, err = process.communicate(timeout=1200)
+    assert process.returncode == 0, err
+    look()
+    assert len(made) == len(specs) and not list(tmp_path.rglob("*.tmp"))
+    print(f"{KILLS} kills, {len(specs)} runs, each made once")
