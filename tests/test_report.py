@@ -19,14 +19,14 @@ def fake_run(out, spec, accuracy, epochs=80):
     from dataclasses import asdict
     folder = out / spec.name
     folder.mkdir(parents=True)
-    rows = [dict(epoch=e, train_loss=1 / (e + 1), valid_loss=1 / (e + 2), accuracy=accuracy * (1 - .5**(e + 1)), seconds=1.5) for e in range(epochs)]
+    last = dict(train_loss=.5, valid_loss=.6, accuracy=accuracy, balanced_accuracy_score=accuracy, f1_score=accuracy - .01, matthews_corrcoef=accuracy - .02)
+    rows = [dict(epoch=e) | {k: v * (1 - .5**(e + 1) * (e < epochs - 1)) for k, v in last.items()} | dict(seconds=1.5) for e in range(epochs)]
     with (folder / "history.csv").open("w") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     (folder / "spec.json").write_text(json.dumps(asdict(spec)))
-    result = dict(spec=asdict(spec), status="complete", accuracy=accuracy, f1_score=accuracy - .01, matthews_corrcoef=accuracy - .02,
-                  balanced_accuracy_score=accuracy, train_loss=.5, valid_loss=.6, parameters=10**6, seconds_per_epoch=1.5, peak_in_box=None,
+    result = dict(spec=asdict(spec), status="complete", **last, parameters=10**6, seconds_per_epoch=1.5, peak_in_box=None,
                   sizes={"256": dict(accuracy=accuracy + .01, f1_score=accuracy, matthews_corrcoef=accuracy, balanced_accuracy_score=accuracy, valid_loss=.55)},
                   device="cpu", machine="x", threads=2, versions=dict(torch="2"))
     result["files"] = {f.name: f.stat().st_size for f in folder.iterdir()}
@@ -44,6 +44,29 @@ def test_published_numbers_are_the_blogs():
     assert value("imagenette", "xeca_resnext50s", "avg", "accuracy", lr=8e-3) == (.9580, .0011)
     assert value("petals", "xeca_resnext50s", "learned", "f1") == (.8602, .0022)
     assert value("imagewoof", "xeca_resnext50s", "concat", "delta_accuracy", 384)[0] == -.02
+
+
+def test_published_runs_make_the_same_tables(tmp_path):
+    for head, accuracy in (("avg", .9), ("concat", .93), ("avg", .91), ("concat", .92)):
+        fake_run(tmp_path / "runs", make_spec(head=head, seed=int(accuracy * 100), eval_sizes=(48,)), accuracy, epochs=3)
+    fake_run(tmp_path / "runs", make_spec(head="concat", seed=90, lr=1.), .1, epochs=2)
+    results, _ = collect([tmp_path / "runs"])
+    for r in results: r["spec"]["data"] = "/home/me/digits"
+    (tmp_path / "one").mkdir()
+    page = write_report(results, tmp_path / "one" / "report.html")
+    again, problems = collect([page.with_suffix(".runs.csv")])
+    assert not problems and "/home/me" not in page.with_suffix(".runs.csv").read_text()
+    def key(r): return r["spec"]["head"], r["spec"]["seed"], r["spec"]["lr"]
+    for a, b in zip(sorted(results, key=key), sorted(again, key=key), strict=True):
+        assert a["spec"] | dict(data="digits", eval_sizes=list(a["spec"]["eval_sizes"])) == b["spec"]
+        assert all(a[k] == b[k] for k in ("status", "accuracy", "sizes", "parameters", "versions", "seconds_per_epoch"))
+        assert b["history"].epoch.tolist() == list(range(a["spec"]["epochs"]))[:len(b["history"])]
+    for a, b in zip(sorted(settings(results), key=len), sorted(settings(again), key=len), strict=True):
+        def rows(table): return table.sort_values(["head", "lr"]).reset_index(drop=True)
+        pd.testing.assert_frame_equal(rows(summarize(a)), rows(summarize(b)), rtol=1e-4)
+    (tmp_path / "two").mkdir()
+    write_report(again, tmp_path / "two" / "report.html")
+    assert "concat" in (tmp_path / "two" / "report.md").read_text()
 
 
 def test_fifty_long_runs_make_a_report_quickly(tmp_path):
