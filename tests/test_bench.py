@@ -301,7 +301,7 @@ KILLS = int(os.environ.get("ATTNPOOL_KILLS", 0))
 
 @pytest.mark.skipif(not KILLS, reason="ATTNPOOL_KILLS=20 kills a sweep that often, which takes some minutes")
 def test_kills_at_random_moments(tmp_path):
-    specs = [make_spec(head="avg", seed=s, **SMALL) for s in range(1, 4 * KILLS + 1)]
+    specs = [make_spec(head="avg", seed=s, **SMALL) for s in range(1, 3 * KILLS + 1)]
     flags = "--heads", "avg", "--seeds", ",".join(str(s.seed) for s in specs)
     made, moments = {}, np.random.default_rng(0)
 
