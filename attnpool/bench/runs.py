@@ -8,6 +8,7 @@ __all__ = ['Spec', 'make_spec', 'write_file', 'load_run', 'looks', 'RunLog', 'ru
 # %% ../../nbs/41_bench.runs.ipynb #afdb9ef6
 import csv
 import ctypes
+import gc
 import hashlib
 import io
 import json
@@ -221,6 +222,7 @@ def _empty(folder, spec):
 def _make(spec, folder, device, on_epoch):
     "Make a run, with the other processes of a launcher if there are any."
     if spec.bs % processes(): raise ValueError(f"bs: {spec.bs} is not a multiple of {processes()}, the number of processes that share each batch.")
+    gc.collect()   # the network and the pictures of the run before, which refer to each other
     set_seed(spec.seed)   # before the DataLoaders, which draw the seed of their order when they are made
     dls = get_dls(spec.data, size=spec.size, bs=spec.bs // processes(), device=device, **({'skip_broken': True} if spec.skip_broken else {}))
     larger = {str(size): valid_dl(dls, size) for size in spec.eval_sizes}
