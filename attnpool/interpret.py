@@ -204,17 +204,25 @@ def show_maps(
     if n == 0: raise ValueError(f"images: there is no picture in {tuple(images.shape)}. Pass at least one.")
     ncols = min(ncols, n)
     nrows = -(-n // ncols)
-    fig, axs = plt.subplots(nrows, ncols, figsize=(cell * ncols, cell * nrows * (1.2 if titles else 1)), squeeze=False, dpi=80)
-    fig.patch.set_alpha(0)
+    above = .1 + .14 * max(str(t).count('\n') + 1 for t in titles) if titles is not None else .06   # inches, for the lines of a title
+    fig, axs = _grid(nrows, ncols, cell, images, above=above)
     up = _enlarged(maps, images)
-    for ax in axs.flat: ax.axis('off')
     for i, ax in zip(range(n), axs.flat):
         _overlay(ax, images[i], up[i], None if boxes is None else boxes[i])
-        if titles is not None: ax.set_title(titles[i], fontsize=8, color=_GREY)
-    fig.tight_layout(pad=.3)
+        if titles is not None: ax.set_title(titles[i], fontsize=8, color=_GREY, pad=3)
     return fig
 
 _GREY = '#888888'   # readable on white and on black
+
+def _grid(nrows, ncols, cell, images, left=0., above=0., below=0.):
+    "Axes as wide as `cell` for pictures of that shape; the margins of each row are in inches."
+    side, band = cell * images.shape[2] / images.shape[3], above + below
+    width, height = left + cell * ncols, (side + band) * nrows
+    fig, axs = plt.subplots(nrows, ncols, figsize=(width, height), squeeze=False, dpi=80,
+                            gridspec_kw=dict(left=left / width, right=1, top=1 - above / height, bottom=below / height, wspace=.05, hspace=band / side))
+    fig.patch.set_alpha(0)
+    for ax in axs.flat: ax.axis('off')
+    return fig, axs
 
 def _enlarged(maps, images):
     "The mean of the maps of each picture, at the size of the pictures."
@@ -309,12 +317,7 @@ def show_heads(
     if len(images) == 0: raise ValueError(f"images: there is no picture in {tuple(images.shape)}. Pass at least one.")
     if vocab is None: vocab = next((m.dls.vocab for m in models.values() if isinstance(m, Learner) and hasattr(m.dls, 'vocab')), None)
     def name(c): return str(int(c)) if vocab is None else str(vocab[int(c)])
-    H, W = images.shape[2:]
-    margin, below = .08 * max(map(len, models)) + .15, .2   # inches: for the names, and for the line below a picture
-    width, height = margin + cell * len(images), (cell * H / W + below) * len(models)
-    fig, axs = plt.subplots(len(models), len(images), figsize=(width, height), squeeze=False, dpi=80,
-                            gridspec_kw=dict(left=margin / width, right=1, top=1, bottom=below / height, wspace=.04, hspace=below / (cell * H / W)))
-    fig.patch.set_alpha(0)
+    fig, axs = _grid(len(models), len(images), cell, images, left=.08 * max(map(len, models)) + .15, below=.25)   # for the names, and for a line
     for row, (title, m) in zip(axs, models.items()):
         model = _plain(m.model if isinstance(m, Learner) else m)
         x = images.to(next(model.parameters()).device)
@@ -322,7 +325,6 @@ def show_heads(
         up = _enlarged(maps_of(model, x), images)
         row[0].text(-.06, .5, title, transform=row[0].transAxes, ha='right', va='center', fontsize=9, color=_GREY)
         for i, ax in enumerate(row):
-            ax.axis('off')
             _overlay(ax, images[i], up[i], None if boxes is None else boxes[i])
             wrong = labels is not None and int(labels[i]) != int(c[i])
             ax.text(.5, -.03, f'{name(c[i])} {p[i]:.0%}' + (f' ({name(labels[i])})' if wrong else ''), transform=ax.transAxes,
