@@ -12,8 +12,8 @@ __all__ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPo
            'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix',
            'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'find_pools',
            'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish', 'mixup',
-           'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up', 'show_maps',
-           'small_data_metrics', 'swap_pool', 'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50',
+           'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up', 'show_heads',
+           'show_maps', 'small_data_metrics', 'swap_pool', 'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50',
            'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
 
 # %% ../nbs/51_all.ipynb #f18ea5f4
@@ -25,7 +25,7 @@ from .functional import attention_pool, attention_pool_plain, attention_scores, 
 from .heads import (HEADS, AvgAttnConcatPoolHead, AvgAttnPoolHead, AvgAttnPoolSlimHead, AvgPoolHead, AvgStartAttnPoolHead,
                             ClassQueryPoolHead, LearnedAggregationHead, LearnedAggregationSandwichHead, fold)
 from .interpret import (agreement, attention_maps, class_activation_map, class_token_maps, deletion_insertion, energy_in_box, find_pools,
-                                grad_cam, maps_of, maps_page, open_pictures, pointing_game, show_maps)
+                                grad_cam, maps_of, maps_page, open_pictures, pointing_game, show_heads, show_maps)
 from .layers import Mish, TokenBatchNorm
 from .learner import RECIPES, Recipe, get_recipe, recipe_learner, small_data_metrics, vision_learner
 from .mixing import cutmix, cutmix_box, cutmixup, mixup
@@ -41,5 +41,5 @@ _all_ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPool
          'MixedPrecision', 'RECIPES', 'Recipe', 'TokenBatchNorm', 'agreement', 'attention_maps', 'attention_pool', 'attention_pool_plain',
          'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix', 'cutmix_box', 'cutmixup', 'deletion_insertion',
          'digits_dls', 'distributed', 'energy_in_box', 'find_pools', 'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page',
-         'mish', 'mixup', 'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up', 'show_maps', 'small_data_metrics', 'swap_pool', 'valid_dl',
+         'mish', 'mixup', 'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up', 'show_heads', 'show_maps', 'small_data_metrics', 'swap_pool', 'valid_dl',
          'vision_learner', 'with_head', 'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']

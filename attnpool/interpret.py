@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_pools', 'attention_maps', 'class_activation_map', 'grad_cam', 'class_token_maps', 'pointing_game',
            'energy_in_box', 'entropy', 'deletion_insertion', 'agreement', 'show_maps', 'open_pictures', 'maps_of',
-           'class_index', 'maps_page']
+           'show_heads', 'class_index', 'maps_page']
 
 # %% ../nbs/33_interpret.ipynb #7ac2eba4
 import base64
@@ -200,24 +200,41 @@ def show_maps(
     cell: float = 1.2, # Side of a picture, in inches
 ) -> plt.Figure:
     "Pictures with their maps laid over them, bilinear; a colour map that colour-blind readers can use."
-    n, (H, W) = len(images), images.shape[2:]
+    n = len(images)
     if n == 0: raise ValueError(f"images: there is no picture in {tuple(images.shape)}. Pass at least one.")
     ncols = min(ncols, n)
     nrows = -(-n // ncols)
-    fig, axs = plt.subplots(nrows, ncols, figsize=(cell * ncols, cell * nrows * (1.2 if titles else 1)), squeeze=False, dpi=80)
-    fig.patch.set_alpha(0)
-    up = F.interpolate(maps.mean(1, keepdim=True).float(), size=(H, W), mode='bilinear', align_corners=False)[:, 0].cpu()
-    for ax in axs.flat: ax.axis('off')
+    above = .1 + .14 * max(str(t).count('\n') + 1 for t in titles) if titles is not None else .06   # inches, for the lines of a title
+    fig, axs = _grid(nrows, ncols, cell, images, above=above)
+    up = _enlarged(maps, images)
     for i, ax in zip(range(n), axs.flat):
-        ax.imshow(_stretched(images[i]).permute(1, 2, 0).expand(-1, -1, 3))
-        low, high = torch.quantile(up[i], torch.tensor([.02, .98]))   # a single bright cell must not darken the rest
-        ax.imshow(up[i], cmap='magma', alpha=.55, vmin=low, vmax=max(high, low + 1e-12))
-        if boxes is not None:
-            left, top, right, bottom = boxes[i].tolist()
-            ax.add_patch(plt.Rectangle((left - .5, top - .5), right - left, bottom - top, fill=False, color='#56b4e9', lw=1.2))
-        if titles is not None: ax.set_title(titles[i], fontsize=8, color='#888888')   # readable on white and on black
-    fig.tight_layout(pad=.3)
+        _overlay(ax, images[i], up[i], None if boxes is None else boxes[i])
+        if titles is not None: ax.set_title(titles[i], fontsize=8, color=_GREY, pad=3)
     return fig
+
+_GREY = '#888888'   # readable on white and on black
+
+def _grid(nrows, ncols, cell, images, left=0., above=0., below=0.):
+    "Axes as wide as `cell` for pictures of that shape; the margins of each row are in inches."
+    side, band = cell * images.shape[2] / images.shape[3], above + below
+    width, height = left + cell * ncols, (side + band) * nrows
+    fig, axs = plt.subplots(nrows, ncols, figsize=(width, height), squeeze=False, dpi=80,
+                            gridspec_kw=dict(left=left / width, right=1, top=1 - above / height, bottom=below / height, wspace=.05, hspace=band / side))
+    fig.patch.set_alpha(0)
+    for ax in axs.flat: ax.axis('off')
+    return fig, axs
+
+def _enlarged(maps, images):
+    "The mean of the maps of each picture, at the size of the pictures."
+    return F.interpolate(maps.mean(1, keepdim=True).float(), size=images.shape[2:], mode='bilinear', align_corners=False)[:, 0].cpu()
+
+def _overlay(ax, image, m, box):
+    ax.imshow(_stretched(image).permute(1, 2, 0).expand(-1, -1, 3))
+    low, high = torch.quantile(m, torch.tensor([.02, .98]))   # a single bright cell must not darken the rest
+    ax.imshow(m, cmap='magma', alpha=.55, vmin=low, vmax=max(high, low + 1e-12))
+    if box is not None:
+        left, top, right, bottom = box.tolist()
+        ax.add_patch(plt.Rectangle((left - .5, top - .5), right - left, bottom - top, fill=False, color='#56b4e9', lw=1.2))
 
 def _stretched(image):
     image = image.as_subclass(Tensor).float().cpu()
@@ -285,6 +302,34 @@ def show_attention(self: Learner,
     titles = [f'{name(i)} {q:.0%}' + (f'\n({name(t)})' if y is not None and t != i else '') for q, i, t in zip(p, c, y if y is not None else c)]
     boxes = getattr(self.dls, 'boxes', None) if files is None else None
     return show_maps(shown, maps_of(self.model, x, pool), titles=titles, boxes=None if boxes is None else boxes[:len(x)], **kwargs)
+
+# %% ../nbs/33_interpret.ipynb #5c28d084
+def show_heads(
+    models: dict[str, nn.Module | Learner], # Name of the row: network with an attention pool or with average pooling, or a Learner of one
+    images: Tensor, # `(b, 3, H, W)`, normalised as in training: every network gets the same
+    labels: Sequence[int] | Tensor | None = None, # True classes, `(b,)`; written in brackets where a network is wrong
+    boxes: Tensor | None = None, # Boxes to draw, `(b, 4)`: left, top, right, bottom, in pixels
+    vocab: Sequence | None = None, # Names of the classes; None for those of the first Learner, or numbers
+    cell: float = 1.2, # Side of a picture, in inches
+) -> plt.Figure: # `len(models)` x `b` pictures
+    "The maps of several networks over the same pictures, with prediction and probability below each. For average pooling the class activation map."
+    if not models: raise ValueError("models: there is no network in it. Pass at least one, as in {'slim': learn}.")
+    if len(images) == 0: raise ValueError(f"images: there is no picture in {tuple(images.shape)}. Pass at least one.")
+    if vocab is None: vocab = next((m.dls.vocab for m in models.values() if isinstance(m, Learner) and hasattr(m.dls, 'vocab')), None)
+    def name(c): return str(int(c)) if vocab is None else str(vocab[int(c)])
+    fig, axs = _grid(len(models), len(images), cell, images, left=.08 * max(map(len, models)) + .15, below=.25)   # for the names, and for a line
+    for row, (title, m) in zip(axs, models.items()):
+        model = _plain(m.model if isinstance(m, Learner) else m)
+        x = images.to(next(model.parameters()).device)
+        with evaluating(model): p, c = model(x).as_subclass(Tensor).softmax(1).max(1)
+        up = _enlarged(maps_of(model, x), images)
+        row[0].text(-.06, .5, title, transform=row[0].transAxes, ha='right', va='center', fontsize=9, color=_GREY)
+        for i, ax in enumerate(row):
+            _overlay(ax, images[i], up[i], None if boxes is None else boxes[i])
+            wrong = labels is not None and int(labels[i]) != int(c[i])
+            ax.text(.5, -.03, f'{name(c[i])} {p[i]:.0%}' + (f' ({name(labels[i])})' if wrong else ''), transform=ax.transAxes,
+                    ha='center', va='top', fontsize=8, color=_GREY)
+    return fig
 
 # %% ../nbs/33_interpret.ipynb #29a38cb5
 _PAGE = '''<!doctype html>

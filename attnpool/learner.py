@@ -94,7 +94,8 @@ def vision_learner(
                                                   **(own if custom_head is None else dict(custom_head=nn.Identity(), init=None)))
         except StopIteration:
             raise ValueError(f"arch: {arch!r} has no pooling layer at which to cut it. Pass cut=, the index of the first layer to drop.") from None
-    learn.arch = learn.__stored_args__['arch'] = arch
+    learn.arch = arch
+    if hasattr(learn, '__stored_args__'): learn.__stored_args__['arch'] = arch   # fastcore 2 keeps none
     if custom_head is None: return learn
     n_in = kwargs.get('n_in', 3)
     body, sizes = learn.model[0], {}

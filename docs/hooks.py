@@ -56,7 +56,7 @@ def without_number(path): return re.sub(r'(^|/)\d+[a-z]*_(?=[^/]*$)', r'\1', pat
 def text(cell): return ''.join(cell['source'])
 def markdown(source): return dict(cell_type='markdown', metadata={}, source=source)
 def fence(code): return f'````python\n{code}\n````'
-def details(code, summary='Source', open=''): return f'<details class="source"{open}>\n<summary>{summary}</summary>\n\n{fence(code)}\n\n</details>'
+def details(code, summary='Source', open=''): return f'<details class="source" data-search-exclude{open}>\n<summary>{summary}</summary>\n\n{fence(code)}\n\n</details>'
 
 
 def tidy(cells, original):
@@ -169,11 +169,13 @@ def written(name, source):
 
 def definition(d, source):
     "Name, signature, docstring, and a table of the parameters; those that come by `delegates` only show_doc knows."
-    link = f'<a class="source-link" href="{d["url"].removesuffix("#LNone")}">source</a>\n\n' if d['url'] else ''
+    link = f'<a class="source-link" data-search-exclude href="{d["url"].removesuffix("#LNone")}">source</a>\n\n' if d['url'] else ''
     head = f'{link}### {d["name"]}\n\n'
     try: rows = parameters(ast.parse(d['signature'] + '\n    ...').body[0], d['signature'].splitlines())
-    except SyntaxError: return head + fence(d['signature']) + '\n\n' + d['docs']   # a default whose repr is no Python
+    except SyntaxError: rows = None   # a default whose repr is no Python
     own = written(d['name'], source)
+    if rows is None and not own: return head + fence(d['signature']) + '\n\n' + d['docs']
+    rows = rows or {'return': (None, None, None)} | own
     own = {name: (kind, default, comment and linkify(comment)) for name, (kind, default, comment) in own.items()}
     rows = {name: own.get(name) or row for name, row in rows.items()}
     result, result_doc = rows['return'][0], rows['return'][2]
@@ -242,7 +244,12 @@ def on_page_content(content, page, config, files):
         code = soup.new_tag('code')
         code.extend(list(block.pre.contents))
         block.pre.append(code)
-    page.toc = get_toc(nest([heading(h, soup) for h in soup.find_all(re.compile('^h[1-6]$'))]))
+    for tag in soup.select('.jp-Cell[id]'): del tag['id']   # the theme makes ids of it, the same for each block of code in the cell
+    for tag in soup.select('td'):
+        if not tag.code and len(tag.get_text()) > 24: tag['class'] = 'words'
+    headings = [heading(h, soup) for h in soup.find_all(re.compile('^h[1-6]$'))]
+    unique(headings)
+    page.toc = get_toc(nest(headings))
     for line in re.findall(r'^(?:#\| |:::|output-file:).*', soup.get_text(), re.M):
         log.warning(f'{page.file.src_uri}: left over from the notebook: {line}')
     return str(soup)
@@ -256,7 +263,18 @@ def heading(tag, soup):
     link = soup.new_tag('a', href='#' + tag['id'], title='Permanent link', attrs={'class': 'headerlink'})
     link.string = '¶'
     tag.append(link)
-    return dict(level=int(tag.name[1]), id=tag['id'], name=html.escape(name), children=[])
+    return dict(level=int(tag.name[1]), id=tag['id'], name=html.escape(name), children=[], tag=tag)
+
+
+def unique(headings):
+    "Of headings with one name, the deepest keeps the anchor: nbdev's links mean the definition, not the section that is called like it."
+    taken = set()
+    for h in sorted(headings, key=lambda h: -h['level']):
+        tag, name, i = h.pop('tag'), h['id'], 1
+        while h['id'] in taken: h['id'], i = f'{name}-{i}', i + 1
+        taken.add(h['id'])
+        tag['id'] = h['id']
+        tag.select_one('.headerlink')['href'] = '#' + h['id']
 
 
 def nest(headings):

@@ -6,7 +6,7 @@ from torch import nn
 
 from attnpool.heads import HEADS, AvgPoolHead, LearnedAggregationHead
 from attnpool.interpret import (agreement, attention_maps, class_activation_map, class_index, class_token_maps, deletion_insertion, energy_in_box,
-                                entropy, find_pools, grad_cam, maps_page, open_pictures, pointing_game, show_maps)
+                                entropy, find_pools, grad_cam, maps_page, open_pictures, pointing_game, show_heads, show_maps)
 from attnpool.models.xresnet import xeca_resnext_tiny
 
 matplotlib.use("Agg")
@@ -112,6 +112,26 @@ def test_show_maps_draws_every_picture_and_box():
     assert len(fig.axes) == 6 and len(drawn) == 5
     assert [ax.get_title() for ax in drawn] == list("abcde")
     assert all(len(ax.patches) == 1 for ax in drawn)
+
+
+def test_show_heads_has_a_row_for_each_network_and_says_what_it_predicts():
+    from fastai.vision.all import Learner
+    from attnpool.bench.data import digits_dls
+    learned, avg = (xeca_resnext_tiny(10, custom_head=h) for h in (LearnedAggregationHead, AvgPoolHead))
+    x, modes = torch.randn(3, 3, 40, 56), [m.training for m in learned.modules()]
+    with torch.no_grad(): p, c = learned.eval()(x).softmax(1).max(1)
+    learned.train()
+    boxes = torch.tensor([[1, 2, 9, 8]] * 3)
+    fig = show_heads({"learned": Learner(digits_dls(40, n_train=64, n_valid=64), learned), "avg": avg}, x, [c[0], c[1], (c[2] + 1) % 10], boxes)
+    texts = [[t.get_text() for t in ax.texts] for ax in fig.axes]
+    assert len(fig.axes) == 6 and all(len(ax.images) == 2 and len(ax.patches) == 1 for ax in fig.axes)
+    assert [t[0] for t in (texts[0], texts[3])] == ["learned", "avg"]
+    assert texts[1] == [f"{c[1]} {p[1]:.0%}"] and texts[2] == [f"{c[2]} {p[2]:.0%} ({(c[2] + 1) % 10})"]
+    assert modes == [m.training for m in learned.modules()]
+    named = show_heads({"avg": avg}, x, vocab=[f"class {i}" for i in range(10)])
+    assert named.axes[1].texts[0].get_text().startswith("class ")
+    with pytest.raises(ValueError, match="models: there is no network"): show_heads({}, x)
+    with pytest.raises(ValueError, match="images: there is no picture"): show_heads({"avg": avg}, x[:0])
 
 
 @pytest.mark.parametrize("name", ATTENTION)
