@@ -178,7 +178,7 @@ def multiply_adds(
 # %% ../../nbs/42_bench.speed.ipynb #907caab3
 MAPS = (512, 7, 7), (1024, 8, 8), (1024, 14, 14), (2048, 7, 7), (1024, 24, 24)
 FORMATS = dict(contiguous=torch.contiguous_format, channels_last=torch.channels_last)
-QUICK = dict(maps=((512, 7, 7), (1024, 14, 14)), batches=(32,), formats=('contiguous',), rounds=3)   # arguments of `measure` for a minute or two
+QUICK = dict(maps=((512, 7, 7), (1024, 14, 14)), batches=(32,), dtypes=(torch.float32,), formats=('contiguous',), rounds=3)   # arguments of `measure` for a minute or two
 
 def machine(
     device: str | torch.device = 'cpu', # Where it was measured
@@ -260,9 +260,7 @@ def step_variants(
     device: str | torch.device = 'cpu', # Where
 ) -> dict[str, Callable[[], object]]: # Training steps without optimizer, by name, fastxtend's first
     "Forward and backward of XECA-XResNeXt50S with `AvgAttnConcatPoolHead`, as fastxtend builds it and as this library does."
-    from fastxtend.vision.models.pooling import BlurPool, MaxBlurPool
-    from fastxtend.vision.models.xresnet import ECAResNeXtBlock, XResNet
-    from attnpool.models.xresnet import xeca_resnext50s
+    from attnpool.models.xresnet import BlurPool, ECAResNeXtBlock, MaxBlurPool, XResNet, xeca_resnext50s
     def fastxtend_body():
         body = XResNet(ECAResNeXtBlock, 4, [3, 4, 9], n_out=10, block_szs=[64, 128, 256], act_cls=nn.Mish, stem_pool=MaxBlurPool, block_pool=BlurPool)
         return nn.Sequential(*body)[:-4].append(AvgAttnConcatPoolHead(1024, 10))
