@@ -263,7 +263,7 @@ def speed(
     quick: Annotated[bool, typer.Option('--quick', help='Fewer settings, under three minutes on two cores.')] = False,
     figures: Annotated[bool, typer.Option('--figures', help="This library's figures against their goals instead.")] = False,
     growth: Annotated[bool, typer.Option('--growth', help='Time and memory against map size and number of queries instead.')] = False,
-    steps: Annotated[bool, typer.Option('--steps', help="Whole training steps of XECA-XResNeXt50S instead: fastxtend's, and what this library changes. And where the time goes.")] = False,
+    steps: Annotated[bool, typer.Option('--steps', help="Whole training steps of XECA-XResNeXt50S with the concat head instead: fastxtend's body, and what this library changes in it. And where the time goes.")] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='Folder for the CSV and the plot.')] = Path('speed'),
 ):
@@ -287,7 +287,7 @@ def speed(
         variants = s.step_variants(device=device)
         table = s.versus(s.interleaved(variants, device=device)).rename_axis('step').reset_index()
         say(table.round(2).to_string(index=False))
-        if device == 'cpu': say('\nShares of the step, by kind of operation\n' + s.pd.DataFrame({n: s.step_profile(variants[n]) for n in ('fastxtend', 'ours: channels last')}).round(3).to_string())
+        if device == 'cpu': say('\nShares of the step, by kind of operation\n' + s.pd.DataFrame({n: s.step_profile(variants[n]) for n in ('fastxtend', 'ours, channels last')}).round(3).to_string())
     else:
         table = s.measure(**(s.QUICK if quick else {}), device=device, progress=say)
         for t in s.format_speed(table): console.print(t)

@@ -161,10 +161,10 @@ for _name, _head in dict(learned=LearnedAggregationHead, sandwich=LearnedAggrega
     _ablation(f'{_name}-mean', _head, residual='mean')                           # attention added to the mean instead of the query
     _ablation(f'{_name}-both', _head, residual='both')                           # to mean and query
 for _name, _head in {n: h for n, h in HEADS.items() if n in ('learned', 'sandwich', 'avgattn', 'slim', 'concat')}.items():
-    _ablation(f'{_name}-rms', _head, norm=nn.RMSNorm)
+    _ablation(f'{_name}-rms', _head, norm=nn.RMSNorm)                            # all norms of the head
     _ablation(f'{_name}-batch', _head, norm=TokenBatchNorm)
     _ablation(f'{_name}-init', _head, init_std=.1)                               # sharper weights from the start
-    if _name != 'slim': _ablation(f'{_name}-noffn', _head, ffn_expand=None)
+    if _name != 'slim': _ablation(f'{_name}-noffn', _head, ffn_expand=None)          # no feed-forward part
 for _name, _head in dict(learned=LearnedAggregationHead, sandwich=LearnedAggregationSandwichHead, avgattn=AvgAttnPoolHead).items():
     _ablation(f'{_name}-act', _head, final_act=nn.GELU)                          # an activation before the linear layer
 _ablation('avgstart-1', AvgStartAttnPoolHead, n_queries=1)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .callback.cutmixup import CutMixUp, CutMixUpAugment
 from .callback.precision import ChannelsLast, MixedPrecision
-from .heads import HEADS, check_n_out, get_head
+from .heads import ABLATIONS, HEADS, check_n_out, get_head
 from .layers import evaluating
 from .models.patchconvnet import timm_splitter
 from .models.surgery import TimmMap
@@ -220,7 +220,7 @@ def recipe_learner(
     if fixed: raise ValueError(f"{min(fixed)}: the DataLoaders decide it, got {overrides[min(fixed)]!r}. Make dls with it.")
     custom_head = get_head(head)
     cls = getattr(custom_head, 'func', custom_head)   # of a partial
-    name = head if isinstance(head, str) else next((n for n, known in HEADS.items() if cls is known or isinstance(cls, known)), None)
+    name = head if isinstance(head, str) else next((n for n, known in (*ABLATIONS.items(), *HEADS.items()) if head is known or cls is known or isinstance(known, type) and isinstance(cls, known)), None)
     r = get_recipe(recipe, name, **overrides)
     loss = LabelSmoothingCrossEntropyFlat(r.label_smoothing) if r.label_smoothing else CrossEntropyLossFlat()
     layout = [ChannelsLast()] if torch.device(dls.device).type in ('cpu', 'cuda') else []   # quicker there, and the same numbers

@@ -64,7 +64,7 @@ def write_runs(
         if history is None: history = pd.DataFrame([{}])   # diverged in its first epoch
         rows.append(history.assign(**flat))
     table = pd.concat(rows)
-    write_file(path, table[sorted(table, key=lambda c: not c.startswith('spec.'))].to_csv(index=False, float_format='%.5g'))
+    write_file(path, table[sorted(table, key=lambda c: not c.startswith('spec.'))].to_csv(index=False))
 
 def _history(r):
     "The epochs of a run as a table, or None."

@@ -259,7 +259,7 @@ def step_variants(
     size: int = 128, # Their side, in pixels
     device: str | torch.device = 'cpu', # Where
 ) -> dict[str, Callable[[], object]]: # Training steps without optimizer, by name, fastxtend's first
-    "Forward and backward of XECA-XResNeXt50S with `AvgAttnConcatPoolHead`, as fastxtend builds it and as this library does."
+    "Forward and backward of XECA-XResNeXt50S with `AvgAttnConcatPoolHead`: fastxtend's body, and ours."
     from attnpool.models.xresnet import BlurPool, ECAResNeXtBlock, MaxBlurPool, XResNet, xeca_resnext50s
     def fastxtend_body():
         body = XResNet(ECAResNeXtBlock, 4, [3, 4, 9], n_out=10, block_szs=[64, 128, 256], act_cls=nn.Mish, stem_pool=MaxBlurPool, block_pool=BlurPool)
@@ -276,8 +276,8 @@ def step_variants(
             model.zero_grad(set_to_none=True)
         return step
     last = torch.channels_last
-    builders = {'fastxtend': lambda: variant(fastxtend_body), 'fastxtend, channels last': lambda: variant(fastxtend_body, last), 'Mish and head of ours': lambda: variant(ours),
-                'ours: channels last': lambda: variant(ours, last), 'ours, bf16': lambda: variant(ours, last, amp=True), 'ours, compiled': lambda: variant(ours, last, compiled=True)}
+    builders = {'fastxtend': lambda: variant(fastxtend_body), 'fastxtend, channels last': lambda: variant(fastxtend_body, last), 'Mish of ours': lambda: variant(ours),
+                'ours, channels last': lambda: variant(ours, last), 'ours, bf16': lambda: variant(ours, last, amp=True), 'ours, compiled': lambda: variant(ours, last, compiled=True)}
     if unknown := set(only or ()) - builders.keys(): raise ValueError(f"only: {', '.join(sorted(unknown))} is not among them. Choose from {', '.join(builders)}.")
     return {name: build() for name, build in builders.items() if (name in only if only else name != 'ours, compiled')}
 
@@ -377,7 +377,7 @@ def figures(
             quotient(f'Mish, training, ours ÷ torch, strides {name}', goal, step[mish], step[nn.functional.mish])
         what = 'training step of XECA-XResNeXt50S, fastxtend ÷ ours'
         if only in what:
-            theirs, own = step_variants(['fastxtend', 'ours: channels last']).values()
+            theirs, own = step_variants(['fastxtend', 'ours, channels last']).values()
             quotient(what, '≥1.3', theirs, own)
     return pd.DataFrame(rows)
 

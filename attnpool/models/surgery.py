@@ -61,7 +61,7 @@ class SwappedPool(nn.Module):
     ):
         super().__init__()
         self.mean, self.pool, self.ni, self.channels_last = mean, pool, ni, channels_last
-        self.beside, starts_as_mean = (isinstance(pool, cls) for cls in (AvgAttnConcatPooling2d, AvgStartAttnPooling2d))
+        self.beside, starts_as_mean = isinstance(pool, AvgAttnConcatPooling2d), isinstance(pool, AvgStartAttnPooling2d) and not pool.query.any()
         self.gamma = None if self.beside or starts_as_mean else nn.Parameter(torch.zeros(ni))
 
     def forward(self, x: Tensor) -> Tensor:
