@@ -1,5 +1,6 @@
 "The options of the blog's ablations: each does what it says, and the defaults are the printed heads."
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from attnpool.bench.runs import make_spec
 from attnpool.heads import ABLATIONS, HEADS, LearnedAggregationHead, fold, get_head
 from attnpool.layers import TokenBatchNorm
-from attnpool.learner import get_recipe
+from attnpool.learner import get_recipe, recipe_learner
 from attnpool.pooling import (AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation, LearnedAggregationSandwich)
 
 C = 16
@@ -105,6 +106,8 @@ def test_named_ablations(name, tmp_path):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters() if p.requires_grad)
     assert get_recipe("quick", name).lr == get_recipe("quick", name.split("-")[0]).lr   # its head's rate
     assert make_spec(head=name).head == name
+    dls = SimpleNamespace(device=torch.device("cpu"), c=4)
+    assert recipe_learner(dls, "xeca_resnext_tiny", ABLATIONS[name], metrics=[]).recipe.lr == get_recipe("quick", name).lr   # by class as by name
     torch.manual_seed(0)
     plain = base(C, 4)
     change = name.split("-")[1]

@@ -85,6 +85,12 @@ def test_swapped_networks_are_saved_folded_and_keep_dtype(tmp_path):
     assert torch.equal(copy.deepcopy(model)(x), model(x))
 
 
+def test_random_queries_do_not_change_the_outputs_either():
+    net, x = timm_net("resnet18").eval(), torch.randn(2, 3, 64, 64)
+    before = net(x)
+    assert (swap_pool(net, "avgstart-frozen").eval()(x) - before).abs().max() <= 1e-5
+
+
 def test_options_and_callables():
     model = swap_pool(timm_net("resnet18"), "avgstart", n_queries=4, mix=.5)
     assert len(model.global_pool.pool.query) == 4 and model.global_pool.pool.mix == .5
