@@ -282,14 +282,19 @@ def unpack(
 ) -> Path: # The folder with its content
     "Unpack an archive once. One that is cut short, or that would write elsewhere, is an error."
     archive = Path(archive)
-    if not hasattr(tarfile, 'data_filter'): raise ValueError(f"data: this Python cannot unpack {archive} safely. Use 3.10.12, 3.11.4 or newer, or unpack it yourself.")
     def make(folder):
+        root = folder.resolve()
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter='data')
+                for member in tar:   # by hand: the filters of tarfile are missing before Python 3.10.12 and 3.11.4
+                    target = (root/member.name).resolve()
+                    if not (member.isfile() or member.isdir()) or not target.is_relative_to(root):
+                        raise ValueError(f"data: {archive} holds something that does not belong into a data set: {member.name}, a link or a place outside.")
+                    (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+                    if member.isfile():
+                        with tar.extractfile(member) as source, open(target, 'wb') as copy: shutil.copyfileobj(source, copy)
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError('its end is missing')   # tarfile takes any member for the last
-        except tarfile.FilterError as e: raise ValueError(f"data: {archive} holds something that does not belong into a data set ({e}).") from None
         except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as e:
             raise ValueError(f"data: {archive} is cut short or damaged ({e}). Copy or download it again.") from None
     return made_once(_cache(cache)/f'{_stem(archive)}-{_hash(_stamp([archive]))}', make)
