@@ -144,6 +144,8 @@ def report(
 
         attnpool report runs/ --published imagenette
     """
+    import warnings
+    warnings.filterwarnings('ignore', category=FutureWarning)
     from rich.console import Console
 
     from attnpool.bench.report import collect, rich_table, settings, summarize, write_report
