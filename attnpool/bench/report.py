@@ -406,6 +406,7 @@ def write_report(
     "One self-contained HTML page, and the tables as CSV and markdown; one section for each setting."
     if not results: raise ValueError("results: there is nothing to report, the list is empty.")
     path, groups = Path(path), settings(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tables = [summarize(g) for g in groups]
     blog = blog_tables(max(groups, key=len), data) if data else {}
     page = jinja2.Environment(autoescape=False).from_string(_PAGE).render(
