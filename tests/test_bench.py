@@ -260,8 +260,9 @@ def test_two_processes_on_one_folder_make_each_run_once(tmp_path):
 
 
 def start(out, *more):
+    def heed(): signal.signal(signal.SIGINT, signal.SIG_DFL)   # what runs in the background of a shell ignores it, and hands that down
     return subprocess.Popen([sys.executable, "-m", "attnpool.cli", "bench", "digits", "--out", str(out), *FLAGS, *more],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
 def wait_for(condition, process, seconds=240):
