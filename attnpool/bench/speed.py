@@ -10,6 +10,7 @@ __all__ = ['BASELINE', 'MAPS', 'FORMATS', 'QUICK', 'BlogAttention', 'competitors
 # %% ../../nbs/42_bench.speed.ipynb #f2af8819
 import os
 import platform
+import re
 import time
 from contextlib import contextmanager
 from copy import deepcopy
@@ -290,7 +291,6 @@ def _family(e):
     for child in e.cpu_children: yield from _family(child)
 
 def _kind(e):
-    import re
     # a filter per channel with one input channel: BlurPool, fixed weights
     if any(len(s) == 4 and s[1] == 1 and s[2] > 1 for o in _family(e) if 'conv' in o.name for s in o.input_shapes[1:3]): return 'BlurPool'
     return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, e.name, re.I if kind == 'convolution' else 0)), 'the rest')
