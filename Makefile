@@ -49,9 +49,11 @@ in-step: .venv/.dev
 	  diff -r -q -x __pycache__ -x .ipynb_checkpoints -x .last_checked .venv/before/$$f $$f \
 	  || { echo "The modules, notebooks or README.md were not in step. They are now: look at git diff and commit."; exit 1; }; done
 
+# One thread for each of several workers: two workers with two threads each take four times as long on two cores.
+test: export OMP_NUM_THREADS = 1
 test: .venv/.dev in-step
 	$(BIN)/nbdev_test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # nbdev_proc_nbs would first install quarto with sudo, and this package into whatever pip is on the PATH; the function
 # behind it does neither. Not with --quiet: it keeps --strict from counting warnings.
