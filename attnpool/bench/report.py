@@ -347,7 +347,7 @@ def _maps(result):
     return _embed(show_maps(arrays['images'], arrays['maps'], boxes=arrays.get('boxes')))
 
 _PAGE = '''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <title>{{ title }}</title>
 <style>
 :root { color-scheme: light dark; --line: #8884; --faint: #777; }
