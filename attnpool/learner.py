@@ -171,7 +171,7 @@ RECIPES = Registry('recipe')
 # %% ../nbs/32_learner.ipynb #717f933a
 RECIPES['quick'] = Recipe(epochs=8, size=40, bs=32, opt='adam', schedule='one_cycle',
                           lr={'avg': 32e-3, 'learned': 2e-3, 'sandwich': 2e-3, 'avgattn': 2e-3, 'slim': 2e-3, 'concat': 16e-3,
-                              'avgstart': 16e-3, 'classquery': 8e-3, '*': 2e-3})
+                              'avgstart': 16e-3, 'classquery': 8e-3, '*': 2e-3, 'imagenette/concat': 4e-3})
 
 # %% ../nbs/32_learner.ipynb #3cdf2c26
 RECIPES['mixed'] = replace(RECIPES['quick'], opt='ranger', schedule='flat_cos', label_smoothing=.1, mix='cutmixup', precision='bf16')
