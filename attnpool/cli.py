@@ -9,6 +9,7 @@ __all__ = ['app', 'check_device', 'bench', 'report', 'lr', 'data', 'maps', 'spee
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,8 @@ def _version(show: bool):
         raise typer.Exit
 
 @app.callback()
-def _app(version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Print the version.')] = False): pass
+def _app(version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Print the version.')] = False):
+    warnings.filterwarnings('ignore', category=FutureWarning)   # other packages'
 
 def _list(name, text, kind=str):
     try: items = [kind(o.strip()) for o in text.split(',') if o.strip()]
@@ -105,8 +107,6 @@ def bench(
 
         attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
     """
-    import warnings
-    warnings.filterwarnings('ignore', category=FutureWarning)
     from rich.console import Console
 
     from attnpool.bench.report import rich_table, summarize, write_report
@@ -144,8 +144,6 @@ def report(
 
         attnpool report runs/ --published imagenette
     """
-    import warnings
-    warnings.filterwarnings('ignore', category=FutureWarning)
     from rich.console import Console
 
     from attnpool.bench.report import collect, rich_table, settings, summarize, write_report
@@ -180,8 +178,6 @@ def lr(
 
         attnpool lr digits --heads avg,concat --rates 4e-3,8e-3,16e-3
     """
-    import warnings
-    warnings.filterwarnings('ignore', category=FutureWarning)
     from rich.console import Console
 
     from attnpool.bench.report import learning_rates
@@ -240,8 +236,6 @@ def maps(
 
         attnpool maps runs --measure
     """
-    import warnings
-    warnings.filterwarnings('ignore', category=FutureWarning)
     from rich.console import Console
 
     from attnpool.bench.runs import open_run
@@ -273,7 +267,6 @@ def speed(
 
     Prints ratios to average pooling (medians, quartiles in brackets): forward, training step, memory, parameters, multiply-adds.
     """
-    import warnings
     warnings.filterwarnings('ignore')
     from rich.console import Console
 
@@ -309,7 +302,6 @@ def complexity(
 
         attnpool complexity --sizes 224,384 --networks patchconvnet_s60,resnet50,resnet50+learned
     """
-    import warnings
     warnings.filterwarnings('ignore')
     from attnpool.bench import complexity as c
     table = c.complexity(_list('networks', networks) if networks else c.NETWORKS, _list('sizes', sizes, int), device=check_device(device), speed=speed)
