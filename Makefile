@@ -53,7 +53,7 @@ in-step: .venv/.dev
 test: export OMP_NUM_THREADS = 1
 test: .venv/.dev in-step
 	$(BIN)/nbdev_test
-	$(BIN)/python -m pytest -n logical --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 # nbdev_proc_nbs would first install quarto with sudo, and this package into whatever pip is on the PATH; the function
 # behind it does neither. Not with --quiet: it keeps --strict from counting warnings.
