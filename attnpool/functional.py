@@ -6,8 +6,10 @@
 __all__ = ['Affine', 'attention_pool_plain', 'attention_scores', 'attention_pool', 'mish']
 
 # %% ../nbs/01_functional.ipynb #8fe5ab74
+import os
 import threading
 from contextlib import nullcontext
+from functools import cache
 from typing import Callable
 
 import torch
@@ -128,6 +130,7 @@ def _core_plain(x, u, mask, centre, eps, mean):
 _CHUNK = 7 << 19   # bytes of float32: about four pictures of (1024, 14, 14); larger ones leave the cache, smaller ones cost calls
 _FAR = 10          # mean² over variance from which the mean is subtracted first
 _SMALL = 1 << 16   # numbers of a map for which the calls cost more than the work
+_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'   # the GPU kernels on a CPU, to try them
 
 def _chunks(x):
     "Slices of pictures."
@@ -233,23 +236,41 @@ def _core_backward(x, u, mask, mu, r, a, centre, eps, gz, gleft, gmean, need_x):
         if out is chunk: gx[s] = out
     return gx, gu - gu.mean(-1, keepdim=True) if centre else gu
 
+@cache
+def _kernels(device):
+    "`attnpool.kernels`, or None where Triton is missing, or does not work, or is not wanted."
+    if os.environ.get('ATTNPOOL_KERNELS') == '0': return None
+    try: from attnpool import kernels
+    except ImportError: return None
+    return kernels if kernels.work(device) else None
+
+def _kernels_for(x, u, mask):
+    if mask is not None or not (x.is_cuda or _INTERPRETED): return None
+    kernels = _kernels(x.device)
+    return kernels if kernels and kernels.handles(x, u) else None
+
 class _Core(torch.autograd.Function):
-    "Saves the map and three numbers per position; a second derivative goes through `_core_plain`."
+    "Saves the map and three numbers per position, and for the kernels the pooled vectors; a second derivative goes through `_core_plain`."
     @staticmethod
     def forward(ctx, x, u, mask, centre, eps, mean):
-        with _no_autocast(x): z, left, m, mu, r, a = _core_forward(x, u, mask, centre, eps, mean)
-        ctx.save_for_backward(x, u, mask, mu, r, a)
+        left, kernels = None, _kernels_for(x, u, mask)
+        with _no_autocast(x):
+            if kernels: z, m, mu, r, a = kernels.pool_forward(x, u, centre, eps, mean)
+            else: z, left, m, mu, r, a = _core_forward(x, u, mask, centre, eps, mean)
+        ctx.save_for_backward(x, u, mask, mu, r, a, z if kernels else None)
         ctx.options = centre, eps, mean
         return z, left, m
 
     @staticmethod
     def backward(ctx, gz, gleft, gmean):
-        x, u, mask, mu, r, a = ctx.saved_tensors
+        x, u, mask, mu, r, a, z = ctx.saved_tensors
         centre, eps, mean = ctx.options
         need_x, need_u, *_ = ctx.needs_input_grad
         with _no_autocast(x):
             if not torch.is_grad_enabled():
-                return *_core_backward(x, u, mask, mu, r, a, centre, eps, gz, gleft, gmean, need_x), None, None, None, None
+                if z is None: grads = _core_backward(x, u, mask, mu, r, a, centre, eps, gz, gleft, gmean, need_x)
+                else: grads = _kernels(x.device).pool_backward(x, u, z, mu, r, a, centre, eps, gz, gmean, need_x)
+                return *grads, None, None, None, None
             outs, gs = zip(*((o, g) for o, g in zip(_core_plain(x, u, mask, centre, eps, mean), (gz, gleft, gmean)) if o is not None))
             grads = iter(torch.autograd.grad(outs, [t for t, need in ((x, need_x), (u, need_u)) if need], gs, create_graph=True))
             return next(grads) if need_x else None, next(grads) if need_u else None, None, None, None, None
@@ -263,7 +284,9 @@ def _core(x, u, mask, centre, eps, mean):
     x = x.as_subclass(Tensor)
     if not (x.is_contiguous() or x.mT.is_contiguous()): x = x.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad): return _Core.apply(x, u, mask, centre, eps, mean)
-    return _core_forward(x, u, mask, centre, eps, mean)[:3]
+    if not (kernels := _kernels_for(x, u, mask)): return _core_forward(x, u, mask, centre, eps, mean)[:3]
+    z, m, *_ = kernels.pool_forward(x, u, centre, eps, mean)
+    return z, None, m
 
 # %% ../nbs/01_functional.ipynb #6b2af3db
 def attention_pool(

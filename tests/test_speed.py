@@ -97,6 +97,14 @@ def test_figures(tmp_path):
     assert [f.name for f in speed.write_speed(table, tmp_path)] == ["figures.csv"]
 
 
+@pytest.mark.parametrize("fmt", speed.FORMATS)
+def test_traffic(monkeypatch, fmt):
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)   # minutes of a compiler, for the same numbers
+    table = speed.traffic((64, 20, 20), batch=4, fmt=fmt, rounds=2, device="cpu")
+    assert list(table.index) == [f"{what}, {way}" for what in ("forward", "training") for way in ("ours", "operations", "compiled")]
+    assert (table.ms > 0).all() and (table.low <= table.high).all()
+
+
 @pytest.mark.parametrize("call, words", [
     (lambda: speed.competitors((64, 4, 4), ["blgo"]), "only: blgo is not among them"),
     (lambda: speed.measure(formats=["nhwc"]), "formats: nhwc is none. Choose from contiguous, channels_last"),

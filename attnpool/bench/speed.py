@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASELINE', 'MAPS', 'FORMATS', 'QUICK', 'BlogAttention', 'competitors', 'interleaved', 'versus', 'peak_memory',
            'training_step', 'multiply_adds', 'machine', 'measure', 'format_speed', 'plot_speed', 'step_variants',
-           'step_profile', 'figures', 'growth', 'plot_growth', 'write_speed']
+           'step_profile', 'traffic', 'figures', 'growth', 'plot_growth', 'write_speed']
 
 # %% ../../nbs/42_bench.speed.ipynb #f2af8819
 import os
@@ -14,9 +14,11 @@ import re
 import time
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Callable, Sequence
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -321,6 +323,50 @@ def _offset_errors(device, offset, shape=(8, 256, 7, 7)):
     ours, plain = ((f(*low, norm=nn.LayerNorm(c, device=device)) - exact).abs().max().item() for f in (functional.attention_pool, attention_pool_plain))
     return ours / plain
 
+def _replayed(f, device):
+    "The same work on a GPU without Python in between: recorded once, then replayed."
+    if torch.device(device).type != 'cuda': return f
+    side = torch.cuda.Stream(device)
+    with torch.cuda.stream(side):
+        for _ in range(3): f()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): f()
+    return graph.replay
+
+def _cores():
+    "Ways to compute what the queries gather: the chosen one, PyTorch's operations in chunks, and the plain ones compiled."
+    def eager(*args):
+        with mock.patch.object(functional, '_kernels_for', lambda *args: None): return functional._core(*args)
+    return dict(ours=functional._core, operations=eager, compiled=torch.compile(functional._core_plain, dynamic=False))
+
+def traffic(
+    shape: tuple[int, int, int] = (1024, 14, 14), # Channels, height and width of the map
+    batch: int = 512, # Pictures; as many as make a map that no cache holds
+    dtype: torch.dtype = torch.bfloat16, # Of the map
+    fmt: str = 'contiguous', # 'contiguous' or 'channels_last'
+    rounds: int = 7, # Times that each is measured
+    device: str | torch.device = 'cuda', # Where; on a GPU, graphs are replayed
+) -> pd.DataFrame: # Rows 'forward' and 'training' of each way; `ms`, `ratio`, `low`, `high`
+    "The pooling core, without the products after it, over the time to copy as many bytes as it has to move: one map forward, three in training."
+    torch.manual_seed(0)
+    x = torch.randn(batch, *shape, device=device, dtype=dtype).contiguous(memory_format=FORMATS[fmt]).requires_grad_()
+    u = (torch.randn(1, shape[0], device=device) / shape[0]**.5).requires_grad_()
+    source, target, half = x.detach(), torch.empty_like(x), batch // 2
+    gz = torch.randn(batch, 1, shape[0], device=device)
+    def copy_one(): target[:half].copy_(source[:half])   # half a map read, half a map written
+    def copy_three():
+        target.copy_(source)
+        copy_one()
+    def forward(core):
+        with torch.no_grad(): core(source.flatten(2), u, None, True, 1e-5, False)
+    def training(core): torch.autograd.grad(core(x.flatten(2), u, None, True, 1e-5, False)[0], (x, u), gz)
+    tables = []
+    for what, copy, run in (('forward', copy_one, forward), ('training', copy_three, training)):
+        calls = {'copy': copy} | {f'{what}, {name}': partial(run, core) for name, core in _cores().items()}
+        tables.append(versus(interleaved({name: _replayed(f, device) for name, f in calls.items()}, rounds, device=device)).iloc[1:])
+    return pd.concat(tables)
+
 def figures(
     device: str | torch.device = 'cpu', # Where
     rounds: int = 7, # Times that each function is measured
@@ -356,7 +402,7 @@ def figures(
         quotient(f'training, blog ÷ ours, 1024x14x14 {fmt}', '≥25', training_step(blog, x), training_step(ours, x))
         u = torch.randn(1, 1024, device=device) / 32
         quotient(f'pooling core ÷ average, forward, 1024x14x14 {fmt}', core_goal,
-                 lambda: functional._core_forward(x.flatten(2), u, None, True, 1e-5, False), lambda: x.mean((2, 3)))
+                 lambda: functional._core(x.flatten(2), u, None, True, 1e-5, False), lambda: x.mean((2, 3)))
         folded = _FoldedAttention(ours.attn, ours.query.detach()).eval()
         quotient(f'folded for inference, blog ÷ ours, 1024x14x14 {fmt}', '≥50', forward(blog, x), forward(folded, x))
     for dtype, goal in ((torch.float32, '≥12'), (torch.bfloat16, '≥6')):
@@ -370,6 +416,12 @@ def figures(
             lambda: peak_memory(training_step(ours, x, matrices=False), device) / x.nbytes)
     for offset in (0, 100, 1000): add(f'error ÷ plain form, map + {offset}', '≤5', lambda: _offset_errors(device, offset))
     add('multiply-adds of Learned Aggregation on 2048x7x7, G', '≤0.05', lambda: multiply_adds(LearnedAggregation(2048), (2048, 7, 7)) / 1e9)
+    what = 'GPU, bf16, pooling core ÷ copying as many bytes'
+    if torch.device(device).type == 'cuda' and only in what:
+        for b in (512, 64):
+            for fmt in FORMATS:
+                for name, r in traffic(batch=b, fmt=fmt, rounds=rounds, device=device).iterrows():
+                    add(f'{what}, {b}x1024x14x14 {fmt}, {name} ({r.ms:.3f} ms)', '≤1.25', r.ratio, r.low, r.high)
     if torch.device(device).type == 'cpu':
         x = torch.randn(16, 64, 56, 56, requires_grad=True)
         for g, name, goal in ((torch.randn(x.shape), 'equal', '≤0.42'), (torch.randn(x.shape).contiguous(memory_format=torch.channels_last), 'different', '≤0.15')):
