@@ -201,10 +201,10 @@ def pool_forward(
 def pool_backward(
     x: Tensor, # Map `(b, c, n)`
     u: Tensor, # Folded queries `(k, c)`
-    z: Tensor, # The five of `pool_forward`, mean aside
-    mu: Tensor | None,
-    r: Tensor,
-    a: Tensor,
+    z: Tensor, # What the queries gathered, from `pool_forward`, as the next three
+    mu: Tensor | None, # Mean over channels `(b, 1, n)`, with `centre`
+    r: Tensor, # Inverse standard deviation
+    a: Tensor, # Weights `(b, k, n)`
     centre: bool, # As in `pool_forward`
     eps: float | None, # As in `pool_forward`
     gz: Tensor, # Gradient of `z`
