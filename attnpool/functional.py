@@ -240,13 +240,14 @@ def _core_backward(x, u, mask, mu, r, a, centre, eps, gz, gleft, gmean, need_x):
 def _kernels(device):
     "`attnpool.kernels`, or None where Triton is missing, or does not work, or is not wanted."
     if os.environ.get('ATTNPOOL_KERNELS') == '0': return None
+    if device.type == 'cuda' and torch.cuda.is_current_stream_capturing(): raise RuntimeError("attnpool: run the model once before you record it as a CUDA graph; the GPU kernels are still to be built.")
     try: from attnpool import kernels
     except ImportError: return None
     return kernels if kernels.work(device) else None
 
 def _kernels_for(x, u, mask):
     if mask is not None or not (x.is_cuda or _INTERPRETED): return None
-    kernels = _kernels(x.device)
+    with _no_autocast(x): kernels = _kernels(x.device)
     return kernels if kernels and kernels.handles(x, u) else None
 
 class _Core(torch.autograd.Function):
@@ -278,7 +279,8 @@ class _Core(torch.autograd.Function):
 def _core(x, u, mask, centre, eps, mean):
     "`_core_plain`, in chunks where that pays and nobody traces the operations."
     # vmap and grad of torch.func, which Function.apply asks for in the same way
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.is_meta or hasattr(x, 'fake_mode')
+    traced = (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or x.is_meta or hasattr(x, 'fake_mode')
+              or torch.autograd.forward_ad._current_level >= 0)
     if traced or x.numel() == 0 or (x.is_cpu and x.numel() <= _SMALL):
         return _core_plain(x, u, mask, centre, eps, mean)
     x = x.as_subclass(Tensor)

@@ -21,16 +21,16 @@ def _block(x_ptr, ch, pos, inside, stride_c, stride_n):
     return tl.load(x_ptr + ch[:, None] * stride_c + pos[None, :] * stride_n, inside, 0.).to(tl.float32)
 
 @triton.jit
-def _pool(x_ptr, u_ptr, mu_ptr, r_ptr, a_ptr, top_ptr, sum_ptr, z_ptr, n, c, share, stride_b, stride_c, stride_n, eps,
-          ALIGN: tl.constexpr, FIRST: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, K: tl.constexpr, CENTRE: tl.constexpr, NORM: tl.constexpr, MEAN: tl.constexpr, WHOLE: tl.constexpr):
+def _pool(x_ptr, u_ptr, mu_ptr, r_ptr, a_ptr, top_ptr, sum_ptr, z_ptr, n, c, parts, share, stride_b, stride_c, stride_n, eps,
+          ALIGN: tl.constexpr, FIRST: tl.constexpr, EVEN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, K: tl.constexpr, CENTRE: tl.constexpr, NORM: tl.constexpr, MEAN: tl.constexpr, WHOLE: tl.constexpr):
     "Scores, and weighted sums of a part of the positions. If the part is `WHOLE`, weights and results."
-    i, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i, part = tl.program_id(0).to(tl.int64) // parts, tl.program_id(0) % parts
     n, share, stride_b = n * ALIGN, share * ALIGN, stride_b * ALIGN   # tells the compiler what they are multiples of
     if FIRST: stride_c = stride_c * ALIGN
     pos = part * share + tl.arange(0, BN)
     there = (tl.arange(0, BN) < share) & (pos < n)
     x_ptr += i * stride_b
-    at = (i * tl.num_programs(1) + part) * (K + MEAN)
+    at = tl.program_id(0).to(tl.int64) * (K + MEAN)
 
     mu = tl.zeros([BN], tl.float32)
     if CENTRE:
@@ -47,11 +47,12 @@ def _pool(x_ptr, u_ptr, mu_ptr, r_ptr, a_ptr, top_ptr, sum_ptr, z_ptr, n, c, sha
         for c0 in range(0, c, BC):
             ch = c0 + tl.arange(0, BC)
             inside = (ch < c)[:, None] & there[None, :]
-            x = tl.where(inside, _block(x_ptr, ch, pos, inside, stride_c, stride_n) - mu[None, :], 0.)
+            x = _block(x_ptr, ch, pos, inside, stride_c, stride_n) - mu[None, :]
+            if not EVEN: x = tl.where(inside, x, 0.)
             dot += x * tl.load(u_ptr + k * c + ch, ch < c, 0.)[:, None]
             if NORM and k == 0: square += x * x
         if NORM and k == 0:
-            r = 1 / tl.sqrt(tl.sum(square, 0) / c + eps)
+            r = tl.where(there, 1 / tl.sqrt(tl.sum(square, 0) / c + eps), 0.)
             tl.store(r_ptr + i * n + pos, r, there)
         s = tl.where(there, tl.sum(dot, 0) * r, -float('inf'))
         top = tl.max(s, 0)
@@ -100,16 +101,16 @@ def _join(a_ptr, top_ptr, sum_ptr, parts_ptr, z_ptr, n, c, parts,
 
 # %% ../nbs/00_kernels.ipynb #5d69af6a
 @triton.jit
-def _pool_backward(x_ptr, u_ptr, g_ptr, gz_ptr, gmean_ptr, mu_ptr, r_ptr, a_ptr, gx_ptr, gu_ptr, n, c, share, stride_b, stride_c, stride_n,
-                   ALIGN: tl.constexpr, FIRST: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, K: tl.constexpr, CENTRE: tl.constexpr, NORM: tl.constexpr, MEAN: tl.constexpr, NEED_X: tl.constexpr):
+def _pool_backward(x_ptr, u_ptr, g_ptr, gz_ptr, gmean_ptr, mu_ptr, r_ptr, a_ptr, gx_ptr, gu_ptr, n, c, parts, share, stride_b, stride_c, stride_n,
+                   ALIGN: tl.constexpr, FIRST: tl.constexpr, EVEN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, K: tl.constexpr, CENTRE: tl.constexpr, NORM: tl.constexpr, MEAN: tl.constexpr, NEED_X: tl.constexpr):
     "Gradients of a part of the positions, and its share of the gradient of `u`. The gradient of the map has the strides of the map."
-    i, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i, part = tl.program_id(0).to(tl.int64) // parts, tl.program_id(0) % parts
     n, share, stride_b = n * ALIGN, share * ALIGN, stride_b * ALIGN
     if FIRST: stride_c = stride_c * ALIGN
     pos = part * share + tl.arange(0, BN)
     there = (tl.arange(0, BN) < share) & (pos < n)
     x_ptr += i * stride_b
-    at = (i * tl.num_programs(1) + part) * K
+    at = tl.program_id(0).to(tl.int64) * K
     mu, r = tl.zeros([BN], tl.float32), tl.full([BN], 1., tl.float32)
     if CENTRE: mu = tl.load(mu_ptr + i * n + pos, there, 0.)
     if NORM: r = tl.load(r_ptr + i * n + pos, there, 0.)
@@ -131,7 +132,7 @@ def _pool_backward(x_ptr, u_ptr, g_ptr, gz_ptr, gmean_ptr, mu_ptr, r_ptr, a_ptr,
     for c0 in range(0, c, BC):
         ch = c0 + tl.arange(0, BC)
         inside = (ch < c)[:, None] & there[None, :]
-        x = tl.where(inside, _block(x_ptr, ch, pos, inside, stride_c, stride_n) - mu[None, :], 0.)
+        x = _block(x_ptr, ch, pos, inside, stride_c, stride_n) - mu[None, :]
         gx = x * kappa[None, :]
         for k in tl.static_range(K):
             tl.store(gu_ptr + (at + k) * c + ch, tl.sum(x * ds[k][None, :], 1), ch < c)
@@ -152,10 +153,10 @@ def handles(
     u: Tensor, # Folded queries `(k, c)`
 ) -> bool:
     "Whether the kernels know what to do with these."
-    return u.dtype == torch.float32 and len(u) <= _MOST and x[0].numel() < 1 << 31
+    return u.dtype == torch.float32 and len(u) <= _MOST and x.shape[2] <= 1 << 14 and x[0].numel() < 1 << 31
 
 def _plan(x):
-    "Grid and arguments common to forward and backward; the strides of `x` without those of length 1."
+    "Number of parts, and arguments common to forward and backward."
     b, c, n = x.shape
     first = x.is_contiguous()
     align = gcd(n, 8) if first else 1
@@ -168,7 +169,7 @@ def _plan(x):
     strides = (c * n // align, n // align, 1) if first else (c * n, 1, c)
     # interpreted, a block costs the same whatever it holds
     blocks = dict(BC=_ELEMENTS // positions if x.is_cuda else triton.next_power_of_2(c), BN=positions)
-    return (b, parts), (n // align, c, share, *strides), dict(ALIGN=align, FIRST=first, num_warps=8) | blocks
+    return parts, (n // align, c, parts, share, *strides), dict(ALIGN=align, FIRST=first, EVEN=c % blocks['BC'] == 0, num_warps=8) | blocks
 
 def _on(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
@@ -182,21 +183,22 @@ def pool_forward(
     "What the queries gather, and what the backward pass needs. Those that were not asked for are None; without a norm `r` is 1."
     (b, c, n), k = x.shape, len(u)
     if centre: u = u - u.mean(-1, keepdim=True)
-    grid, sizes, options = _plan(x)
-    def empty(*shape): return torch.empty(shape, device=x.device)
-    rows, parts = k + mean, grid[1]
+    parts, sizes, options = _plan(x)
+    def empty(*shape): return torch.empty(shape, device=x.device, dtype=torch.float32)
+    rows = k + mean
     mu, r, a, z = empty(b, 1, n), empty(b, 1, n) if eps is not None else x.new_ones(b, 1, 1, dtype=torch.float32), empty(b, k, n), empty(b, rows, c)
     top, total, partial = (empty(b, parts, rows), empty(b, parts, rows), empty(b, parts, rows, c)) if parts > 1 else (z, z, z)
     with _on(x):
-        _pool[grid](x, u.contiguous(), mu, r, a, top, total, partial, *sizes, 0. if eps is None else eps,
+        _pool[b * parts,](x, u.contiguous(), mu, r, a, top, total, partial, *sizes, 0. if eps is None else eps,
                     K=k, CENTRE=centre, NORM=eps is not None, MEAN=mean, WHOLE=parts == 1, **options)
         if parts > 1:
             P = triton.next_power_of_2(parts)
             block = max(32, min(triton.next_power_of_2(c), 8192 // P))
             _join[b, rows, triton.cdiv(c, block)](a, top, total, partial, z, n, c, parts, P=P, BC=block, BN=1024, K=k, MEAN=mean)
-    pooled = z[:, :k]
-    if centre: pooled -= pooled.mean(-1, keepdim=True)   # what rounding left of `mu`
-    return pooled, z[:, k] if mean else None, mu if centre else None, r, a
+    m = None
+    if mean: z, m = z[:, :k].clone(), z[:, k].clone()   # results that may be changed in place
+    if centre: z = z - z.mean(-1, keepdim=True)   # what rounding left of `mu`
+    return z, m, mu if centre else None, r, a
 
 def pool_backward(
     x: Tensor, # Map `(b, c, n)`
@@ -211,17 +213,17 @@ def pool_backward(
     gmean: Tensor | None = None, # Gradient of the mean
     need_x: bool = True, # Whether the gradient of the map is wanted
 ) -> tuple[Tensor | None, Tensor]: # Gradients of the map, in its dtype and layout, and of `u`
-    "Gradients in one pass over the map."
+    "Gradients, with one read and one write of the map if the caches hold a part of it."
     k, c = u.shape
     if centre: u, gz = u - u.mean(-1, keepdim=True), gz - gz.mean(-1, keepdim=True)
-    grid, sizes, options = _plan(x)
+    parts, sizes, options = _plan(x)
     gx = torch.empty_like(x) if need_x else x
-    gu = torch.empty(*grid, k, c, device=x.device)
-    def dense(t): return x if t is None else t.contiguous()
+    gu = torch.empty(len(x) * parts, k, c, device=x.device, dtype=torch.float32)
+    def dense(t): return x if t is None else t.contiguous()   # something to point to that is not read
     with _on(x):
-        _pool_backward[grid](x, u.contiguous(), dense(gz), torch.linalg.vecdot(gz, z).contiguous(), dense(gmean), dense(mu), r, a, gx, gu, *sizes,
+        _pool_backward[len(x) * parts,](x, u.contiguous(), dense(gz), torch.linalg.vecdot(gz, z).contiguous(), dense(gmean), dense(mu), r, a, gx, gu, *sizes,
                              K=k, CENTRE=centre, NORM=eps is not None, MEAN=gmean is not None, NEED_X=need_x, **options)
-    gu = gu.sum((0, 1))
+    gu = gu.sum(0)
     return gx if need_x else None, gu - gu.mean(-1, keepdim=True) if centre else gu
 
 # %% ../nbs/00_kernels.ipynb #05143ebf
@@ -229,12 +231,19 @@ def work(
     device: torch.device, # The GPU
 ) -> bool: # If not, after a warning that says why
     "Whether the kernels can be built here, and give the right numbers on a small map."
-    x = torch.linspace(-1, 1, 1320, device=device).sin().view(2, 12, 55)
-    u = torch.linspace(-1, 1, 12, device=device)[None]
-    t = x - x.mean(1, keepdim=True)
-    r = (t.square().mean(1, keepdim=True) + 1e-5).rsqrt()
-    exact = ((u - u.mean()) @ t * r).softmax(-1) * r @ t.mT
-    try: error = (pool_forward(x, u, True, 1e-5)[0] - exact).abs().max().item()
+    x, u = torch.linspace(-9, 9, 1320, dtype=torch.float64).sin().view(2, 12, 55), torch.linspace(-1, 1, 24, dtype=torch.float64).view(2, 12)
+    with torch.inference_mode(False), torch.enable_grad():
+        X, U = x.clone().requires_grad_(), u.clone().requires_grad_()
+        t = X - X.mean(1, keepdim=True)
+        r = (t.square().mean(1, keepdim=True) + 1e-5).rsqrt()
+        exact = ((U - U.mean(-1, keepdim=True)) @ t * r).softmax(-1) * r @ t.mT
+        grads = torch.autograd.grad(exact, (X, U), exact)
+    try:
+        m, u = x.to(device, torch.float32), u.to(device, torch.float32)
+        error = 0.
+        for m in (m, m.mT.contiguous().mT):
+            z, _, *saved = pool_forward(m, u, True, 1e-5)
+            for ours, theirs in zip((z, *pool_backward(m, u, z, *saved, True, 1e-5, z)), (exact, *grads)): error = max(error, (ours.double().cpu() - theirs).abs().max().item())
     except torch.OutOfMemoryError: raise
     except Exception as e: why = f'they cannot be built: {type(e).__name__}: {e}'
     else:
