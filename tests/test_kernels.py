@@ -1,5 +1,6 @@
 "The GPU kernels without a GPU: their numbers in Triton's interpreter, which needs a process of its own, and their machine code from Triton's compiler."
 import os
+import re
 import subprocess
 import sys
 
@@ -20,17 +21,16 @@ EPS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter():
-    out = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
-                         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True).stdout
-    assert " passed" in out and "failed" not in out and "error" not in out, out[-4000:]
+    run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
+                         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0 and int(re.search(r"(\d+) passed", run.stdout)[1]) > 60, run.stdout[-4000:] + run.stderr[-1000:]
 
 
 @pytest.fixture
 def calls(monkeypatch):
     "Which kernels were called, in order."
     from attnpool import kernels
-    functional._kernels.cache_clear()
-    functional._kernels(torch.empty(0, device=DEVICE).device)   # with its number
+    functional._kernels(torch.empty(0, device=DEVICE).device)   # with its number; checked once, here
     monkeypatch.setattr(functional, "_SMALL", 0)
     calls = []
     for name in ("pool_forward", "pool_backward"):
