@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -240,6 +241,9 @@ def test_other_sizes_are_validated_after_training(tmp_path):
     r = run(spec, tmp_path / "runs", device="cpu")
     assert set(r["sizes"]) == {"40", "48"} and set(r["sizes"]["40"]) == {"valid_loss", "accuracy", "balanced_accuracy_score", "f1_score", "matthews_corrcoef"}
     assert {"accuracy", "balanced_accuracy_score", "f1_score", "train_loss", "valid_loss"} <= r.keys() and r["status"] == "complete"
+    history = pd.read_csv(tmp_path / "runs" / spec.name / "history.csv")
+    assert len(history) == 1 and (history.iloc[0][["epoch", "valid_loss", "accuracy"]] == [0, r["valid_loss"], r["accuracy"]]).all()   # of the training, not of another size
+    assert len({r["valid_loss"], *(m["valid_loss"] for m in r["sizes"].values())}) == 3
     assert r["pictures"] == [24, 12] and r["images_per_second"] > 0 and r["peak_memory_mb"] > 0
     with pytest.raises(ValueError, match="these pictures have one size"): run(make_spec(head="avg", eval_sizes=[48], **SMALL), tmp_path / "runs", device="cpu")
     (tmp_path / "pics/train/dark/broken.png").touch()

@@ -47,7 +47,7 @@ def read_log(
     last = {k: float(table[k].iloc[-1]) for k in METRICS.values() if k in table}
     return dict(spec=dict(data=path.resolve().parent.name, head=head, seed=seed, epochs=len(table)), history=str(path),
                 status='complete' if np.isfinite(list(last.values())).all() else 'diverged', **last,
-                seconds_per_epoch=float(np.mean(seconds)) if seconds else None)
+                seconds_per_epoch=float(np.median(seconds)) if seconds else None)
 
 def write_runs(
     results: Sequence[dict], # What `run` returned
@@ -152,7 +152,7 @@ def summarize(
         return dict(head=head, lr=rs[0]['spec'].get('lr'), parameters=rs[0].get('parameters'), n=len(accuracy[head]),
                     diverged=sum(r['status'] == 'diverged' for r in rs), accuracy=mean('accuracy'), sd=sd('accuracy'),
                     difference=diff, low=diff - half, high=diff + half, n_pairs=n_pairs,
-                    seconds_per_epoch=mean('seconds_per_epoch'), peak_in_box=mean('peak_in_box'), **others)
+                    seconds_per_epoch=np.median(values(rs, 'seconds_per_epoch') or [np.nan]), peak_in_box=mean('peak_in_box'), **others)
     return pd.DataFrame([row(h, rs) for h, rs in by_head.items()])
 
 # %% ../../nbs/43_bench.report.ipynb #18793078
@@ -370,7 +370,7 @@ Peak in box: share of validation pictures in which the peak of the map lies in t
 {% for g in groups %}<h2>Learning curves{% if groups|length > 1 %}: {{ g.name }}{% endif %}</h2>
 <figure><img alt="Validation accuracy by epoch for each head" src="{{ g.curves }}"><figcaption>Validation accuracy. Thick: mean over seeds; thin: each seed.</figcaption></figure>
 {% if g.cost %}<h2>Accuracy against cost</h2>
-<figure><img alt="Accuracy against seconds per epoch for each head" src="{{ g.cost }}"><figcaption>Mean over seeds, with the sample standard deviation. Seconds are those of training and validation together.</figcaption></figure>{% endif %}
+<figure><img alt="Accuracy against seconds per epoch for each head" src="{{ g.cost }}"><figcaption>Accuracy: mean over seeds, with the sample standard deviation. Seconds: median of epochs and seeds, training and validation together.</figcaption></figure>{% endif %}
 {% if g.maps %}<h2>Where they look</h2>
 <p>The same validation pictures for every head (seed {{ g.seed }}): the attention map laid over, bright where the weight is large, and the object's true box where it is known.
 For average pooling, the class activation map of the predicted class.</p>

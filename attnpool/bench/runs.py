@@ -239,8 +239,9 @@ def _make(spec, folder, device, on_epoch):
         last = log.rows[-1] if log.rows else {}
         losses = {k: v for k, v in last.items() if k.endswith('loss')}   # a correlation of constant predictions is NaN by right
         if log.diverged is None and len(_finite(losses)) < len(losses): log.diverged = last['epoch']
-        for size, dl in larger.items() if log.diverged is None else ():
-            sizes[size] = dict(zip(learn.recorder.metric_names[2:-1], map(float, learn.validate(dl=dl))))
+        if log.diverged is None:
+            learn.remove_cb(log)   # to which a validation is an epoch
+            for size, dl in larger.items(): sizes[size] = dict(zip(learn.recorder.metric_names[2:-1], map(float, learn.validate(dl=dl))))
     return once(_finish, spec, folder, device, learn, log, sizes)
 
 def _finish(spec, folder, device, learn, log, sizes):
@@ -252,12 +253,12 @@ def _finish(spec, folder, device, learn, log, sizes):
         np.savez_compressed(buffer, **{k: v.as_subclass(torch.Tensor).cpu().numpy() for k, v in first.items()})
         write_file(folder/'maps.npz', buffer.getvalue())
     write_file(folder/'weights.safetensors', safetensors_bytes({k: v.cpu().contiguous() for k, v in learn.model.state_dict().items()}))
-    def mean(key): return round(float(np.mean([r[key] for r in log.rows])), 3) if log.rows else None
+    def median(key): return round(float(np.median([r[key] for r in log.rows])), 3) if log.rows else None   # a pause of the machine does not count
     result = dict(
         spec=asdict(spec), status='complete' if log.diverged is None else 'diverged', diverged_epoch=log.diverged,
         **_finite({k: v for k, v in last.items() if k not in ('epoch', 'seconds', 'train_seconds')}), sizes=sizes, peak_in_box=share,
         parameters=sum(p.numel() for p in learn.model.parameters()), pictures=[len(dls.train_ds), len(dls.valid_ds)],
-        seconds_per_epoch=mean('seconds'), images_per_second=round(len(dls.train) * dls.train.bs / mean('train_seconds'), 1) if log.rows else None,
+        seconds_per_epoch=median('seconds'), images_per_second=round(len(dls.train) * dls.train.bs / median('train_seconds'), 1) if log.rows else None,
         peak_memory_mb=_peak_memory(device), device=str(device), processes=processes(), machine=_machine(device), threads=torch.get_num_threads(), git=_git(),
         versions=dict(attnpool=attnpool.__version__, torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version()),
         files={f.name: f.stat().st_size for f in sorted(folder.iterdir())})
