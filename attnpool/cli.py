@@ -31,7 +31,7 @@ def _app(version: Annotated[bool, typer.Option('--version', callback=_version, i
 
 def _list(name, text, kind=str):
     try: items = [kind(o.strip()) for o in text.split(',') if o.strip()]
-    except ValueError: raise ValueError(f"--{name}: expected whole numbers separated by commas, got {text!r}. For example --{name} 1,2,3.") from None
+    except ValueError: raise ValueError(f"--{name}: expected {'whole numbers' if kind is int else 'numbers'} separated by commas, got {text!r}. For example --{name} {'1,2,3' if kind is int else '4e-3,8e-3'}.") from None
     if not items: raise ValueError(f"--{name}: expected names or numbers separated by commas, got {text!r}.")
     return list(dict.fromkeys(items))
 
@@ -170,7 +170,7 @@ def lr(
     arch: Annotated[str, typer.Option(help='Network: xeca_resnext_tiny, xeca_resnext50s, ..., or any timm name.')] = 'xeca_resnext_tiny',
     recipe: Annotated[str, typer.Option(help='Recipe: quick, mixed, blog, paper-small.')] = 'quick',
     device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
-    out: Annotated[Path, typer.Option(help='Folder for the runs.')] = Path('runs/lr'),
+    out: Annotated[Path, typer.Option(help='Folder for the runs.')] = Path('runs-lr'),   # not below runs/, which attnpool report reads whole
 ):
     """Find each head's learning rate: the best mean accuracy over the seeds, of a grid. A run that diverges counts as nothing learned.
 

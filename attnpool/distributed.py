@@ -19,6 +19,7 @@ from fastai.vision.all import Callback, Learner, ProgressCallback, apply, defaul
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .callback.cutmixup import RawBatches
 from .learner import TimmMap
 
 # %% ../nbs/34_distributed.ipynb #f0b672ae
@@ -135,8 +136,11 @@ class Distributed(Callback):
         self.learn.model = DistributedDataParallel(self.model, **self.kwargs)
 
     def _share(self):
-        if id(self.dl) not in self.shares: self.shares[id(self.dl)] = self.dl, share_dl(self.dl)
-        self.learn.dl = self.shares[id(self.dl)][1]
+        raw = type(self.dl) is RawBatches   # from a mixing callback, which transforms the batches itself
+        dl = self.dl.dl if raw else self.dl
+        if id(dl) not in self.shares: self.shares[id(dl)] = dl, share_dl(dl)
+        mine = self.shares[id(dl)][1]
+        self.learn.dl = RawBatches(mine) if raw else mine
 
     def before_train(self): self._share()
 

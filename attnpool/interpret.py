@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['find_pools', 'attention_maps', 'class_activation_map', 'grad_cam', 'class_token_maps', 'pointing_game',
-           'energy_in_box', 'entropy', 'deletion_insertion', 'agreement', 'show_maps', 'open_pictures', 'maps_of',
-           'show_heads', 'class_index', 'maps_page']
+           'energy_in_box', 'entropy', 'deletion_insertion', 'agreement', 'show_maps', 'open_pictures', 'spread',
+           'maps_of', 'show_heads', 'class_index', 'maps_page']
 
 # %% ../nbs/33_interpret.ipynb #7ac2eba4
 import base64
@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import Learner, Normalize, patch
+from fastai.vision.all import Learner, Normalize, patch, to_device
 from PIL import Image
 from torch import Tensor, nn
 
@@ -266,12 +266,23 @@ def open_pictures(
 
 def _normalize(dls): return next((t for t in dls.valid.after_batch.fs if isinstance(t, Normalize)), None)
 
+def spread(
+    dl, # fastai's DataLoader of validation pictures
+    n: int, # How many
+) -> tuple[Tensor, Tensor | None]: # Pictures as the network takes them, and labels
+    "Pictures from all over a data set: files stand in the order of their classes, so the first ones are of one class."
+    dl.before_iter()   # its transforms are those of validation
+    index = np.linspace(0, len(dl.dataset) - 1, min(n, len(dl.dataset))).round().astype(int)
+    x, *y = dl.after_batch(to_device(dl.do_batch([dl.do_item(int(i)) for i in index]), dl.device))
+    return x.as_subclass(Tensor), y[0] if y else None
+
 def _pictures_of(learn, files, n):
     "Normalised pictures, the same to look at, and their labels or None."
     norm, device = _normalize(learn.dls), learn.dls.device
     if files is None:
-        x, *y = learn.dls.valid.one_batch()
-        x, y = x[:n].as_subclass(Tensor), (y[0][:n] if y else None)
+        if hasattr(learn.dls, 'boxes'): x, y = (o[:n] for o in learn.dls.valid.one_batch())   # in the order of the boxes, which is random
+        else: x, y = spread(learn.dls.valid, n)
+        x = x.as_subclass(Tensor)
         return x, (x * norm.std + norm.mean if norm else x).clamp(0, 1), y
     size = learn.dls.valid.one_batch()[0].shape[-1]
     shown = open_pictures([files] if isinstance(files, (str, Path)) else files, size).to(device)

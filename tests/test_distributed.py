@@ -223,3 +223,31 @@ def test_the_command_on_two_processes(tmp_path):
     assert again.returncode == 0 and "1 of 1 runs are in" in again.stdout
     wrong = torchrun(*command[:-4], "--bs", "0", "--out", tmp_path / "runs")
     assert wrong.returncode != 0 and wrong.stderr.count("attnpool: bs") == 1   # one voice
+
+
+MIXED = """
+import json, sys, torch
+from attnpool.bench.data import digits_dls
+from attnpool.distributed import distributed, is_first, join_processes
+from attnpool.learner import recipe_learner
+from fastai.vision.all import Callback
+
+class Watch(Callback):
+    seen = []
+    def before_batch(self): self.seen.append((self.training, self.x.mean().item(), self.x.std().item()))
+
+device = join_processes("cpu")
+learn = recipe_learner(digits_dls(24, 16, device, n_train=64, n_valid=32), "xeca_resnext_tiny", "avg", "mixed", epochs=2, precision="float32", cbs=[watch := Watch()])
+with distributed(learn), learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+if is_first(): print(json.dumps(watch.seen))
+"""
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_mixed_pictures_are_normalised_once(tmp_path, n):
+    (tmp_path / "train.py").write_text(MIXED)
+    done = torchrun(tmp_path / "train.py", n=n)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert {t for t, *_ in seen} == {True, False}
+    for _, mean, std in seen: assert abs(mean) < .5 and .5 < std < 1.5

@@ -3,20 +3,21 @@ import csv
 import json
 import re
 import time
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from attnpool.bench.report import blog_tables, collect, format_table, markdown, published, read_log, settings, summarize, write_report
-from attnpool.bench.runs import make_spec
+from attnpool.bench.runs import load_run, make_spec
 from attnpool.heads import HEADS
 from attnpool.models.xresnet import ARCHS
 
 
 def fake_run(out, spec, accuracy, epochs=80):
     "A run folder of the real layout, with invented numbers."
-    from dataclasses import asdict
+    spec = replace(spec, epochs=epochs)
     folder = out / spec.name
     folder.mkdir(parents=True)
     last = dict(train_loss=.5, valid_loss=.6, accuracy=accuracy, balanced_accuracy_score=accuracy, f1_score=accuracy - .01, matthews_corrcoef=accuracy - .02)
@@ -31,6 +32,7 @@ def fake_run(out, spec, accuracy, epochs=80):
                   device="cpu", machine="x", threads=2, versions=dict(torch="2"))
     result["files"] = {f.name: f.stat().st_size for f in folder.iterdir()}
     (folder / "result.json").write_text(json.dumps(result))
+    return folder
 
 
 def test_published_numbers_are_the_blogs():
@@ -85,8 +87,7 @@ def test_fifty_long_runs_make_a_report_quickly(tmp_path):
 
 
 def test_incomplete_folders_are_named_and_the_rest_is_reported(tmp_path):
-    for seed in (1, 2): fake_run(tmp_path, make_spec(seed=seed), .9)
-    broken = tmp_path / make_spec(seed=2).name
+    _, broken = (fake_run(tmp_path, make_spec(seed=seed), .9) for seed in (1, 2))
     (broken / "result.json").write_text("{")
     results, problems = collect([tmp_path, tmp_path])   # twice the same folder is once
     assert [r["spec"]["seed"] for r in results] == [1] and problems == [f"{broken}: result.json is torn."]
@@ -148,3 +149,64 @@ def test_the_blogs_tables_by_hand(tmp_path):
 
 def test_markdown_by_hand():
     assert markdown(pd.DataFrame(dict(a=["x"], b=[1]))) == "| a | b |\n| --- | --- |\n| x | 1 |"
+
+
+def finished(folder, head, seed, accuracy, epochs=2, **fields):
+    "The folder of a run with other fields, made at a commit whose name looks like a number."
+    run = fake_run(folder, replace(make_spec(head=head, seed=seed), **fields), accuracy, epochs)
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | dict(git="4e12435")))
+    return run
+
+
+def test_runs_that_chose_a_rate_are_not_part_of_the_comparison(tmp_path):
+    for seed in (1, 2): finished(tmp_path, "avg", seed, .9)
+    for seed in (0, 10): finished(tmp_path / "lr", "avg", seed, .95, lr=.001)
+    (tmp_path / "lr" / "rates.csv").write_text("")
+    results, problems = collect([tmp_path])
+    assert [r["spec"]["seed"] for r in results] == [1, 2] and "runs of attnpool lr, left out" in problems[0]
+    assert len(collect([tmp_path / "lr"])[0]) == 2   # when named
+
+
+def test_the_second_generation_of_published_runs_is_the_first(tmp_path):
+    finished(tmp_path / "2024", "avg", 1, .9, epochs=3, data="2024")
+    write_report(collect([tmp_path])[0], tmp_path / "a.html")
+    again, _ = collect([tmp_path / "a.runs.csv"])
+    assert again[0]["git"] == "4e12435" and again[0]["spec"]["data"] == "2024"   # neither is a number
+    write_report(again, tmp_path / "b.html")
+    a, b = (pd.read_csv(tmp_path / f"{n}.runs.csv") for n in "ab")
+    assert list(a.epoch) == list(b.epoch) == [0, 1, 2] and (a.accuracy == b.accuracy).all() and set(a) == set(b)
+
+
+def test_the_blogs_values_stand_beside_runs_on_the_same_data(tmp_path):
+    for seed in (1, 2, 3): finished(tmp_path, "avg", seed, .5)
+    finished(tmp_path, "avg", 1, .8, data="imagenette-160")
+    results, _ = collect([tmp_path])
+    write_report(results, tmp_path / "r.html", data="imagenette")
+    text = (tmp_path / "r.md").read_text()
+    assert "80.0" in text[text.index("Table"):] and "50.0" not in text[text.index("Table"):]
+    with pytest.raises(ValueError, match="none of the runs is on petals. They are on digits, imagenette-160"): write_report(results, tmp_path / "r.html", data="petals")
+
+
+def test_settings_are_told_apart_by_what_differs(tmp_path):
+    finished(tmp_path, "avg", 1, .5, mix="")
+    finished(tmp_path, "avg", 1, .8, mix="cutmixup")
+    write_report(collect([tmp_path])[0], tmp_path / "r.html")
+    assert "mix cutmixup" in (tmp_path / "r.md").read_text() and list(pd.read_csv(tmp_path / "r.csv").mix.fillna("")) == ["", "cutmixup"]
+
+
+def test_a_history_with_other_epochs_is_not_a_complete_run(tmp_path):
+    run = finished(tmp_path, "avg", 1, .9)
+    with (run / "history.csv").open("a") as f: f.write("0,1,1\n")
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | dict(files={"history.csv": (run / "history.csv").stat().st_size})))
+    with pytest.raises(ValueError, match="history.csv has 3 epochs instead of 2"): load_run(run)
+
+
+def test_a_log_that_stopped_on_nan_counts_as_diverged_among_the_others(tmp_path):
+    for seed, losses in ((1, (1, 1, 1)), (2, (1, 1, 1)), (3, (1, float("nan")))):
+        pd.DataFrame([dict(epoch=e, train_loss=l, valid_loss=l, accuracy=.9 if l == l else float("nan"), time="00:10") for e, l in enumerate(losses)]).to_csv(tmp_path / f"learned-{seed}.csv", index=False)
+    results, _ = collect(sorted(tmp_path.glob("*.csv")))
+    [group] = settings(results)
+    row = summarize(group).iloc[0]
+    assert (row.n, row.diverged) == (2, 1)

@@ -27,7 +27,7 @@ from rich.table import Table
 from scipy import stats
 
 from .runs import load_run, open_run, write_file
-from ..interpret import agreement, deletion_insertion, energy_in_box, entropy, maps_of, pointing_game, show_maps
+from ..interpret import agreement, deletion_insertion, energy_in_box, entropy, maps_of, pointing_game, show_maps, spread
 
 # %% ../../nbs/43_bench.report.ipynb #b9844329
 METRICS = {'accuracy': 'accuracy', 'balanced_accuracy': 'balanced_accuracy_score', 'f1': 'f1_score', 'mcc': 'matthews_corrcoef',
@@ -49,6 +49,8 @@ def read_log(
                 status='complete' if np.isfinite(list(last.values())).all() else 'diverged', **last,
                 seconds_per_epoch=float(np.median(seconds)) if seconds else None)
 
+_TEXT = 'git', 'spec.data', 'spec.head', 'spec.arch', 'spec.recipe', 'versions.attnpool', 'versions.torch', 'versions.fastai', 'versions.python'   # 4e12435 is no number
+
 def write_runs(
     results: Sequence[dict], # What `run` returned
     path: Path | str, # The CSV file
@@ -56,7 +58,7 @@ def write_runs(
     "Every epoch of every run in one CSV file, to publish: with spec, result and versions, without weights, maps, and the folder of the data."
     rows = []
     for r in results:
-        fixed = {k: v for k, v in r.items() if k not in ('files', 'folder', 'history', 'label', 'versions', 'spec', *METRICS.values())}
+        fixed = {k: v for k, v in r.items() if k not in ('files', 'folder', 'history', 'label', 'versions', 'spec', 'epoch', 'seconds', 'train_seconds', *METRICS.values())}
         spec = r['spec'] | dict(data=Path(r['spec']['data']).name)
         flat = {f'spec.{k}': v for k, v in spec.items()} | fixed | {f'versions.{k}': v for k, v in r.get('versions', {}).items()}
         flat = {k: json.dumps(v) if isinstance(v, (list, tuple, dict)) or v == '' else v for k, v in flat.items()}   # an empty cell is None
@@ -93,24 +95,29 @@ def collect(
     for path in map(Path, paths):
         if not path.exists(): raise FileNotFoundError(f"runs: there is no {path}. Pass folders that attnpool bench wrote, or CSVLogger files.")
         if path.is_file():
-            table = pd.read_csv(path) if path.stat().st_size else pd.DataFrame()
+            table = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str)) if path.stat().st_size else pd.DataFrame()
             results += _read_runs(table) if 'spec.head' in table else [read_log(path)]
             continue
+        tunings = [file.parent for file in path.rglob('rates.csv') if file.parent != path]
+        problems += [f'{folder}: runs of attnpool lr, left out. Name the folder to report them.' for folder in tunings]
         for file in sorted(path.rglob('spec.json')):
-            if file.parent.resolve() in seen: continue
+            if file.parent.resolve() in seen or set(tunings) & set(file.parents): continue
             seen.add(file.parent.resolve())
             try: results.append(load_run(file.parent))
             except ValueError as e: problems.append(str(e))
+    for r in results:   # a log that stopped early belongs to those that did not
+        if r['status'] == 'diverged' and isinstance(r.get('history'), str):
+            r['spec']['epochs'] = max([o['spec']['epochs'] for o in results if isinstance(o.get('history'), str) and o['spec']['data'] == r['spec']['data']])
     return results, problems
 
 # %% ../../nbs/43_bench.report.ipynb #3f1a345a
 def settings(
     results: Sequence[dict] # What `run` or `read_log` returned
 ) -> list[list[dict]]: # Groups of one setting; every result has its row's name as `label`
-    "Results grouped by everything in their spec but head, seed and learning rate."
+    "Results grouped by everything in their spec but head, seed and learning rate, and by the numbers of pictures."
     groups, rates = {}, {}
     for r in results:
-        key = json.dumps({k: v for k, v in r['spec'].items() if k not in ('head', 'seed', 'lr')}, sort_keys=True)
+        key = json.dumps({k: v for k, v in r['spec'].items() if k not in ('head', 'seed', 'lr')} | dict(pictures=r.get('pictures')), sort_keys=True)
         groups.setdefault(key, []).append(r)
         rates.setdefault((key, r['spec']['head']), set()).add(r['spec'].get('lr'))
     return [[r | dict(label=r['spec']['head'] + (f" {r['spec']['lr']:g}" if len(rates[key, r['spec']['head']]) > 1 else '')) for r in rs]
@@ -256,12 +263,13 @@ def measure_maps(
     for r in settings(results)[0]:
         if console: console.print(f"{r['label']} seed {r['spec']['seed']}", markup=False, highlight=False)
         learn = open_run(r['folder'], device)
-        x = torch.cat([xb.as_subclass(torch.Tensor) for xb, _ in learn.dls.valid])[:n]
+        boxes = getattr(learn.dls, 'boxes', None)
+        if boxes is None: x, _ = spread(learn.dls.valid, n)
+        else: x = torch.cat([xb.as_subclass(torch.Tensor) for xb, _ in learn.dls.valid])[:n]   # in the order of the boxes, which is random
         m = torch.cat([maps_of(learn.model, part) for part in x.split(64)])
         maps.setdefault(r['label'], []).append(m)
         deletion, insertion = (torch.cat(c) for c in zip(*(deletion_insertion(learn.model, *part) for part in zip(x.split(64), m.split(64)))))
         row = dict(head=r['label'], runs=1, entropy=entropy(m), deletion=deletion, insertion=insertion)
-        boxes = getattr(learn.dls, 'boxes', None)
         if boxes is not None:
             boxes, (h, w) = boxes[:len(x)].to(x.device), x.shape[2:]
             row |= dict(pointing=pointing_game(m, boxes, (h, w)), energy=energy_in_box(m, boxes, (h, w)),
@@ -379,14 +387,22 @@ For average pooling, the class activation map of the predicted class.</p>
 <dl>{% for k, v in g.setting %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl>{% endfor %}
 </body></html>'''
 
-def _section(results):
+def _keys(groups):
+    "The fields that name a setting, and those in which the settings differ."
+    keys = ['data', 'arch', 'recipe', 'size', 'epochs']
+    fields = dict.fromkeys(k for g in groups for k in g[0]['spec'] if k not in ('head', 'seed', 'lr', *keys))
+    return keys + [k for k in fields if len({str(g[0]['spec'].get(k)) for g in groups}) > 1]
+
+def _name(spec, keys): return ', '.join(str(spec[k]) if i < 5 else f'{k} {spec[k]}' for i, k in enumerate(keys) if k in spec)
+
+def _section(results, keys):
     spec, table, seed = results[0]['spec'], summarize(results), min(r['spec']['seed'] for r in results)
     def distinct(of): return '; '.join(dict.fromkeys(str(of(r)) for r in results))
     setting = [(k, v) for k, v in spec.items() if k not in ('head', 'seed', 'lr')]
     setting += [('seeds', ', '.join(str(s) for s in sorted({r['spec']['seed'] for r in results})))]
     setting += [(k, distinct(lambda r: r[k])) for k in ('device', 'machine', 'threads', 'git') if k in results[0]]
     setting += [(k, distinct(lambda r: r['versions'].get(k))) for k in results[0].get('versions', {})]
-    return dict(name=', '.join(str(spec[k]) for k in ('data', 'arch', 'recipe', 'size', 'epochs') if k in spec), seed=seed, setting=setting,
+    return dict(name=_name(spec, keys), seed=seed, setting=setting,
                 table=format_table(table).to_html(index=False, border=0), curves=_embed(learning_curves(results), 'svg'),
                 cost=_embed(cost_plot(table), 'svg') if table.seconds_per_epoch.notna().any() else None,
                 maps=[(r['label'], src) for r in results if r['spec']['seed'] == seed and (src := _maps(r))])
@@ -408,13 +424,17 @@ def write_report(
     path, groups = Path(path), settings(results)
     path.parent.mkdir(parents=True, exist_ok=True)
     tables = [summarize(g) for g in groups]
-    blog = blog_tables(max(groups, key=len), data) if data else {}
+    blog = {}
+    if data:
+        its = [g for g in groups if data in str(g[0]['spec']['data']).lower() or len(groups) == 1]
+        if not its: raise ValueError(f"published: none of the runs is on {data}. They are on {', '.join(dict.fromkeys(str(g[0]['spec']['data']) for g in groups))}.")
+        blog = blog_tables(max(its, key=len), data)
     page = jinja2.Environment(autoescape=False).from_string(_PAGE).render(
         title=title or f"Attention pooling heads on {', '.join(dict.fromkeys(g[0]['spec']['data'] for g in groups))}",
-        groups=[_section(g) for g in groups], blog=[(t, table.to_html(index=False, border=0)) for t, table in blog.items()])
-    keys = ['data', 'arch', 'recipe', 'size', 'epochs']
-    csv = pd.concat([t.assign(**{k: g[0]['spec'].get(k) for k in keys}) for t, g in zip(tables, groups)])
-    text = [f"{', '.join(str(g[0]['spec'][k]) for k in keys if k in g[0]['spec'])}\n\n{markdown(format_table(t))}" for t, g in zip(tables, groups)]
+        groups=[_section(g, _keys(groups)) for g in groups], blog=[(t, table.to_html(index=False, border=0)) for t, table in blog.items()])
+    keys = _keys(groups)
+    csv = pd.concat([t.assign(**{k: v if isinstance(v := g[0]['spec'].get(k), (str, int, float, type(None))) else str(v) for k in keys}) for t, g in zip(tables, groups)])
+    text = [f"{_name(g[0]['spec'], keys)}\n\n{markdown(format_table(t))}" for t, g in zip(tables, groups)]
     text += [f'Table {t}\n\n{markdown(table)}' for t, table in blog.items()]
     write_file(path.with_suffix('.csv'), csv.to_csv(index=False))
     write_file(path.with_suffix('.md'), '\n\n'.join(text) + '\n')

@@ -39,7 +39,7 @@ import attnpool
 from .data import SOURCES, data_name, get_dls, valid_dl
 from ..distributed import distributed, is_first, join_processes, once, processes
 from ..heads import get_head
-from ..interpret import maps_of, pointing_game
+from ..interpret import maps_of, pointing_game, spread
 from ..learner import get_recipe, recipe_learner
 from ..models.xresnet import check_arch
 
@@ -87,7 +87,7 @@ def make_spec(
 ) -> Spec:
     "A spec with the recipe's values filled in. Unknown names are errors here, before anything runs."
     name, _, _ = data_name(data), get_head(head), check_arch(arch)
-    family = next((n for n in (*SOURCES, 'petals') if n in name.lower()), name)   # imagenette-128.tar has imagenette's rates
+    family = next((n for n in (*SOURCES, 'petals') if n in name.lower()), 'petals' if 'tfrecords' in name.lower() else name)   # imagenette-128.tar has imagenette's rates
     return Spec(str(data), arch, head, seed, recipe, eval_sizes=tuple(eval_sizes), skip_broken=skip_broken,
                 **asdict(get_recipe(recipe, head, family, **overrides)))
 
@@ -119,6 +119,9 @@ def load_run(
         file = folder/name
         if not file.exists(): raise ValueError(f"{folder}: {name} is missing.")
         if file.stat().st_size != size: raise ValueError(f"{folder}: {name} has {file.stat().st_size} bytes instead of {size}.")
+    if result['status'] == 'complete' and 'history.csv' in result['files']:
+        epochs = (folder/'history.csv').read_text().count('\n') - 1
+        if epochs != result['spec'].get('epochs', epochs): raise ValueError(f"{folder}: history.csv has {epochs} epochs instead of {result['spec']['epochs']}.")
     return result | dict(folder=str(folder))
 
 # %% ../../nbs/41_bench.runs.ipynb #fb4608e7
@@ -130,6 +133,7 @@ def looks(
     boxes = getattr(learn.dls, 'boxes', None)
     hits, first, seen = [], {}, 0
     for xb, yb in dl:
+        if boxes is None: xb, yb = spread(dl, 8)   # files stand in the order of their classes
         try: maps = maps_of(model, xb)
         except ValueError: return None, {}   # a head with neither
         if not first:

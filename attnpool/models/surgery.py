@@ -30,9 +30,9 @@ class TimmMap(nn.Module):
         size, x = x.shape[-2:], self.model.forward_features(x)
         if x.ndim == 4: return x.permute(0, 3, 1, 2) if self.channels_last else x
         patch = getattr(getattr(self.model, 'patch_embed', None), 'patch_size', None)
-        if x.ndim != 3 or patch is None:
+        h, w = (s // p for s, p in zip(size, patch or size))
+        if x.ndim != 3 or patch is None or x.shape[1] < h * w:
             raise ValueError(f"arch: {type(self.model).__name__} ends on {tuple(x.shape)} instead of a map (b, c, h, w). Choose another network.")
-        h, w = (s // p for s, p in zip(size, patch))
         return x[:, x.shape[1] - h * w:].mT.unflatten(2, (h, w))   # class and register tokens stand first
 
 # %% ../../nbs/22_models.surgery.ipynb #64931d0c
