@@ -234,7 +234,7 @@ from fastai.vision.all import Callback
 
 class Watch(Callback):
     seen = []
-    def before_batch(self): self.seen.append((self.training, self.x.mean().item(), self.x.std().item()))
+    def after_pred(self): self.seen.append((self.training, self.x.mean().item(), self.x.std().item()))
 
 device = join_processes("cpu")
 learn = recipe_learner(digits_dls(24, 16, device, n_train=64, n_valid=32), "xeca_resnext_tiny", "avg", "mixed", epochs=2, precision="float32", cbs=[watch := Watch()])
