@@ -240,9 +240,9 @@ def _core_backward(x, u, mask, mu, r, a, centre, eps, gz, gleft, gmean, need_x):
 def _kernels(device):
     "`attnpool.kernels`, or None where Triton is missing, or does not work, or is not wanted."
     if os.environ.get('ATTNPOOL_KERNELS') == '0': return None
-    if device.type == 'cuda' and torch.cuda.is_current_stream_capturing(): raise RuntimeError("attnpool: run the model once before you record it as a CUDA graph; the GPU kernels are still to be built.")
     try: from attnpool import kernels
     except ImportError: return None
+    if device.type == 'cuda' and torch.cuda.is_current_stream_capturing(): raise RuntimeError("attnpool: run the model once before you record it as a CUDA graph; the GPU kernels are still to be built.")
     return kernels if kernels.work(device) else None
 
 def _kernels_for(x, u, mask):
