@@ -244,6 +244,7 @@ def test_other_sizes_are_validated_after_training(tmp_path):
     history = pd.read_csv(tmp_path / "runs" / spec.name / "history.csv")
     assert len(history) == 1 and (history.iloc[0][["epoch", "valid_loss", "accuracy"]] == [0, r["valid_loss"], r["accuracy"]]).all()   # of the training, not of another size
     assert len({r["valid_loss"], *(m["valid_loss"] for m in r["sizes"].values())}) == 3
+    assert set(np.load(tmp_path / "runs" / spec.name / "maps.npz")["labels"]) == {0, 1}   # files stand in the order of their classes
     assert r["pictures"] == [24, 12] and r["images_per_second"] > 0 and r["peak_memory_mb"] > 0
     with pytest.raises(ValueError, match="these pictures have one size"): run(make_spec(head="avg", eval_sizes=[48], **SMALL), tmp_path / "runs", device="cpu")
     (tmp_path / "pics/train/dark/broken.png").touch()
@@ -330,3 +331,8 @@ def test_kills_at_random_moments(tmp_path):
     look()
     assert len(made) == len(specs) and not list(tmp_path.rglob("*.tmp"))
     print(f"{KILLS} kills, {len(specs)} runs, each made once")
+
+
+def test_petals_have_their_rates_under_the_name_of_their_folder(tmp_path):
+    (tmp_path / "tfrecords-jpeg-224x224").mkdir()
+    assert make_spec(str(tmp_path / "tfrecords-jpeg-224x224"), "learned", recipe="blog").lr == make_spec("petals", "learned", recipe="blog").lr == 6e-4

@@ -6,7 +6,7 @@ from torch import nn
 
 from attnpool.heads import HEADS, AvgPoolHead, LearnedAggregationHead
 from attnpool.interpret import (agreement, attention_maps, class_activation_map, class_index, class_token_maps, deletion_insertion, energy_in_box,
-                                entropy, find_pools, grad_cam, maps_page, open_pictures, pointing_game, show_heads, show_maps)
+                                entropy, find_pools, grad_cam, maps_page, open_pictures, pointing_game, show_heads, show_maps, spread)
 from attnpool.models.xresnet import xeca_resnext_tiny
 
 matplotlib.use("Agg")
@@ -282,3 +282,17 @@ def test_maps_of_a_folded_network(name):
     from attnpool.heads import fold
     model, x = xeca_resnext_tiny(10, custom_head=HEADS[name]).eval(), torch.randn(2, 3, 51, 38)
     assert torch.allclose(attention_maps(fold(model), x), attention_maps(model, x), atol=1e-6)
+
+
+def test_pictures_from_all_over_a_data_set(tmp_path):
+    from PIL import Image
+    from attnpool.bench.data import get_dls
+    for split in ("train", "val"):
+        for i, name in enumerate("abc"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for j in range(6): Image.new("RGB", (32, 32), (80 * i + j, 0, 0)).save(tmp_path / split / name / f"{j}.png")
+    dls = get_dls(str(tmp_path), 32, 6, device="cpu")
+    x, y = spread(dls.valid, 6)
+    whole = [torch.cat(o) for o in zip(*dls.valid)]
+    assert y.tolist() == [0, 0, 1, 1, 2, 2] and torch.equal(x, whole[0][[0, 3, 7, 10, 14, 17]])   # normalised as they are there
+    assert len(spread(dls.valid, 99)[0]) == 18
