@@ -41,6 +41,11 @@ def check_n_out(
 
 def _linear(ni, n_out): return nn.Linear(ni, check_n_out(n_out))
 
+def _blog_init(linear):
+    nn.init.trunc_normal_(linear.weight, std=.02)
+    nn.init.zeros_(linear.bias)
+    return linear
+
 def _xresnet_init(linear):
     nn.init.kaiming_normal_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -67,8 +72,9 @@ class LearnedAggregationHead(_Head):
         final_act: Callable[[], nn.Module] | None = None, # Activation before the linear layer
         **kwargs
     ):
-        act = [] if final_act is None else [final_act()]
-        super().__init__(LearnedAggregation(ni, norm=norm, **kwargs), make_norm(norm, ni), *act, _linear(ni, n_out))
+        last = _linear(ni, n_out)
+        after = [_blog_init(last)] if final_act is None else [final_act(), last]   # with an activation the notebooks keep torch's own start
+        super().__init__(LearnedAggregation(ni, norm=norm, **kwargs), make_norm(norm, ni), *after)
 
 # %% ../nbs/12_heads.ipynb #9f178da3
 @HEADS.register('sandwich')
@@ -82,8 +88,9 @@ class LearnedAggregationSandwichHead(_Head):
         final_act: Callable[[], nn.Module] | None = None, # Activation before the linear layer
         **kwargs
     ):
-        act = [] if final_act is None else [final_act()]
-        super().__init__(LearnedAggregationSandwich(ni, norm=norm, **kwargs), make_norm(norm, ni), *act, _linear(ni, n_out))
+        last = _linear(ni, n_out)
+        after = [_blog_init(last)] if final_act is None else [final_act(), last]   # with an activation the notebooks keep torch's own start
+        super().__init__(LearnedAggregationSandwich(ni, norm=norm, **kwargs), make_norm(norm, ni), *after)
 
 # %% ../nbs/12_heads.ipynb #613af695
 @HEADS.register('avgattn')
@@ -97,21 +104,22 @@ class AvgAttnPoolHead(_Head):
         final_act: Callable[[], nn.Module] | None = None, # Activation before the linear layer; `nn.GELU` in the blog's Imagenette and Petals runs
         **kwargs
     ):
-        act = [] if final_act is None else [final_act()]
-        super().__init__(AvgAttnPooling2d(ni, norm=norm, **kwargs), make_norm(norm, ni), *act, _linear(ni, n_out))
+        last = _linear(ni, n_out)
+        after = [_blog_init(last)] if final_act is None else [final_act(), last]   # with an activation the notebooks keep torch's own start
+        super().__init__(AvgAttnPooling2d(ni, norm=norm, **kwargs), make_norm(norm, ni), *after)
 
 # %% ../nbs/12_heads.ipynb #70a50a78
 @HEADS.register('slim')
 class AvgAttnPoolSlimHead(_Head):
-    "Slim Average Attention Pooling, norm, linear."
+    "Slim Average Attention Pooling, linear: the pool ends on its own norm and activation."
     @delegates(AvgAttnPooling2dS)
     def __init__(self,
         ni: int, # Channels of the map
         n_out: int, # Outputs
-        norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm in the pool and after it
+        norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm in the pool
         **kwargs
     ):
-        super().__init__(AvgAttnPooling2dS(ni, norm=norm, **kwargs), make_norm(norm, ni), _linear(ni, n_out))
+        super().__init__(AvgAttnPooling2dS(ni, norm=norm, **kwargs), _blog_init(_linear(ni, n_out)))
 
 # %% ../nbs/12_heads.ipynb #844dcf0f
 @HEADS.register('concat')
@@ -124,7 +132,7 @@ class AvgAttnConcatPoolHead(_Head):
         norm: Callable[[int], nn.Module] = nn.LayerNorm, # Norm in the pool
         **kwargs
     ):
-        super().__init__(AvgAttnConcatPooling2d(ni, norm=norm, **kwargs), _linear(2*ni, n_out))
+        super().__init__(AvgAttnConcatPooling2d(ni, norm=norm, **kwargs), _blog_init(_linear(2*ni, n_out)))
 
 # %% ../nbs/12_heads.ipynb #8ce6f1f7
 @HEADS.register('avgstart')

@@ -160,9 +160,19 @@ def test_head_signature_is_complete(name):
 def test_what_stands_after_the_pool():
     after = {n: [type(m).__name__ for m in list(HEADS[n](C, 5))[1:]] for n in HEADS}
     normed = ["LayerNorm", "Linear"]
-    assert after == dict(avg=["Flatten", "Linear"], learned=normed, sandwich=normed, avgattn=normed, slim=normed, concat=["Linear"],
+    assert after == dict(avg=["Flatten", "Linear"], learned=normed, sandwich=normed, avgattn=normed, slim=["Linear"], concat=["Linear"],
                          avgstart=["Linear"], classquery=[])
     assert [type(m).__name__ for m in AvgAttnPoolHead(C, 5, final_act=nn.GELU)][1:] == ["LayerNorm", "GELU", "Linear"]
+
+
+@pytest.mark.parametrize("name", ["learned", "sandwich", "avgattn", "slim", "concat"])
+def test_last_linear_starts_as_in_the_authors_notebooks(name):
+    last = HEADS[name](256, 1000)[-1]
+    assert last.weight.std().item() == pytest.approx(.02, rel=.02) and last.weight.abs().max() <= 2 and last.bias.abs().max() == 0
+    assert (last.weight.abs() > .04).float().mean().item() == pytest.approx(.0455, abs=.004)   # a normal distribution's tails
+    if "final_act" in inspect.signature(HEADS[name]).parameters:   # there the notebooks keep PyTorch's own start, uniform
+        last = HEADS[name](256, 1000, final_act=nn.GELU)[-1]
+        assert last.weight.abs().max() <= 256**-.5 and last.weight.std().item() == pytest.approx((256 * 3)**-.5, rel=.02) and last.bias.any()
 
 
 def test_average_head_is_fastxtends():
