@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnpool.bench.runs import make_spec
-from attnpool.heads import ABLATIONS, HEADS, LearnedAggregationHead, fold, get_head
+from attnpool.runs.spec import make_spec
+from attnpool.heads import ABLATIONS, fold, get_head, HEADS, LearnedAggregationHead
 from attnpool.layers import TokenBatchNorm
-from attnpool.learner import get_recipe, recipe_learner
-from attnpool.pooling import (AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation, LearnedAggregationSandwich)
+from attnpool.recipe import get_recipe, recipe_learner
+from attnpool.pooling.attention import (
+    AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation, LearnedAggregationSandwich)
 
 C = 16
 WITH_FFN = [LearnedAggregation, LearnedAggregationSandwich, AvgAttnPooling2d, AvgAttnConcatPooling2d]

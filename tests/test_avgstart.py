@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnpool.heads import AvgPoolHead, AvgStartAttnPoolHead, ClassQueryPoolHead, fold
-from attnpool.interpret import find_pools
-from attnpool.pooling import AvgStartAttnPooling2d, ClassQueryPooling2d
+from attnpool.maps.compute import find_pools
+from attnpool.pooling.start import AvgStartAttnPooling2d, ClassQueryPooling2d
 
 STARTS = [AvgStartAttnPoolHead, ClassQueryPoolHead]
 
@@ -73,13 +73,13 @@ def test_avgstart_equals_the_loop_with_gradients(queries, layout, offset, b):
 
 
 def test_gradgradcheck_in_chunks(monkeypatch):
-    from attnpool import pooling
-    monkeypatch.setattr(pooling, "_START_CHUNK", 4 * 8 * 6 * 2)   # two pictures
+    from attnpool import fold as engine
+    monkeypatch.setattr(engine, "_START_CHUNK", 4 * 8 * 6 * 2)   # two pictures
     u = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     x = torch.randn(5, 8, 6, dtype=torch.float64, requires_grad=True)
     for m in (None, .3, torch.tensor([0., 1, 0, 1, 0], dtype=torch.float64).view(5, 1, 1)):
         for v in (None, torch.randn(2, 8, dtype=torch.float64, requires_grad=True)):
-            def f(x, u, v=None): return pooling._Start.apply(x, u, v, m, 1e-5)
+            def f(x, u, v=None): return engine._Start.apply(x, u, v, m, 1e-5)
             inputs = (x, u) if v is None else (x, u, v)
             assert torch.autograd.gradcheck(f, inputs) and torch.autograd.gradgradcheck(f, inputs)
 

@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 from scipy import stats
 from sklearn.datasets import load_digits
 
-from attnpool.bench.data import cluttered_digits, digits_dls
-from attnpool.bench.report import format_table, paired_difference, summarize, write_report
-from attnpool.bench.runs import load_run, make_spec, run, sweep
+from attnpool.data.digits import cluttered_digits, digits_dls
+from attnpool.report.page import write_report
+from attnpool.report.stats import format_table, paired_difference, summarize
+from attnpool.runs.spec import make_spec
+from attnpool.runs.store import load_run
+from attnpool.runs.train import run, sweep
 from attnpool.cli import main
 from attnpool.heads import HEADS
-from attnpool.learner import RECIPES, recipe_learner
+from attnpool.recipe import recipe_learner, RECIPES
 
 SMALL = dict(epochs=1, size=20, bs=128)
 FLAGS = ["--epochs", "1", "--size", "20", "--bs", "128", "--device", "cpu"]
@@ -221,9 +224,9 @@ def test_help_names_everything_that_is_registered(capsys):
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
-    import attnpool.bench.runs
+    import attnpool.runs.spec
     def broken(*args, **kwargs): raise ValueError("could not broadcast")
-    monkeypatch.setattr(attnpool.bench.runs, "make_spec", broken)
+    monkeypatch.setattr(attnpool.runs.spec, "make_spec", broken)
     with pytest.raises(ValueError, match="could not broadcast"): main(["bench", "digits"])
 
 

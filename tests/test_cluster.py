@@ -14,9 +14,10 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from attnpool.bench import runs
-from attnpool.bench.cluster import RunJob, queued, submit
-from attnpool.bench.runs import load_run, make_spec
+from attnpool.runs import train as runs
+from attnpool.runs.cluster import queued, RunJob, submit
+from attnpool.runs.spec import make_spec
+from attnpool.runs.store import load_run
 
 psutil, submitit = pytest.importorskip("psutil"), pytest.importorskip("submitit")
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def until(f, seconds=200):
 
 def submit_elsewhere(specs, out, call):
     "A submitter in a process of its own, to be killed."
-    code = f"from attnpool.bench.cluster import submit; from attnpool.bench.runs import Spec; submit([Spec(**s) for s in {[vars(s) for s in specs]!r}], {str(out)!r}, {call})"
+    code = f"from attnpool.runs.cluster import submit; from attnpool.runs.spec import Spec; submit([Spec(**s) for s in {[vars(s) for s in specs]!r}], {str(out)!r}, {call})"
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 

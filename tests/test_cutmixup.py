@@ -20,7 +20,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CancelBatchExcep
 from scipy import stats
 from torch import nn
 
-from attnpool.callback.cutmixup import CutMixUp, CutMixUpAugment, RawBatches, knows_reduction, stacked_loss
+from attnpool.callback.cutmixup import CutMixUp, CutMixUpAugment, knows_reduction, RawBatches, stacked_loss
 from attnpool.callback.precision import MixedPrecision
 from test_mixing import NoAsking, NoSync
 

@@ -27,10 +27,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from attnpool.bench import data as bench_data
-from attnpool.bench.data import (DATASETS, IMAGENETTE, IMAGEWOOF, OFFICIAL, STATS, PixelFile, check_pictures, data_name, describe, digits_dls, fetch,
-                                 find_pictures, get_dls, list_folder, loading_rate, made_once, make_pixels, open_picture, picture_dls,
-                                 unpack, unpack_tfrecords, valid_dl)
+from attnpool.data import pictures as bench_data
+from attnpool.data import describe, get_dls, loading_rate
+from attnpool.data.augment import STATS
+from attnpool.data.cache import made_once, unpack
+from attnpool.data.check import check_pictures, make_pixels, open_picture, PixelFile
+from attnpool.data.digits import digits_dls
+from attnpool.data.listing import DATASETS, IMAGENETTE, IMAGEWOOF, list_folder, OFFICIAL
+from attnpool.data.petals import unpack_tfrecords
+from attnpool.data.pictures import data_name, fetch, find_pictures, picture_dls, valid_dl
 
 FORK = multiprocessing.get_context("fork")
 
@@ -287,7 +292,7 @@ def test_batches_are_those_of_the_printed_block():
 
 
 def test_petals_turn_and_flip_vertically_and_imagenette_does_not():
-    import attnpool.bench.data as d
+    import attnpool.data.augment as d
     turn = {f: {k: v for t in d._batch_tfms(f)[:1] for g in t.aff_fs for k, v in [(g.func.__name__, g.keywords)]} for f in ("petals", "imagenette")}
     assert turn["petals"]["rotate_mat"]["max_deg"] == 45 and "dihedral_mat" in turn["petals"] and "flip_mat" not in turn["petals"]
     assert turn["imagenette"]["rotate_mat"]["max_deg"] == 20 and "flip_mat" in turn["imagenette"]
@@ -372,7 +377,7 @@ def test_bad_sizes_and_batches():
 
 
 def test_a_learner_trains_and_predicts_a_new_file():
-    from attnpool.learner import recipe_learner
+    from attnpool.recipe import recipe_learner
     root = pictures("pets", n_train=8)
     dls = get_dls(root, size=16, bs=8, device="cpu")
     learn = recipe_learner(dls, "xeca_resnext_tiny", "avg", epochs=1)

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, load_model
 from torch import nn
 
-from attnpool.bench import runs
-from attnpool.bench.data import digits_dls
-from attnpool.bench.runs import load_run, make_spec
-from attnpool.distributed import Distributed, _sync_norms, distributed, is_first, join_processes, once, processes, scale_up, share, share_dl
+from attnpool.runs import train as runs
+from attnpool.data.digits import digits_dls
+from attnpool.runs.spec import make_spec
+from attnpool.runs.store import load_run
+from attnpool.distributed import (
+    Distributed, distributed, is_first, join_processes, once, processes, scale_up, share, share_dl, _sync_norms)
 from attnpool.layers import TokenBatchNorm
-from attnpool.learner import get_recipe, recipe_learner
+from attnpool.recipe import get_recipe, recipe_learner
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,7 +114,7 @@ import torch
 import torch.distributed as dist
 from fastai.vision.all import Callback
 from safetensors.torch import save_model
-from attnpool.bench.runs import RunLog
+from attnpool.runs.train import RunLog
 from attnpool.distributed import distributed, is_first, join_processes, once
 sys.path.insert(0, {tests!r})
 from test_distributed import metrics_learner, plain_learner
@@ -227,9 +229,9 @@ def test_the_command_on_two_processes(tmp_path):
 
 MIXED = """
 import json, sys, torch
-from attnpool.bench.data import digits_dls
+from attnpool.data.digits import digits_dls
 from attnpool.distributed import distributed, is_first, join_processes
-from attnpool.learner import recipe_learner
+from attnpool.recipe import recipe_learner
 from fastai.vision.all import Callback
 
 class Watch(Callback):

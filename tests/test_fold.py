@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from attnpool.heads import HEADS, AvgAttnConcatPoolHead, AvgPoolHead, LearnedAggregationHead, fold
+from attnpool.heads import AvgAttnConcatPoolHead, AvgPoolHead, fold, HEADS, LearnedAggregationHead
 from attnpool.layers import TokenBatchNorm
-from attnpool.pooling import AttentionPool2d
+from attnpool.pooling.attention import AttentionPool2d
 
 ATTENTION = [name for name in HEADS if name != "avg"]
 PROJECTED = [name for name in ATTENTION if hasattr(HEADS[name](16, 2)[0], "attn")]   # the others own `u` itself

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from attnpool import functional
-from attnpool.functional import attention_pool, attention_pool_plain, attention_scores, mish
+from attnpool import fold, layers
+from attnpool.functional import attention_pool, attention_pool_plain, attention_scores
+from attnpool.layers import mish
 from attnpool.layers import TokenBatchNorm
 
 TOL = 1e-12
-functional._SMALL = 0   # these maps are small; the chunks are what is tested
+fold._SMALL = 0   # these maps are small; the chunks are what is tested
 NORMS = dict(none=lambda c: None, layer=nn.LayerNorm, plain_layer=lambda c: nn.LayerNorm(c, elementwise_affine=False), unbiased_layer=lambda c: nn.LayerNorm(c, bias=False),
              rms=nn.RMSNorm, rms_eps=lambda c: nn.RMSNorm(c, eps=1e-3), batch=TokenBatchNorm, group=lambda c: Tokens(nn.GroupNorm(4, c)))
 
@@ -144,8 +145,8 @@ def test_second_derivatives(norm, options):
 def test_small_maps_take_the_short_way(monkeypatch):
     x, query, affine, layer = problem()
     chunks, g1 = with_gradients(attention_pool, x, query, affine, layer)
-    monkeypatch.setattr(functional, "_SMALL", 1 << 16)
-    monkeypatch.setattr(functional, "_core_forward", None)
+    monkeypatch.setattr(fold, "_SMALL", 1 << 16)
+    monkeypatch.setattr(fold, "_core_forward", None)
     short, g2 = with_gradients(attention_pool, x, query, affine, layer)
     agree(short, chunks)
     assert max((i - j).abs().max() for i, j in zip(g1, g2)) <= TOL * max(g.abs().max() for g in g1)
@@ -164,12 +165,12 @@ def core_inputs(b=7, c=128, n=35, k=1, dtype=torch.float64, fmt="contiguous", of
 @pytest.mark.parametrize("mean, dropout", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("offset", [0., 50.])
 def test_core_in_chunks_equals_core(monkeypatch, fmt, k, centre, eps, mean, dropout, offset):
-    monkeypatch.setattr(functional, "_CHUNK", 3 * 128 * 35 * 4)   # three pictures at a time: the last chunk is smaller
+    monkeypatch.setattr(fold, "_CHUNK", 3 * 128 * 35 * 4)   # three pictures at a time: the last chunk is smaller
     x, u = core_inputs(k=k, fmt=fmt, offset=offset)
     if not centre: u = u / 10   # without the norm, scores of hundreds
     mask = torch.rand(7, k, 35, dtype=x.dtype) if dropout else None
     results = []
-    for f in (functional._Core.apply, functional._core_plain):
+    for f in (fold._Core.apply, fold._core_plain):
         X, U = x.clone().requires_grad_(), u.clone().requires_grad_()
         outs = [o for o in f(X, U, mask, centre, eps, mean) if o is not None]
         assert len(outs) == 1 + mean + dropout
@@ -188,8 +189,8 @@ def test_core_of_wide_maps(fmt, dtype, n):
     X, U = x.clone().requires_grad_(), u.clone().requires_grad_()
     exact = x.double().requires_grad_(), u.double().requires_grad_()
     g = torch.randn(9, 1, 512)
-    z, _, mean = functional._Core.apply(X, U, None, True, 1e-5, True)
-    z2, _, mean2 = functional._core_plain(*exact, None, True, 1e-5, True)
+    z, _, mean = fold._Core.apply(X, U, None, True, 1e-5, True)
+    z2, _, mean2 = fold._core_plain(*exact, None, True, 1e-5, True)
     ours, plain = torch.autograd.grad((z, mean), (X, U), (g, g[:, 0])), torch.autograd.grad((z2, mean2), exact, (g.double(), g[:, 0].double()))
     assert z.dtype == torch.float32 and ours[0].dtype == dtype
     agree(z.double(), z2, 3e-6)
@@ -264,7 +265,7 @@ def test_maps_of_any_strides():
 
 
 def test_inference_mode_and_scratch_memory_do_not_meet():
-    functional._kept.__dict__.clear()
+    fold._kept.__dict__.clear()
     x, query, affine, layer = problem(b=4, c=64, dtype=torch.bfloat16)
     with torch.inference_mode(): first = attention_pool(x, query, *affine, norm=layer)
     X = x.clone().requires_grad_()
@@ -386,7 +387,7 @@ def both(f, x, g):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 4, 5), (2, 3, 2, 4, 5)])
 def test_mish_equals_torch(monkeypatch, shape, dtype, chunk):
-    monkeypatch.setattr(functional, "_MISH_CHUNK", chunk)
+    monkeypatch.setattr(layers, "_MISH_CHUNK", chunk)
     x, g = (20 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
     y, dx = both(mish, x, g)
     y2, dx2 = both(F.mish, x.double(), g.double())

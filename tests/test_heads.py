@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnpool.heads import HEADS, AvgAttnPoolHead, AvgPoolHead
-from attnpool.layers import TokenBatchNorm, drop_path, make_norm
-from attnpool.pooling import AttentionPool2d
+from attnpool.heads import AvgAttnPoolHead, AvgPoolHead, HEADS
+from attnpool.layers import drop_path, make_norm, TokenBatchNorm
+from attnpool.pooling.attention import AttentionPool2d
 from attnpool.registry import Registry
 
 POOLS = list(dict.fromkeys(type(head(16, 2)[0]) for head in HEADS.values() if hasattr(head(16, 2)[0], "attn")))   # the blog's

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from attnpool.heads import HEADS, AvgPoolHead, LearnedAggregationHead
-from attnpool.interpret import (agreement, attention_maps, class_activation_map, class_index, class_token_maps, deletion_insertion, energy_in_box,
-                                entropy, find_pools, grad_cam, maps_page, open_pictures, pointing_game, show_heads, show_maps, spread)
+from attnpool.heads import AvgPoolHead, HEADS, LearnedAggregationHead
+from attnpool.maps.compute import attention_maps, class_activation_map, class_token_maps, find_pools, grad_cam
+from attnpool.maps.draw import show_maps
+from attnpool.maps.learner import open_pictures, show_heads, spread
+from attnpool.maps.measures import agreement, deletion_insertion, energy_in_box, entropy, pointing_game
+from attnpool.maps.page import class_index, maps_page
 from attnpool.models.xresnet import xeca_resnext_tiny
 
 matplotlib.use("Agg")
@@ -116,7 +119,7 @@ def test_show_maps_draws_every_picture_and_box():
 
 def test_show_heads_has_a_row_for_each_network_and_says_what_it_predicts():
     from fastai.vision.all import Learner
-    from attnpool.bench.data import digits_dls
+    from attnpool.data.digits import digits_dls
     learned, avg = (xeca_resnext_tiny(10, custom_head=h) for h in (LearnedAggregationHead, AvgPoolHead))
     x, modes = torch.randn(3, 3, 40, 56), [m.training for m in learned.modules()]
     with torch.no_grad(): p, c = learned.eval()(x).softmax(1).max(1)
@@ -286,7 +289,7 @@ def test_maps_of_a_folded_network(name):
 
 def test_pictures_from_all_over_a_data_set(tmp_path):
     from PIL import Image
-    from attnpool.bench.data import get_dls
+    from attnpool.data import get_dls
     for split in ("train", "val"):
         for i, name in enumerate("abc"):
             (tmp_path / split / name).mkdir(parents=True)

@@ -7,8 +7,9 @@ from fastai.vision.all import (Learner, accuracy, load_learner, mobilenet_v2, re
                                vgg11_bn, xresnet18)
 from torch import nn
 
-from attnpool.heads import HEADS, AvgAttnConcatPoolHead, LearnedAggregationHead
-from attnpool.learner import RECIPES, Recipe, get_recipe, map_width, recipe_learner, vision_learner
+from attnpool.heads import AvgAttnConcatPoolHead, HEADS, LearnedAggregationHead
+from attnpool.learner import map_width, vision_learner
+from attnpool.recipe import get_recipe, Recipe, recipe_learner, RECIPES
 from attnpool.models.surgery import TimmMap
 from attnpool.models.xresnet import xeca_resnext_tiny
 
@@ -169,7 +170,7 @@ def test_recipes_hold_what_their_sources_say():
     blog = get_recipe("blog", "avg", "imagenette")
     assert (blog.epochs, blog.size, blog.bs, blog.lr, blog.opt, blog.schedule, blog.mix) == (80, 224, 64, 8e-3, "ranger", "flat_cos", "cutmixup")
     rates = {(d, h): get_recipe("blog", h, d).lr for d in ("imagenette", "imagewoof", "petals") for h in HEADS}
-    from attnpool.bench.report import published
+    from attnpool.report.published import published
     facts = published()
     facts = facts[(facts["size"] == 224) & (facts.metric == "valid_loss") & (facts["head"] != "avg")]
     for r in facts.itertuples(): assert rates[r.data, r.head] == (4e-3 if "4e-3" in str(r.note) else r.lr), (r.data, r.head)

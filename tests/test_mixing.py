@@ -10,8 +10,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnpool import mixing
-from attnpool.mixing import (CUTMIX, MIXUP, REST, Mix, apply_mix, check_target, cutmix, cutmix_box, cutmixup, draw_kinds, draw_mix, mix_labels,
-                             mix_pictures, mixup, pixel_weights)
+from attnpool.mixing import (
+    apply_mix, check_target, CUTMIX, cutmix, cutmix_box, cutmixup, draw_kinds, draw_mix, Mix, mix_labels,
+    mix_pictures, MIXUP, mixup, pixel_weights, REST)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 MODES = dict(mixup=mixup, mixup_batch=lambda x, y, **kw: mixup(x, y, per_sample=False, **kw), mixup_larger=lambda x, y, **kw: mixup(x, y, larger=True, **kw),

@@ -13,12 +13,13 @@ import timm
 import torch
 from torch import nn
 
-from attnpool.bench.complexity import NETWORKS, PeakMemory, build_network, complexity, count, published, throughput
-from attnpool.heads import HEADS, AvgAttnConcatPoolHead
+from attnpool.cost.networks import build_network, complexity, count, NETWORKS, PeakMemory, published, throughput
+from attnpool.heads import AvgAttnConcatPoolHead, HEADS
 from attnpool.layers import TokenBatchNorm
 from attnpool.models import patchconvnet
-from attnpool.models.patchconvnet import (VARIANTS, PaperAggregation, PatchConvBlock, PatchConvNet, PerClassLinear, _in_slices,
-                                          default_cfgs, from_deit, load_deit, patch_stem, timm_splitter, to_deit)
+from attnpool.models.deit import default_cfgs, from_deit, load_deit, to_deit, VARIANTS
+from attnpool.models.patchconvnet import patch_stem, PatchConvBlock, PatchConvNet, timm_splitter
+from attnpool.pooling.paper import PaperAggregation, PerClassLinear, _in_slices
 from attnpool.models.surgery import TimmMap, with_head
 
 FORMS = dict(single=dict(), heads=dict(num_heads=4), classes=dict(class_queries=True), class_heads=dict(class_queries=True, num_heads=4))
@@ -374,7 +375,7 @@ def test_groups_go_from_the_picture_to_the_classifier():
 
 @pytest.mark.parametrize("head", [None, AvgAttnConcatPoolHead])
 def test_fastai_learner_with_learning_rates_by_depth(head, monkeypatch):
-    from attnpool.bench.data import digits_dls
+    from attnpool.data.digits import digits_dls
     from attnpool.learner import vision_learner
     dls = digits_dls(size=64, bs=16, n_train=48, n_valid=16)
     monkeypatch.setitem(VARIANTS, "patchconvnet_s20", dict(embed_dim=32, depth=2))

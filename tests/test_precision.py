@@ -9,7 +9,7 @@ from fastai.vision.all import Callback, CancelBatchException, CrossEntropyLossFl
 from fastai.data.all import DataLoader, DataLoaders
 from torch import nn
 
-from attnpool.callback.precision import ChannelsLast, MixedPrecision, best_amp
+from attnpool.callback.precision import best_amp, ChannelsLast, MixedPrecision
 
 DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)
 

@@ -9,8 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from attnpool.bench.report import blog_tables, collect, format_table, markdown, published, read_log, settings, summarize, write_report
-from attnpool.bench.runs import load_run, make_spec
+from attnpool.report.collect import collect, read_log, settings
+from attnpool.report.page import markdown, write_report
+from attnpool.report.published import blog_tables, published
+from attnpool.report.stats import format_table, summarize
+from attnpool.runs.spec import make_spec
+from attnpool.runs.store import load_run
 from attnpool.heads import HEADS
 from attnpool.models.xresnet import ARCHS
 

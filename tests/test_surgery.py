@@ -7,9 +7,9 @@ import torch
 import torchvision
 from torch import nn
 
-from attnpool.heads import HEADS, AvgPoolHead, LearnedAggregationHead, fold
-from attnpool.interpret import attention_maps
-from attnpool.models.surgery import SwappedPool, restore_pool, swap_pool
+from attnpool.heads import AvgPoolHead, fold, HEADS, LearnedAggregationHead
+from attnpool.maps.compute import attention_maps
+from attnpool.models.surgery import restore_pool, swap_pool, SwappedPool
 
 FITTING = [n for n in HEADS if n not in ("avg", "classquery")]
 
@@ -102,7 +102,7 @@ def test_options_and_callables():
 
 def test_in_a_pretrained_learner(tmp_path):
     pytest.importorskip("fastai")
-    from attnpool.bench.data import digits_dls
+    from attnpool.data.digits import digits_dls
     from attnpool.learner import vision_learner
     from attnpool.models.xresnet import xeca_resnext_tiny
     def arch(pretrained): return xeca_resnext_tiny(10)
