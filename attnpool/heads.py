@@ -90,11 +90,12 @@ class PoolHead(nn.Sequential):
 @HEADS.register('avg')
 class AvgPoolHead(PoolHead):
     "Average pooling and a linear layer."
+    start = 'xresnet'
     def __init__(self,
         ni: int, # Channels of the map
         n_out: int, # Outputs
     ):
-        last = start_linear(nn.Linear(ni, check_n_out(n_out)), 'xresnet')
+        last = start_linear(nn.Linear(ni, check_n_out(n_out)), self.start)
         nn.Sequential.__init__(self, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
 
 # %% ../nbs/16_heads.ipynb #54cd3e96
@@ -133,12 +134,13 @@ class AvgStartAttnPoolHead(PoolHead):
 @HEADS.register('classquery')
 class ClassQueryPoolHead(PoolHead):
     "One query per class, from zero, over the logits of every position."
+    start = 'xresnet'
     def __init__(self,
         ni: int, # Channels of the map
         n_out: int, # Outputs
     ):
         nn.Sequential.__init__(self, ClassQueryPooling2d(ni, check_n_out(n_out)))
-        start_linear(self[0].linear, 'xresnet')
+        start_linear(self[0].linear, self.start)
 
 # %% ../nbs/16_heads.ipynb #f64d1fe6
 ABLATIONS = Registry('head')   # not among 'all'
@@ -241,7 +243,7 @@ def fold(
     pools = {name: m for name, m in model.named_modules() if hasattr(m, 'query')
              and isinstance(getattr(m, 'attn', None), AttentionPool2d) and not isinstance(m, PaperAggregation)}
     if not pools and not any(isinstance(m, (AvgStartAttnPooling2d, ClassQueryPooling2d)) for m in model.modules()):
-        raise BadInput("model: there is no attention pool in it to fold. "
+        raise BadInput("model: there is no attention pool in it that folds. "
                        "Give it a head that has one, for example AvgAttnConcatPoolHead.")
     for name, pool in pools.items():
         if not foldable(pool.attn.norm, pool.attn.ni):
