@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 
+import jinja2
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,7 +50,8 @@ def test_asking_leaves_no_trace():
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     class Broken(nn.Module):
         def forward(self, x): raise RuntimeError("broken")
-    with pytest.raises(RuntimeError, match="broken"): attention_maps(nn.Sequential(Broken(), LearnedAggregationHead(8, 2)), x)
+    with pytest.raises(RuntimeError, match="broken"):
+        attention_maps(nn.Sequential(Broken(), LearnedAggregationHead(8, 2)), x)
 
 
 def test_compiled_networks_and_fastai_tensors():
@@ -70,7 +72,8 @@ def test_a_pool_that_is_never_called_is_told():
             super().__init__()
             self.head = LearnedAggregationHead(3, 2)
         def forward(self, x): return x.mean((2, 3))
-    with pytest.raises(ValueError, match="does not call its LearnedAggregation"): attention_maps(Unused(), torch.randn(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="does not call its LearnedAggregation"):
+        attention_maps(Unused(), torch.randn(1, 3, 4, 4))
 
 
 def test_several_pools_are_told_apart():
@@ -104,7 +107,8 @@ def test_class_activation_map_means_the_logit():
 def test_the_wrong_kind_of_head_is_told():
     x = torch.randn(2, 3, 40, 40)
     with pytest.raises(ValueError, match="no attention pool in it"): attention_maps(xeca_resnext_tiny(10), x)
-    with pytest.raises(ValueError, match="For attention pools use attention_maps"): class_activation_map(xeca_resnext_tiny(10, custom_head=LearnedAggregationHead), x)
+    with pytest.raises(ValueError, match="For attention pools use attention_maps"):
+        class_activation_map(xeca_resnext_tiny(10, custom_head=LearnedAggregationHead), x)
 
 
 def test_pointing_game_edges():
@@ -118,11 +122,13 @@ def test_pointing_game_edges():
 
 
 def test_show_maps_wants_a_picture():
-    with pytest.raises(ValueError, match="images: there is no picture"): show_maps(torch.zeros(0, 3, 8, 8), torch.zeros(0, 1, 2, 2))
+    with pytest.raises(ValueError, match="images: there is no picture"):
+        show_maps(torch.zeros(0, 3, 8, 8), torch.zeros(0, 1, 2, 2))
 
 
 def test_show_maps_draws_every_picture_and_box():
-    fig = show_maps(torch.randn(5, 3, 20, 30), torch.rand(5, 2, 4, 6), titles=list("abcde"), boxes=torch.tensor([[1, 2, 9, 8]] * 5), ncols=3)
+    boxes = torch.tensor([[1, 2, 9, 8]] * 5)
+    fig = show_maps(torch.randn(5, 3, 20, 30), torch.rand(5, 2, 4, 6), titles=list("abcde"), boxes=boxes, ncols=3)
     drawn = [ax for ax in fig.axes if ax.images]
     assert len(fig.axes) == 6 and len(drawn) == 5
     assert [ax.get_title() for ax in drawn] == list("abcde")
@@ -137,7 +143,8 @@ def test_show_heads_has_a_row_for_each_network_and_says_what_it_predicts():
     with torch.no_grad(): p, c = learned.eval()(x).softmax(1).max(1)
     learned.train()
     boxes = torch.tensor([[1, 2, 9, 8]] * 3)
-    fig = show_heads({"learned": Learner(digits_dls(40, n_train=64, n_valid=64), learned), "avg": avg}, x, [c[0], c[1], (c[2] + 1) % 10], boxes)
+    learn = Learner(digits_dls(40, n_train=64, n_valid=64), learned)
+    fig = show_heads({"learned": learn, "avg": avg}, x, [c[0], c[1], (c[2] + 1) % 10], boxes)
     texts = [[t.get_text() for t in ax.texts] for ax in fig.axes]
     assert len(fig.axes) == 6 and all(len(ax.images) == 2 and len(ax.patches) == 1 for ax in fig.axes)
     assert [t[0] for t in (texts[0], texts[3])] == ["learned", "avg"]
@@ -183,7 +190,8 @@ def test_grad_cam_of_average_pooling_is_the_class_activation_map():
     ours, theirs = class_activation_map(model, x, target).clamp(min=0), grad_cam(model, x, target)
     assert torch.allclose(ours, theirs * ours[0].numel(), atol=1e-5)   # its gradient holds 1/n of the mean
     assert modes == [m.training for m in model.modules()]
-    with pytest.raises(ValueError, match="layer: the network is not body and head"): grad_cam(nn.Sequential(model), x, target)
+    with pytest.raises(ValueError, match="layer: the network is not body and head"):
+        grad_cam(nn.Sequential(model), x, target)
 
 
 @pytest.mark.parametrize("name, size", [("vit_tiny_patch16_224", 224), ("deit_tiny_distilled_patch16_224", 224)])
@@ -200,7 +208,8 @@ def test_class_token_maps_are_the_weights_of_the_block(name, size):
     assert torch.allclose(maps.flatten(2), patches / patches.sum(-1, keepdim=True), atol=1e-6)
     with pytest.raises(ValueError, match="expected a timm vision transformer"):
         class_token_maps(xeca_resnext_tiny(10), torch.randn(1, 3, 40, 40))
-    with pytest.raises(ValueError, match="block: expected 0 to 11, or -1 for the last, got 12"): class_token_maps(model, x, 12)
+    with pytest.raises(ValueError, match="block: expected 0 to 11, or -1 for the last, got 12"):
+        class_token_maps(model, x, 12)
 
 
 def test_energy_by_hand():
@@ -209,7 +218,8 @@ def test_energy_by_hand():
     assert energy(0, 0, 20, 20) == pytest.approx(1) and energy(0, 0, 10, 10) == pytest.approx(.1)
     assert energy(5, 0, 15, 20) == pytest.approx((.5 * 1 + .5 * 2 + .5 * 3 + .5 * 4) / 10)
     uniform = torch.full((1, 1, 7, 5), 1 / 35)
-    assert energy_in_box(uniform, torch.tensor([[3, 9, 31, 50]]), (64, 48)).item() == pytest.approx(28 * 41 / (64 * 48), rel=1e-5)   # chance: the area
+    share = energy_in_box(uniform, torch.tensor([[3, 9, 31, 50]]), (64, 48)).item()
+    assert share == pytest.approx(28 * 41 / (64 * 48), rel=1e-5)   # chance: the area
 
 
 def test_entropy_and_agreement_at_their_ends():
@@ -217,7 +227,8 @@ def test_entropy_and_agreement_at_their_ends():
     one[..., 1, 1] = 1
     assert entropy(one).item() == 0 and entropy(torch.ones(1, 1, 3, 3)).item() == pytest.approx(1)
     g = torch.rand(4, 1, 5, 5)
-    assert torch.allclose(agreement([g, 2 * g + 1, 3 * g]), torch.ones(4)) and torch.allclose(agreement([g, -g]), -torch.ones(4))
+    assert torch.allclose(agreement([g, 2 * g + 1, 3 * g]), torch.ones(4))
+    assert torch.allclose(agreement([g, -g]), -torch.ones(4))
     three = [torch.rand(1, 1, 5, 5) for _ in range(3)]
     r = np.corrcoef([t.flatten().numpy() for t in three])
     assert agreement(three).item() == pytest.approx((r[0, 1] + r[0, 2] + r[1, 2]) / 3, abs=1e-5)
@@ -237,7 +248,8 @@ def test_deletion_and_insertion_end_where_they_should():
     (d1, i1), (d2, i2) = (deletion_insertion(Corner(), x, m, target, steps=8) for m in (good, bad))
     assert d1.shape == (2, 9) and torch.allclose(d1[:, 0], i1[:, -1]) and torch.allclose(d1[:, -1], i1[:, 0])
     assert d1.mean() < d2.mean() and i1.mean() > i2.mean()
-    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"): deletion_insertion(Corner(), x, good, steps=0)
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        deletion_insertion(Corner(), x, good, steps=0)
 
 
 @pytest.fixture
@@ -272,7 +284,8 @@ def test_titles_name_the_prediction(learn):
     with torch.no_grad(): p, c = learn.model(x).softmax(1).max(1)
     titles = [ax.get_title() for ax in learn.show_attention(n=5).axes if ax.images]
     assert [t.splitlines()[0] for t in titles] == [f"{learn.dls.vocab[i]} {q:.0%}" for q, i in zip(p[:5], c[:5])]
-    assert [f"({learn.dls.vocab[t]})" in title for t, i, title in zip(y, c, titles)] == [bool(t != i) for t, i in zip(y[:5], c[:5])]
+    named = [f"({learn.dls.vocab[t]})" in title for t, title in zip(y, titles)]
+    assert named == [bool(t != i) for t, i in zip(y[:5], c[:5])]
 
 
 @pytest.mark.parametrize("head, per_class", [(LearnedAggregationHead, False), (AvgPoolHead, True)])
@@ -280,7 +293,8 @@ def test_the_page_opens_without_a_network(tmp_path, dls, head, per_class):
     from fastai.vision.all import Learner
     learn = Learner(dls, xeca_resnext_tiny(10, custom_head=head))
     page = maps_page(learn, tmp_path / "maps.html", n=3, top=2, classes=[7]).read_text()
-    assert "http" not in page.replace("data:image", "") and page.count("<figure") == 3 and page.count("<button") == 3 * 3
+    assert "http" not in page.replace("data:image", "")
+    assert page.count("<figure") == 3 and page.count("<button") == 3 * 3
     assert page.count('class="map') == 3 * (3 if per_class else 1)
     for bad in ("cat", 10, -1):
         with pytest.raises(ValueError, match="classes: .* is not one of 10 classes"): class_index(bad, range(10))
@@ -302,17 +316,18 @@ def test_maps_of_a_folded_network(name):
 
 def test_a_learner_shows_pictures_from_all_over_its_data(tmp_path):
     from attnpool.data import get_dls
+    from fastai.vision.all import Learner
     for split in ("train", "val"):
         for i, name in enumerate("abc"):
             (tmp_path / split / name).mkdir(parents=True)
             for j in range(6): Image.new("RGB", (32, 32), (80 * i + j, 0, 0)).save(tmp_path / split / name / f"{j}.png")
     dls = get_dls(str(tmp_path), 32, 6, device="cpu")
-    from fastai.vision.all import Learner
     learn = Learner(dls, xeca_resnext_tiny(3, custom_head=AvgPoolHead))
     x, shown, y, boxes = pictures_of(learn, n=6)
     whole = [torch.cat(o) for o in zip(*dls.valid)]
-    assert y.tolist() == [0, 0, 1, 1, 2, 2] and torch.equal(x, whole[0][[0, 3, 7, 10, 14, 17]])   # normalised as they are there
-    assert boxes is None and torch.allclose(shown[:, 0, 0, 0] * 255, torch.tensor([0., 3., 81., 84., 162., 165.]), atol=.01)
+    assert y.tolist() == [0, 0, 1, 1, 2, 2] and boxes is None
+    assert torch.equal(x, whole[0][[0, 3, 7, 10, 14, 17]])   # normalised as they are there
+    assert torch.allclose(shown[:, 0, 0, 0] * 255, torch.tensor([0., 3., 81., 84., 162., 165.]), atol=.01)
     assert len(pictures_of(learn, n=99)[0]) == 18
     with pytest.raises(ValueError, match="n: expected at least 1 picture, got 0"): pictures_of(learn, n=0)
 
@@ -355,7 +370,8 @@ def test_enlarged_maps_keep_their_mean_and_their_place():
     m = torch.rand(2, 3, 4, 5, dtype=torch.bfloat16)
     big = enlarge(m, (40, 50))
     assert big.dtype == torch.float32 and big.shape == (2, 3, 40, 50)
-    assert torch.allclose(big[..., 4:6, 4:6].mean((2, 3)), m[..., 0, 0].float(), atol=.05)   # a cell's value stands at its centre
+    centre = big[..., 4:6, 4:6].mean((2, 3))   # a cell's value stands there
+    assert torch.allclose(centre, m[..., 0, 0].float(), atol=.05)
 
 
 def test_colours_run_from_dark_to_bright_and_a_uniform_map_has_one():
@@ -394,16 +410,17 @@ def test_data_uris_hold_the_picture():
 
 def test_pages_escape_what_they_are_given():
     hostile = '"><script>alert(1)</script>'
-    page = html_page(hostile, '<img alt="{{ name }}"><p>{{ name }}</p>{{ table|safe }}', "p > b { color: red }", name=hostile, table="<table></table>")
+    template = '<img alt="{{ name }}"><p>{{ name }}</p>{{ table|safe }}'
+    page = html_page(hostile, template, "p > b { color: red }", name=hostile, table="<table></table>")
     assert "<script>" not in page and page.count("&lt;script&gt;") == 4   # title, heading, attribute, text
     assert "p > b { color: red }" in page and "<table></table>" in page and "http" not in page
-    import jinja2
     with pytest.raises(jinja2.UndefinedError, match="'nme' is undefined"): html_page("", "{{ nme }}", name=1)
 
 
 def test_hostile_names_of_classes_are_escaped_on_the_page_of_maps(tmp_path, dls):
     from types import SimpleNamespace
-    data = SimpleNamespace(valid=dls.valid, boxes=dls.boxes, vocab=[f"<img src=x onerror=alert({i})>" for i in range(10)])
+    vocab = [f"<img src=x onerror=alert({i})>" for i in range(10)]
+    data = SimpleNamespace(valid=dls.valid, boxes=dls.boxes, vocab=vocab)
     learn = SimpleNamespace(model=xeca_resnext_tiny(10, custom_head=AvgPoolHead), dls=data)
     page = maps_page(learn, tmp_path / "maps.html", n=1).read_text()
     assert "<img src=x" not in page and page.count("&lt;img src=x onerror=alert(") == 3
