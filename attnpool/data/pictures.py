@@ -69,8 +69,9 @@ def fetch(
             (archives/f'{Path(source.url).name}.part').unlink(missing_ok=True)
             if getattr(e, 'errno', None) in NO_ROOM: raise
             why = str(e).partition('\n')[0]
-            raise BadInput(f"data: {name} could not be downloaded ({type(e).__name__}: {why}). Get {source.url} some "
-                           "other way, and pass the path of the archive, or its folder's, instead of the name.") from None
+            raise BadInput(f"data: {name} could not be downloaded ({type(e).__name__}: {why}). "
+                           f"Get {source.url} some other way, "
+                           "and pass the path of the archive, or of its folder, instead of the name.") from None
         for o in inside.iterdir(): o.rename(tmp/o.name)
         inside.rmdir()
         (tmp/'data').rmdir()
