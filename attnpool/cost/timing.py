@@ -55,8 +55,9 @@ def ratios(
     "Medians, and ratios to a baseline of the same round."
     base = seconds[baseline or next(iter(seconds))]
     low, high = zip(*(np.quantile(s / base, (.25, .75)) for s in seconds.values()))
-    return pd.DataFrame(dict(ms=[1e3 * median(s) for s in seconds.values()],
-                             ratio=[median(s) / median(base) for s in seconds.values()], low=low, high=high), index=list(seconds))
+    medians = [median(s) for s in seconds.values()]
+    table = dict(ms=[1e3 * m for m in medians], ratio=[m / median(base) for m in medians], low=low, high=high)
+    return pd.DataFrame(table, index=list(seconds))
 
 # %% ../../nbs/64_cost.timing.ipynb #df86585b
 def training_step(
@@ -124,7 +125,8 @@ def machine(
     "What was measured on, in one line."
     name, cpu = platform.processor() or platform.machine(), Path('/proc/cpuinfo')
     if torch.device(device).type == 'cuda': name = torch.cuda.get_device_name(device)
-    elif cpu.exists(): name = next((l.split(': ', 1)[1] for l in cpu.read_text().splitlines() if l.startswith('model name')), name)
+    elif cpu.exists():
+        name = next((l.split(': ', 1)[1] for l in cpu.read_text().splitlines() if l.startswith('model name')), name)
     return f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}'
 
 def write_costs(

@@ -20,7 +20,8 @@ class BlogAttention(nn.Module):
         super().__init__()
         self.c_out = ni
         self.query = nn.Parameter(torch.randn(1, ni) * .02)
-        self.norm, self.q, self.kv, self.proj = nn.LayerNorm(ni), nn.Linear(ni, ni), nn.Linear(ni, 2*ni), nn.Linear(ni, ni)
+        self.norm = nn.LayerNorm(ni)
+        self.q, self.kv, self.proj = nn.Linear(ni, ni), nn.Linear(ni, 2*ni), nn.Linear(ni, ni)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
@@ -50,7 +51,8 @@ class OneQuery(nn.Module):
         num_heads: int = 1, # Heads; one as in the blog, so that only the way of computing differs
     ):
         super().__init__()
-        self.attn, self.query = nn.MultiheadAttention(ni, num_heads, batch_first=True), nn.Parameter(torch.randn(1, 1, ni) * .02)
+        self.attn = nn.MultiheadAttention(ni, num_heads, batch_first=True)
+        self.query = nn.Parameter(torch.randn(1, 1, ni) * .02)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, n, ni)` to `(b, ni)`."
