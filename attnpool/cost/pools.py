@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.ticker import LogLocator
 from rich.box import SIMPLE
 from rich.table import Table
 from torch import nn
@@ -121,6 +122,13 @@ def pool_tables(
         tables.append(out)
     return tables
 
+def _logarithmic(ax, *axes):
+    for axis in axes:
+        getattr(ax, f'set_{axis}scale')('log')
+        getattr(ax, f'{axis}axis').set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}')
+    ax.minorticks_off()
+    ax.spines[['top', 'right']].set_visible(False)
+
 def plot_pools(
     table: pd.DataFrame, # From `measure_pools`
 ) -> plt.Figure: # A panel for each map, at the largest batch, contiguous float32 where there is such
@@ -136,8 +144,9 @@ def plot_pools(
         error = np.abs(rows[['training_low', 'training_high']].to_numpy().T - rows.training_ratio.to_numpy())
         colors = ['#d55e00' if l == 'fold' or l.startswith('head ') else '#0072b2' for l in rows.layer]
         ax.barh(rows.layer, rows.training_ratio, xerr=error, color=colors, ecolor='#888888')
-        ax.set(xscale='log', title=name, xlabel='training step ÷ average')
-        ax.spines[['top', 'right']].set_visible(False)
+        ax.set(title=name, xlabel='training step ÷ average')
+        _logarithmic(ax, 'x')
+        ax.set_xlim(left=1)
     fig.tight_layout()
     return fig
 
@@ -191,9 +200,9 @@ def plot_growth(
         for ax, (column, label) in zip(axs[0, 2*i:], columns.items()):
             for name, rows in table[table.axis == axis].groupby('layer', sort=False):
                 ax.plot(rows['size'], rows[column], marker='o', ms=3, label=name)
-            ax.set(xscale='log', yscale='log', xlabel=axis)
+            ax.set_xlabel(axis)
             ax.set_title(label, fontsize=9)
-            ax.spines[['top', 'right']].set_visible(False)
+            _logarithmic(ax, 'x', 'y')
         ax.legend(frameon=False, fontsize=7)
     fig.tight_layout()
     return fig
