@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .timing import forms_of, peak_memory, ratios, time_in_turns, training_step
 from ..fold import form
 from ..heads import HEADS
+from ..maps.draw import PALETTE
 from ..pooling.attention import AttentionPool2d
 from ..pooling.peers import PEERS
 from ..registry import unknown
@@ -137,12 +138,12 @@ def plot_pools(
     for column, value in (('dtype', 'float32'), ('format', 'contiguous')):
         t = t[t[column] == (value if (t[column] == value).any() else t[column].iloc[0])]
     groups = list(t.groupby('map', sort=False))
-    size = 2.2 + 2.2 * len(groups), .6 + .28 * t.layer.nunique()
+    size = 2.2 + 2.2 * len(groups), .9 + .28 * t.layer.nunique()
     fig, axs = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False, dpi=80)
     for ax, (name, rows) in zip(axs[0], groups):
         rows = rows[::-1]
         error = np.abs(rows[['training_low', 'training_high']].to_numpy().T - rows.training_ratio.to_numpy())
-        colors = ['#d55e00' if l == 'fold' or l.startswith('head ') else '#0072b2' for l in rows.layer]
+        colors = [PALETTE[l == 'fold' or l.startswith('head ')] for l in rows.layer]
         ax.barh(rows.layer, rows.training_ratio, xerr=error, color=colors, ecolor='#888888')
         ax.set(title=name, xlabel='training step ÷ average')
         _logarithmic(ax, 'x')
@@ -198,8 +199,9 @@ def plot_growth(
     for i, axis in enumerate(axes):
         columns = dict(ms='training step, ms', memory='memory beyond the input, MB')
         for ax, (column, label) in zip(axs[0, 2*i:], columns.items()):
-            for name, rows in table[table.axis == axis].groupby('layer', sort=False):
-                ax.plot(rows['size'], rows[column], marker='o', ms=3, label=name)
+            layers = table[table.axis == axis].groupby('layer', sort=False)
+            for (name, rows), color in zip(layers, PALETTE):
+                ax.plot(rows['size'], rows[column], marker='o', ms=3, label=name, color=color)
             ax.set_xlabel(axis)
             ax.set_title(label, fontsize=9)
             _logarithmic(ax, 'x', 'y')
