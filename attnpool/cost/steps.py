@@ -62,7 +62,7 @@ def step_variants(
 _KINDS = {'convolution': '(?i)conv', 'batch norm': 'batch_norm|BatchNorm', 'Mish': 'Mish|mish',
           'max pooling': 'max_pool|MaxPool',
           'ECA and residuals': 'aten::add|aten::mul|Mul|aten::sigmoid|Sigmoid|adaptive_avg|Mean|AddBackward',
-          'head': '_Core|Gather|layer_norm|LayerNorm|gelu|Gelu|linear|Addmm|aten::mm|aten::cat|Cat',
+          'head': '_InChunks|layer_norm|LayerNorm|gelu|Gelu|linear|Addmm|aten::mm|aten::cat|Cat',
           'gradients to parameters': 'AccumulateGrad'}
 
 def _family(e):
