@@ -303,7 +303,7 @@ def speed(
         shares = {n: step_profile(variants[n]) for n in ('fastxtend', 'ours, channels last')} if device == 'cpu' else None
         if shares: say('\nShares of the step, by kind of operation\n' + pd.DataFrame(shares).round(3).to_string())
     else:
-        name, plot = 'speed', pools.plot_pools
+        name, plot = 'speed', pools.plot_pool_costs
         table = pools.measure_pools(**(pools.QUICK if quick else {}), device=device, progress=say)
         for t in pools.pool_tables(table): console.print(t)
     say('Written: ' + ', '.join(map(str, timing.write_costs(table, out, name, device, plot))))

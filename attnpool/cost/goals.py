@@ -52,7 +52,7 @@ def read_goals() -> list[Goal]:
     return [Goal(**r | dict(batch=int(r['batch']) if r['batch'] else None, shape=tuple(map(int, r['shape'].split('x'))),
                             dtype=getattr(torch, r['dtype']))) for r in rows.to_dict('records')]
 
-# %% ../../nbs/68_cost.goals.ipynb #c521b11e
+# %% ../../nbs/68_cost.goals.ipynb #d73377b5
 def _replayed(f, device):
     "The same work on a GPU without Python in between: recorded once, then replayed."
     if torch.device(device).type != 'cuda': return f
@@ -101,7 +101,7 @@ def copy_ratio(
         tables.append(ratios(times).assign(form=forms).iloc[1:])
     return pd.concat(tables)
 
-# %% ../../nbs/68_cost.goals.ipynb #df706cfd
+# %% ../../nbs/68_cost.goals.ipynb #c3e36117
 def _quotient(over, under, device, rounds):
     r = ratios(time_in_turns(dict(under=under, over=over), rounds, device=device)).loc['over']
     return [dict(measured=r.ratio, low=r.low, high=r.high, form=forms_of(lambda: (over(), under())))]
@@ -141,7 +141,7 @@ def _copy(g, device, rounds):
     return [dict(part=f', {name} ({r.ms:.3f} ms)', measured=r.ratio, low=r.low, high=r.high, form=r.form)
             for name, r in table.iterrows()]
 
-# %% ../../nbs/68_cost.goals.ipynb #87acfe5e
+# %% ../../nbs/68_cost.goals.ipynb #9846318d
 def _error(g, device, rounds):
     "Largest error against float64 of ours over that of the plain form, when a constant is added to the map."
     generator, c = torch.Generator().manual_seed(1), g.shape[0]
@@ -172,7 +172,7 @@ MEASURES = dict(forward=_forward, training=_training, folded=_folded, core=_core
                 error=_error, multiply_adds=_multiply_adds, mish=_mish, step=_step)
 
 def goals(
-    device: str | torch.device = 'cpu', # Where
+    device: str | torch.device = 'cpu', # What is measured; rows of another device are left out
     rounds: int = 7, # Times that each function is measured
     batch: int = 32, # Pictures, where a row does not say
     only: str = '', # Measure figures whose text contains this

@@ -48,9 +48,9 @@ def _whole_step(batch, size, device, theirs=False, last=False, amp=False, compil
 
 def step_variants(
     only: Sequence[str] | None = None, # Names in `VARIANTS` to keep; None for all but the compiled one
-    batch: int = 16, # Pictures
+    batch: int = 16, # Pictures in a step
     size: int = 128, # Their side, in pixels
-    device: str | torch.device = 'cpu', # Where
+    device: str | torch.device = 'cpu', # Where the networks train
 ) -> dict[str, Callable[[], object]]: # Training steps without optimizer, by name, fastxtend's first
     "Forward and backward of XECA-XResNeXt50S with `AvgAttnConcatPoolHead`: fastxtend's body, and this library's."
     for name in only or ():

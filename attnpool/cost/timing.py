@@ -59,9 +59,9 @@ def ratios(
     table = dict(ms=[1e3 * m for m in medians], ratio=[m / median(base) for m in medians], low=low, high=high)
     return pd.DataFrame(table, index=list(seconds))
 
-# %% ../../nbs/64_cost.timing.ipynb #df86585b
+# %% ../../nbs/64_cost.timing.ipynb #dc6f7038
 def training_step(
-    layer: nn.Module, # Pooling
+    layer: nn.Module, # Takes the map; returns one tensor
     x: Tensor, # Map `(b, c, h, w)`
     matrices: bool = True, # With the gradients of weight matrices
 ) -> Callable[[], object]: # Runs forward and backward, leaves no gradients behind
