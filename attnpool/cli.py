@@ -267,11 +267,11 @@ def maps(
 def speed(
     quick: Annotated[bool, typer.Option('--quick', help='Fewer settings, under three minutes on two cores.')] = False,
     figures: Annotated[bool, typer.Option('--figures', help="This library's figures against their goals instead.")] = False,
-    growth: Annotated[bool, typer.Option(
-        '--growth', help='Time and memory against map size and number of queries instead.')] = False,
-    steps: Annotated[bool, typer.Option(
-        '--steps', help="Whole training steps of XECA-XResNeXt50S with the concat head instead: fastxtend's body, and what "
-                        'this library changes in it. And where the time goes.')] = False,
+    growth: Annotated[bool, typer.Option('--growth', help='Time and memory against map size and number of queries '
+                                         'instead.')] = False,
+    steps: Annotated[bool, typer.Option('--steps', help='Whole training steps of XECA-XResNeXt50S with the concat head '
+                                        "instead: fastxtend's body, and what this library changes in it. And where the "
+                                        'time goes.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='Folder for the CSV and the plot.')] = Path('speed'),
 ):
@@ -311,12 +311,12 @@ def speed(
 # %% ../nbs/70_cli.ipynb #1a9a4d6e
 @app.command()
 def complexity(
-    networks: Annotated[str | None, typer.Option(
-        help='timm names, or NAME+HEAD, separated by commas.  [default: the PatchConvNets and their rivals]')] = None,
-    sizes: Annotated[str, typer.Option(
-        help='Sides of the pictures, in pixels, multiples of 32, separated by commas.')] = '224',
-    speed: Annotated[bool, typer.Option(
-        '--speed', help='Measure pictures per second as well: minutes per network on a CPU.')] = False,
+    networks: Annotated[str | None, typer.Option(help='timm names, or NAME+HEAD, separated by commas.  [default: the '
+                                                 'PatchConvNets and their rivals]')] = None,
+    sizes: Annotated[str, typer.Option(help='Sides of the pictures, in pixels, multiples of 32, separated by '
+                                       'commas.')] = '224',
+    speed: Annotated[bool, typer.Option('--speed', help='Measure pictures per second as well: minutes per network on a '
+                                        'CPU.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='The table as CSV.')] = Path('complexity.csv'),
 ):
