@@ -129,8 +129,8 @@ def mix_pictures(
         raise TypeError(f"x: expected float pictures, got {x.dtype}. "
                         "Use x.float() / 255, or IntToFloatTensor in fastai.")
     if x.ndim < 3 or len(x) != len(mix.partner) or tuple(x.shape[-2:]) != mix.size:
-        raise BadInput(f"x: expected {len(mix.partner)} pictures of {mix.size[0]}x{mix.size[1]} pixels, (b, ..., h, w), "
-                       f"got {tuple(x.shape)}. All pictures of a batch need the same size.")
+        raise BadInput(f"x: expected {len(mix.partner)} pictures of {mix.size[0]}x{mix.size[1]} pixels, "
+                       f"(b, ..., h, w), got {tuple(x.shape)}. All pictures of a batch need the same size.")
     boxed, blended = mix.box.any(), (mix.lam < 1).any()
     if not (boxed or blended): return x
     partner, each = send_array(mix.partner, x.device), (-1,) + (1,) * (x.ndim - 1)
@@ -159,8 +159,8 @@ def check_target(
         raise TypeError("y: expected a tensor of class indices (b,) or label weights (b, classes), "
                         f"got {type(y).__name__}. Strings become indices by fastai's Categorize.")
     if y.ndim not in (1, 2):
-        raise BadInput(f"y: a {type(y).__name__} of shape {tuple(y.shape)} cannot be mixed. Masks, boxes and points have no "
-                       "label weight; targets have to be class indices (b,) or label weights (b, classes).")
+        raise BadInput(f"y: a {type(y).__name__} of shape {tuple(y.shape)} cannot be mixed. Masks, boxes and points "
+                       "have no label weight; targets have to be class indices (b,) or label weights (b, classes).")
 
 def is_index(
     y: Tensor # Targets of a batch
@@ -221,7 +221,8 @@ def mixup(
     generator: torch.Generator | None = None, # On the CPU; None takes torch's own
 ) -> Mixed:
     "Every picture blended with another of the batch."
-    return cutmixup(x, y, mix_alpha=alpha, cutmix_ratio=0, mix_per_sample=per_sample, larger=larger, generator=generator)
+    options = dict(mix_per_sample=per_sample, larger=larger, generator=generator)
+    return cutmixup(x, y, mix_alpha=alpha, cutmix_ratio=0, **options)
 
 def cutmix(
     x: Tensor, # Pictures `(b, ..., h, w)`, any float dtype, any memory format

@@ -32,7 +32,7 @@ def _same(a, b):
     return a == b or place(a) == place(b) and '<' not in place(a)[1]
 
 class Registry(UserDict):
-    "A dict of named things of one kind, none ever overwritten; an unknown name is a `BadInput` that suggests the nearest."
+    "A dict of named things of one kind, none ever overwritten; an unknown name is a `BadInput` with the nearest in it."
     def __init__(self,
         kind: str # What the things are, as the user calls them: the first word of error messages
     ):

@@ -258,9 +258,9 @@ class AvgAttnConcatPooling2d(_Looks):
         self.attn = AttentionPool2d(ni, attn_bias, norm, **kwargs)
         self.drop_path = drop_path(drop_path_rate)
         self.norm1, self.norm3, self.norm4 = (make_norm(norm, ni) for _ in range(3))
-        self.act, self.ffn = act_cls(), None
-        if ffn_expand is not None:
-            self.norm2, self.ffn = make_norm(norm, ni), feed_forward(ni, ffn_expand, act_cls, norm)
+        if ffn_expand is not None: self.norm2 = make_norm(norm, ni)
+        self.act = act_cls()
+        self.ffn = None if ffn_expand is None else feed_forward(ni, ffn_expand, act_cls, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, 2*ni)`: average half first."
