@@ -185,4 +185,5 @@ def tell_apart(
     names = dict.fromkeys(k for s in every for k in s if k not in first)
     others = [k for k in names if len({str(s.get(k)) for s in every if 'arch' in s}) > 1]   # not of logs
     chosen = [{k: s[k] for k in (*first, *others) if k in s} for s in every]
-    return [(', '.join(str(v) if k in first else f'{k} {v}' for k, v in s.items()), s) for s in chosen]
+    words = dict.fromkeys(first, '{}') | dict(size='{} px', epochs='{} epochs')
+    return [(', '.join(words.get(k, f'{k} {{}}').format(v) for k, v in s.items()), s) for s in chosen]
