@@ -91,7 +91,7 @@ def write_runs(
                  'metrics.': metrics, 'versions.': versions}
         cells = {f'{part}{k}': _cell(v) for part, values in parts.items() for k, v in values.items()}
         del cells['data.path'], cells['files']
-        history = r.history() if len(r.history()) else pd.DataFrame([{}])   # diverged in its first epoch
+        history = r.history() if len(r.history()) else pd.DataFrame(dict(epoch=['']))   # diverged in its first
         rows.append(history.assign(**cells))
     table = pd.concat(rows)
     asked = sorted(table, key=lambda c: not c.startswith(('spec.', 'data.', 'recipe.')))   # before what came out
@@ -111,7 +111,7 @@ def _read_runs(table):
         if 'data.name' in table:
             result['spec'] |= dict(data=part('data.'), recipe=dict(size=None, bs=None) | part('recipe.'))
             result['metrics'] = part('metrics.')
-        elif len(history): result |= history.drop(columns=['epoch', 'seconds', 'train_seconds']).iloc[-1].dropna()
+        elif len(history): result |= history.filter(regex='^(?!epoch$|.*seconds$)').iloc[-1].dropna()
         results.append(read_result(result, epochs=history.reset_index(drop=True)))
     return results
 
@@ -174,7 +174,7 @@ def setting_of(
     spec = result.spec.to_json()
     data, recipe = spec.pop('data'), _known(spec.pop('recipe'))
     every = dict(data=data['name'], arch=spec['arch'], recipe=recipe.pop('name'), size=recipe.get('size'))
-    every |= recipe | spec | dict(fingerprint=data['fingerprint'], pictures=result.pictures)
+    every |= recipe | spec | dict(family=data['family'], fingerprint=data['fingerprint'], pictures=result.pictures)
     return {k: v for k, v in every.items() if k not in ('head', 'seed', 'lr') and v not in (None, '', [], {})}
 
 def tell_apart(

@@ -31,15 +31,16 @@ def paired_difference(
     a: dict, # Seed: value
     b: dict, # Seed: value, of what `a` is compared with
     level: float = .95, # Confidence
-) -> tuple[float, float, int]: # Mean of `a - b` over common seeds, half width of its interval (NaN below two seeds), their number
-    "Mean paired difference with its Student t interval."
+) -> tuple[float, float, int]: # Mean of `a - b` over common seeds, half width of its interval, number of these seeds
+    "Mean paired difference with its Student t interval, which is NaN below two seeds."
     d = np.array([a[s] - b[s] for s in sorted(a.keys() & b.keys())])
     if len(d) == 0: return np.nan, np.nan, 0
     half = stats.t.ppf((1 + level) / 2, len(d) - 1) * d.std(ddof=1) / len(d)**.5 if len(d) > 1 else np.nan
     return float(d.mean()), float(half), len(d)
 
 # %% ../../nbs/61_report.stats.ipynb #f417b795
-METRICS = {'balanced_accuracy_score': 'balanced_accuracy', 'f1_score': 'f1', 'matthews_corrcoef': 'mcc'}   # fastai's: ours
+METRICS = {   # as fastai calls them: as our tables do
+    'balanced_accuracy_score': 'balanced_accuracy', 'f1_score': 'f1', 'matthews_corrcoef': 'mcc'}
 
 def summarize(
     results: Sequence[Result], # Of one setting
