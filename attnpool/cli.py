@@ -222,20 +222,24 @@ def data(
     what = describe(data, out or Path(f'{data_name(data)}.png'), size)
     typer.echo(what.text)
 
+# %% ../nbs/70_cli.ipynb #bf6bdb08
 @app.command()
 def maps(
-    runs: Annotated[list[Path], typer.Argument(help='A run folder, then pictures or folders of them; with --measure, run folders or folders of runs.')],
+    runs: Annotated[list[Path], typer.Argument(
+        help='A run folder, then pictures or folders of them; with --measure, run folders or folders of runs.')],
     top: Annotated[int, typer.Option(help='Likeliest classes to offer for each picture.')] = 3,
     classes: Annotated[str, typer.Option(help='Further classes, by name or index, separated by commas.')] = '',
     n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.')] = 8,
-    measure: Annotated[bool, typer.Option('--measure', help='Measure the maps of the runs on their validation pictures instead.')] = False,
+    measure: Annotated[bool, typer.Option(
+        '--measure', help='Measure the maps of the runs on their validation pictures instead.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
-    out: Annotated[Path, typer.Option(help='The page; with --measure, the table is OUT with the ending .csv.')] = Path('maps.html'),
+    out: Annotated[Path, typer.Option(
+        help='The page; with --measure, the table is OUT with the ending .csv.')] = Path('maps.html'),
 ):
     """See where a trained network looks: a page to hover over, or measures.
 
-    With --measure: pointing game and energy (where true boxes are known) against chance, entropy, deletion and insertion, and the agreement
-    over seeds, for each head.
+    With --measure: pointing game and energy (where true boxes are known) against chance, entropy, deletion and insertion,
+    and the agreement over seeds, for each head.
 
     Examples:
 
@@ -246,23 +250,24 @@ def maps(
         attnpool maps runs --measure
     """
     from rich.console import Console
-
-    from attnpool.runs.train import open_run
     console = Console()
     if measure:
         from attnpool.report.collect import collect
-        from attnpool.report.page import measure_maps
-        from attnpool.report.stats import plain_table
-        results, _ = collect(runs)
-        table = measure_maps([r for r in results if r['status'] == 'complete' and 'folder' in r], check_device(device), console)
+        from attnpool.report.stats import measure_maps, plain_table
+        results, problems = collect(runs)
+        for line in problems: sys.stderr.write(f'attnpool: left out: {line}\n')
+        table = measure_maps([r for r in results if r.status == 'complete'], check_device(device), console)
         table.to_csv(out.with_suffix('.csv'), index=False)
         console.print(plain_table(table))
-        console.print(f'Table: {out.with_suffix(".csv")}', markup=False, highlight=False, soft_wrap=True)
-        return
-    from attnpool.maps.page import maps_page
-    run, *pictures = runs
-    page = maps_page(open_run(run, check_device(device)), out, pictures or None, top, _list('classes', classes) if classes else (), n)
-    console.print(f'Page: {page.resolve().as_uri()}', markup=False, highlight=False, soft_wrap=True)
+        text = f'Table: {out.with_suffix(".csv")}'
+    else:
+        from attnpool.maps.page import maps_page
+        from attnpool.runs.train import open_run
+        run, *pictures = runs
+        further = _list('classes', classes) if classes else ()
+        page = maps_page(open_run(run, check_device(device)), out, pictures or None, top, further, n)
+        text = f'Page: {page.resolve().as_uri()}'
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 # %% ../nbs/70_cli.ipynb #6271c39f
 @app.command()

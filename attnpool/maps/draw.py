@@ -45,7 +45,8 @@ def colours(
     "A map in colours, from dark at its 2% quantile to bright at its 98% quantile."
     m = m.float().cpu()
     low, high = torch.quantile(m, torch.tensor([.02, .98]))
-    m = ((m - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    span = torch.maximum(high - low, 1e-4 * m.abs().max() + 1e-12)   # rounding of a uniform map is no finding
+    m = ((m - low) / span).clamp(0, 1)
     return plt.get_cmap('magma')(m.numpy(), bytes=True)[..., :3]
 
 # %% ../../nbs/19_maps.draw.ipynb #4b0fe1f9
@@ -129,7 +130,7 @@ def show_heads(
             ax.text(.5, -.03, said[i], transform=ax.transAxes, ha='center', va='top', fontsize=8, color=_GREY)
     return fig
 
-# %% ../../nbs/19_maps.draw.ipynb #5a6b3cfb
+# %% ../../nbs/19_maps.draw.ipynb #1b309728
 def data_uri(
     picture: plt.Figure | np.ndarray | Image.Image, # A figure (closed then), uint8 `(h, w)` or `(h, w, 3)`, or Pillow's
     format: str = 'png', # Or 'svg' for a figure; or what else Pillow writes, as 'jpeg'
