@@ -8,24 +8,19 @@ __all__ = ['Spec', 'make_spec', 'read_spec']
 # %% ../../nbs/51_runs.spec.ipynb #512e2e9a
 import hashlib
 import json
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+import re
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
 from ..data import DataId, identify
 from ..heads import get_head
 from ..models.surgery import check_arch
-from ..recipe import Recipe, get_recipe
+from ..recipe import Recipe, decided, get_recipe
 from ..registry import BadInput
 from ..tasks import TASKS, split_options
 
 # %% ../../nbs/51_runs.spec.ipynb #07025af0
-def _decided(o):
-    "The values of a dataclass that count for its equality and do not stand at their default, in nested dicts."
-    values = {f.name: (getattr(o, f.name), f.default_factory() if f.default_factory is not MISSING else f.default)
-              for f in fields(o) if f.compare}
-    return {k: _decided(v) if is_dataclass(v) else v for k, (v, default) in values.items() if v != default}
-
 @dataclass(frozen=True)
 class Spec:
     "What one decides about a run."
@@ -43,7 +38,8 @@ class Spec:
     @property
     def id(self) -> str: # Ten hexadecimal digits
         "Hash of the canonical JSON of what was decided."
-        return hashlib.sha256(json.dumps(_decided(self), sort_keys=True).encode()).hexdigest()[:10]
+        counts = {k: decided(v) if is_dataclass(v) else v for k, v in decided(self).items()}
+        return hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
     def name(self) -> str:
@@ -90,7 +86,7 @@ def read_spec(
     if not isinstance(values.get('recipe'), dict):   # flat, as until 0.1
         flat = {f.name: values.pop(f.name) for f in fields(Recipe) if f.compare and f.name in values}
         values['recipe'] = flat | dict(name=values.get('recipe') or '', mix=flat.get('mix') or 'none')
-        values['data'] = dict(name=Path(values['data']).name.split('.')[0], path=values['data'])
+        values['data'] = dict(name=re.sub(r'\.(tar|csv|t[gx]z)(\.\w+)?$', '', Path(values['data']).name), path=values['data'])
         values.setdefault('task', 'classify')
     for what, cls, given in (('recipe', Recipe, values['recipe']), ('data', DataId, values['data']), ('spec', Spec, values)):
         strange = set(given) - {f.name for f in fields(cls)}
