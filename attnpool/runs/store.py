@@ -92,14 +92,15 @@ def load_run(
     "The result of a complete run. A `BadInput` says what is missing of any other."
     folder = Path(folder)
     try: values = json.loads((folder/'result.json').read_text())
-    except (FileNotFoundError, NotADirectoryError): raise BadInput(f"{folder}: no result.json, so the run did not finish.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{folder}: no result.json, so the run did not finish.") from None
     except ValueError: raise BadInput(f"{folder}: result.json is torn.") from None
     if not isinstance(values, dict) or not {'spec', 'status', 'files'} <= values.keys():
         raise BadInput(f"{folder}: result.json is not the result of a run.")
     for name, size in values['files'].items():
-        file = folder/name
-        if not file.exists(): raise BadInput(f"{folder}: {name} is missing.")
-        if file.stat().st_size != size: raise BadInput(f"{folder}: {name} has {file.stat().st_size} bytes instead of {size}.")
+        if not (folder/name).exists(): raise BadInput(f"{folder}: {name} is missing.")
+        now = (folder/name).stat().st_size
+        if now != size: raise BadInput(f"{folder}: {name} has {now} bytes instead of {size}.")
     result = read_result(values, folder)
     asked, made = result.spec.recipe.epochs, len(result.history())
     if result.status == 'complete' and 'history.csv' in result.files and made != asked:

@@ -34,9 +34,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save as safetensors_bytes
 
-from ..data import identify
 from ..data.cache import write_file
-from ..data.pictures import valid_dl
+from ..data.listing import differences, digests, fingerprint, read_digests, write_digests
+from ..data.pictures import find_pictures, valid_dl
 from ..distributed import distributed, is_first, join_processes, once as on_first_process, processes
 from ..recipe import learner_for
 from ..registry import BadInput
@@ -92,10 +92,10 @@ def _peak_memory(device):
 def _circumstances(device):
     "Where and with what a run was made."
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()
-    return dict(device=str(device), processes=processes(), machine=f'{name}, {os.cpu_count()} cores', threads=torch.get_num_threads(),
-                git=_git(), peak_memory_mb=_peak_memory(device),
-                versions=dict(attnpool=attnpool.__version__, torch=torch.__version__, fastai=fastai.__version__,
-                              python=platform.python_version()))
+    versions = dict(attnpool=attnpool.__version__, torch=torch.__version__, fastai=fastai.__version__,
+                    python=platform.python_version())
+    return dict(device=str(device), processes=processes(), machine=f'{name}, {os.cpu_count()} cores', git=_git(),
+                threads=torch.get_num_threads(), peak_memory_mb=_peak_memory(device), versions=versions)
 
 # %% ../../nbs/53_runs.train.ipynb #4c5d6e7f
 def run(
@@ -103,7 +103,7 @@ def run(
     out: Path | str = 'runs', # Folder of run folders
     device: str | None = None, # Where to train; None for the GPU where there is one
     on_epoch: Callable | None = None, # Called with each epoch's row of the history
-    wait: float = -1, # Seconds to wait for another process that is making the same run; -1 without end. Then `filelock.Timeout`
+    wait: float = -1, # Seconds to wait for another process that makes the same run, then `filelock.Timeout`; -1: no end
 ) -> Result:
     "Make a run, or return it if it is there already. A diverged run is a result too."
     folder, device = Path(out)/spec.name, join_processes(device)
@@ -125,7 +125,9 @@ def _empty(folder, spec):
     if folder.exists(): shutil.rmtree(folder)   # nothing of an unfinished run may be taken for this one's
     folder.mkdir(parents=True)
     write_file(folder/'spec.json', json.dumps(spec.to_json(), indent=1))
+    if spec.data.fingerprint: write_digests(find_pictures(spec.data.path), folder/'pictures.csv')
 
+# %% ../../nbs/53_runs.train.ipynb #4c5d6e80
 def _learner(spec, dls, cbs=None):
     "The Learner of a spec."
     task = TASKS[spec.task]
@@ -137,7 +139,8 @@ def _finite(values): return {k: v for k, v in values.items() if np.isfinite(v)}
 def _make(spec, folder, device, on_epoch):
     "Make a run, with the other processes of a launcher if there are any."
     bs = spec.recipe.bs
-    if bs % processes(): raise BadInput(f"bs: {bs} is not a multiple of {processes()}, the number of processes that share each batch.")
+    if bs % processes():
+        raise BadInput(f"bs: {bs} is not a multiple of {processes()}, the number of processes that share each batch.")
     gc.collect()   # the network and the pictures of the run before, which refer to each other
     set_seed(spec.seed)   # before the DataLoaders, which draw the seed of their order when they are made
     dls = TASKS[spec.task].dls(spec, bs // processes(), device)
@@ -170,8 +173,9 @@ def _finish(spec, folder, device, learn, log, sizes):
     write_file(folder/'weights.safetensors', safetensors_bytes(weights))
     last = {k: v for k, v in log.rows[-1].items() if k not in ('epoch', 'seconds', 'train_seconds')} if log.rows else {}
     def median(key): return float(np.median([r[key] for r in log.rows]))   # a pause of the machine does not count
+    status = 'complete' if good else 'diverged'
     return write_result(Result(
-        spec, 'complete' if good else 'diverged', _finite(last) | seen, task.primary, sizes, diverged_epoch=log.diverged,
+        spec, status, _finite(last) | seen, task.primary, sizes, diverged_epoch=log.diverged,
         parameters=sum(p.numel() for p in learn.model.parameters()), pictures=[len(dls.train_ds), len(dls.valid_ds)],
         seconds_per_epoch=round(median('seconds'), 3) if log.rows else None,
         images_per_second=round(len(dls.train) * dls.train.bs / median('train_seconds'), 1) if log.rows else None,
@@ -193,15 +197,18 @@ def open_run(
     try: learn.model.load_state_dict(load_safetensors(folder/'weights.safetensors', device=str(dls.device)))
     except RuntimeError as e:
         raise BadInput(f"folder: the weights of {folder} do not fit today's {spec.arch} with the head {spec.head} "
-                       f"({str(e).splitlines()[-1].strip()}). "
-                       f"Open it with the version that made it: pip install attnpool=={result.versions.get('attnpool')}.") from None
+                       f"({str(e).splitlines()[-1].strip()}). Open it with the version that made it: "
+                       f"pip install attnpool=={result.versions.get('attnpool')}.") from None
     return learn
 
 def _check_data(spec, folder):
     "An error if the data are not those that the run was trained on."
-    if identify(spec.data.path).fingerprint == spec.data.fingerprint: return
-    raise BadInput(f"data: {spec.data.path} has changed since {folder.name} was trained. Put the pictures back, give data= for "
-                   "where they are, or check=False to open it with these; attnpool bench trains on these and keeps the old run.")
+    now, file = digests(find_pictures(spec.data.path)), folder/'pictures.csv'
+    if fingerprint(now) == spec.data.fingerprint: return
+    what = f': {differences(read_digests(file), now)}' if file.exists() else ''
+    raise BadInput(f"data: {spec.data.path} has changed since {folder.name} was trained{what}. Put the pictures back, "
+                   "give data= for where they are, or check=False to open it with these as they are; "
+                   "attnpool bench trains on these and keeps the old run.")
 
 # %% ../../nbs/53_runs.train.ipynb #9b56d158
 def keep_memory():
@@ -233,8 +240,10 @@ def _found(specs, out, device, say):
             if on_first_process((out/spec.name).exists): say(f'{e} It is made again.')
     if results: say(f'{len(results)} of {len(specs)} runs are in {out} already.')
     here = f'{device}, attnpool {attnpool.__version__}, torch {torch.__version__}'
-    others = {f"{r.device}, attnpool {r.versions['attnpool']}, torch {r.versions['torch']}" for r in results.values()} - {here}
-    if others: say(f"Some were made otherwise than here: {'; '.join(sorted(others))}. Delete their folders to make them again.")
+    made = {f"{r.device}, attnpool {r.versions['attnpool']}, torch {r.versions['torch']}" for r in results.values()}
+    if made - {here}:
+        others = '; '.join(sorted(made - {here}))
+        say(f'Some were made otherwise than here: {others}. Delete their folders to make them again.')
     return results
 
 # %% ../../nbs/53_runs.train.ipynb #5d6e7f80
@@ -271,7 +280,7 @@ def sweep(
             except Timeout:   # another process is making it: the others first
                 queue.append(spec)
                 elsewhere += 1
-                if elsewhere == len(queue): say(f'{len(queue)} runs are being made by another process. Waiting for them.')
+                if elsewhere == len(queue): say(f'{elsewhere} runs are being made by another process. Waiting.')
                 if elsewhere >= len(queue): time.sleep(1)
                 continue
             elsewhere, done = 0, done + spec.recipe.epochs
