@@ -229,7 +229,7 @@ def scratch_network(
         strange = re.search(r"unexpected keyword argument '(\w+)'", str(e))
         if not strange: raise
         name = 'drop_path' if strange[1] == 'drop_path_rate' else strange[1]
-        raise BadInput(f"{name}: the network {arch} has no such option. Leave it out or take another network.") from None
+        raise BadInput(f"{name}: the network {arch} has no such option. Leave it out, or take another.") from None
     return made.model, dict(splitter=made.splitter)
 
 def _name_of(head):
