@@ -19,8 +19,7 @@ __all__ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPo
 # %% ../nbs/71_all.ipynb #f18ea5f4
 from .data import get_dls
 from .data.digits import cluttered_digits, digits_dls
-from .data.listing import DATASETS
-from .data.pictures import picture_dls, valid_dl
+from .data.pictures import DATASETS, picture_dls, valid_dl
 from .callback.cutmixup import CutMixUp, CutMixUpAugment
 from .callback.precision import best_amp, ChannelsLast, MixedPrecision
 from .distributed import distributed, join_processes, scale_up

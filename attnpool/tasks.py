@@ -29,19 +29,19 @@ from .registry import Registry, unknown
 class Task:
     "One kind of problem. Its functions get the whole `Spec` of a run, see `attnpool.runs.spec`."
     dls: Callable[..., DataLoaders] # `(spec, bs, device)` to `DataLoaders` with batches of `bs` pictures
-    model: Callable[..., tuple[nn.Module, dict]] # `(spec, dls)` to a network, and options of fastai's `Learner` that go with it
+    model: Callable[..., tuple[nn.Module, dict]] # `(spec, dls)` to a network, and options of `Learner` that go with it
     loss: Callable[..., nn.Module] # A recipe to the loss of predictions and targets
     metrics: Callable[[], list] # To new fastai metrics
     primary: str # Name of the metric that tables compare, as in the history; more is better
-    look: Callable[[Learner], tuple[dict, dict]] # A trained Learner to metrics of its maps, and arrays by name to look at
+    look: Callable[[Learner], tuple[dict, dict]] # A trained Learner to metrics of its maps, and arrays to look at
 
 TASKS = Registry('task')
 
 # %% ../nbs/50_tasks.ipynb #f97172cf
 def look_at_validation(
     learn: Learner, # Trained
-) -> tuple[dict, dict]: # `peak_in_box`, where boxes are known; and eight pictures as `images`, `maps`, `labels`, `boxes`
-    "Attention maps over validation pictures: class activation maps for average pooling, nothing for a head with neither."
+) -> tuple[dict, dict]: # `peak_in_box`, where boxes are known; and eight pictures: `images`, `maps`, `labels`, `boxes`
+    "Attention maps of validation pictures: class activation maps for average pooling, nothing for a head without any."
     dls = learn.dls
     x, labels, boxes = validation_pictures(dls, 8)
     try: arrays = dict(images=x, maps=maps_of(learn.model, x), labels=labels)
@@ -62,25 +62,24 @@ def split_options(
     arch: str, # Name in `ARCHS`, or timm name
     options: dict, # By name
 ) -> tuple[dict, dict]: # Those of the head, those of the network; without what stands at its default
-    "Options by whom they are for. An unknown one is an error, but for networks of timm, which speak for themselves when they are built."
+    "Options by whom they are for. Unknown ones are errors; timm's networks find theirs when they are built."
     def known(f, *but): return {n: p.default for n, p in signature(f).parameters.items() if n not in but}
     of_head = known(get_head(head), 'ni', 'n_out')
     of_arch = known(ARCHS[arch], 'n_out', 'custom_head', 'pretrained', 'stoch_depth') if arch in ARCHS else options
     for name in options:
         if name not in of_head and name not in of_arch: raise unknown('options', name, [*of_head, *of_arch])
-    mine = {k: v for k, v in options.items() if k in of_head}
-    theirs = {k: v for k, v in options.items() if k not in of_head}
-    return {k: v for k, v in mine.items() if v != of_head[k]}, {k: v for k, v in theirs.items() if arch not in ARCHS or v != of_arch[k]}
+    mine = {k: v for k, v in options.items() if k in of_head and v != of_head[k]}
+    theirs = {k: v for k, v in options.items() if k not in of_head and (of_arch is options or v != of_arch[k])}
+    return mine, theirs
 
 # %% ../nbs/50_tasks.ipynb #6ebfd054
 def _pictures(spec, bs, device):
-    further = dict(augment=spec.recipe.augment, skip_broken=spec.skip_broken)
-    return get_dls(spec.data.path, size=spec.recipe.size, bs=bs, device=device, **{k: v for k, v in further.items() if v not in ('own', False)})
+    r, further = spec.recipe, {'skip_broken': True} if spec.skip_broken else {}
+    return get_dls(spec.data.path, r.size, bs, device, r.augment, **further)
 
 def _classifier(spec, dls):
     of_head, of_arch = split_options(spec.head, spec.arch, dict(spec.options))
-    head = get_head(spec.head)
-    return scratch_network(dls, spec.arch, partial(head, **of_head) if of_head else head, spec.recipe.drop_path, **of_arch)
+    return scratch_network(dls, spec.arch, partial(get_head(spec.head), **of_head), spec.recipe.drop_path, **of_arch)
 
 def _loss(recipe): return LOSSES[recipe.loss](recipe)
 

@@ -27,17 +27,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from attnpool.data import pictures as bench_data
-from attnpool.data import describe, get_dls, loading_rate
-from attnpool.data.augment import STATS
-from attnpool.data.cache import made_once, unpack
+from attnpool.data import describe, get_dls, identify, loading_rate
+from attnpool.data.augment import AUGMENTS, STATS, augment_name
+from attnpool.data.cache import made_once, unpack, write_file
 from attnpool.data.check import check_pictures, make_pixels, open_picture, PixelFile
-from attnpool.data.digits import digits_dls
-from attnpool.data.listing import DATASETS, IMAGENETTE, IMAGEWOOF, list_folder, OFFICIAL
+from attnpool.data.digits import cluttered_digits, digits_dls
+from attnpool.data.listing import (
+    differences, digests, family_of, fingerprint, list_csv, list_folder, OFFICIAL, read_digests, WORDNET, write_digests)
 from attnpool.data.petals import unpack_tfrecords
-from attnpool.data.pictures import data_name, fetch, find_pictures, picture_dls, valid_dl
+from attnpool.data.pictures import (
+    blog_version, data_name, DATASETS, fetch, find_pictures, picture_dls, SOURCES, valid_dl, validation_pictures)
+from attnpool.registry import BadInput
 
 FORK = multiprocessing.get_context("fork")
+IMAGENETTE, IMAGEWOOF = WORDNET["imagenette"], WORDNET["imagewoof"]
 
 
 @pytest.fixture(autouse=True)
@@ -292,12 +295,12 @@ def test_batches_are_those_of_the_printed_block():
 
 
 def test_petals_turn_and_flip_vertically_and_imagenette_does_not():
-    import attnpool.data.augment as d
-    turn = {f: {k: v for t in d._batch_tfms(f)[:1] for g in t.aff_fs for k, v in [(g.func.__name__, g.keywords)]} for f in ("petals", "imagenette")}
+    own = {f: AUGMENTS[augment_name("own", f)] for f in ("petals", "imagenette", "")}
+    turn = {f: {g.func.__name__: g.keywords for g in own[f].batch()[0].aff_fs} for f in ("petals", "imagenette")}
     assert turn["petals"]["rotate_mat"]["max_deg"] == 45 and "dihedral_mat" in turn["petals"] and "flip_mat" not in turn["petals"]
     assert turn["imagenette"]["rotate_mat"]["max_deg"] == 20 and "flip_mat" in turn["imagenette"]
-    assert [type(t).__name__ for t in d._item_tfms(16, "petals")] == ["RandomResizedCrop", "ToTensor"]
-    assert [type(t).__name__ for t in d._item_tfms(16, "")] == ["RandomResizedCrop", "FlipItem", "ToTensor"]
+    assert [type(t).__name__ for t in own["petals"].items(16)] == ["RandomResizedCrop", "ToTensor"]
+    assert [type(t).__name__ for t in own[""].items(16)] == ["RandomResizedCrop", "FlipItem", "ToTensor"]
 
 
 def test_the_same_seed_gives_the_same_batches_decoded_once_or_each_time():
@@ -466,7 +469,7 @@ def test_a_file_that_cannot_grow_leaves_nothing(make, limit, whole, home):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return make()
     message = result(*started(limited))
-    assert message.startswith("ValueError: cache: no room left in ") and "FASTAI_HOME" in message
+    assert message.startswith("BadInput: cache: no room left in ") and "FASTAI_HOME" in message
     assert left_in(home) == []
     assert make() == whole   # with room it works
 
@@ -639,14 +642,14 @@ def test_names_download_once(server, monkeypatch, home):
     for k in ("http_proxy", "HTTP_PROXY"): monkeypatch.delenv(k, raising=False)
     pictures("imagenette2-160", list(IMAGENETTE)[:2])
     tarred("imagenette2-160", "imagenette2-160.tgz", "w:gz")
-    monkeypatch.setitem(bench_data.SOURCES, "imagenette-160", f"{server}/imagenette2-160.tgz")
+    monkeypatch.setitem(SOURCES, "imagenette-160", SOURCES["imagenette-160"]._replace(url=f"{server}/imagenette2-160.tgz"))
     dls = get_dls("imagenette-160", size=16, bs=4, device="cpu")
     assert list(dls.vocab) == ["tench", "English springer"] and len(dls.train_ds) == 12
     assert fetch("imagenette-160") == home.parent / "imagenette2-160" and left_in(home.parent) == ["attnpool", "imagenette2-160"]
     assert sorted(f.name for f in fetch("imagenette-160").iterdir()) == ["train", "val"] and fastai_path("data") == home.parent
     Path("imagenette2-160.tgz").unlink()
     assert len(get_dls("imagenette-160", size=16, bs=4).train_ds) == 12   # from the disk
-    monkeypatch.setitem(bench_data.SOURCES, "imagewoof", f"{server}/imagewoof2.tgz")
+    monkeypatch.setitem(SOURCES, "imagewoof", SOURCES["imagewoof"]._replace(url=f"{server}/imagewoof2.tgz"))
     with pytest.raises(ValueError, match="^data: imagewoof could not be downloaded .*pass the path of the archive"): get_dls("imagewoof")
     assert left_in(home.parent) == ["attnpool", "imagenette2-160"]
 

@@ -21,31 +21,32 @@ from fastcore.meta import delegates
 
 from .augment import STATS
 from .check import check_pictures
-from .listing import DATASETS, OFFICIAL
-from .pictures import data_name, find_pictures, picture_dls, SOURCES, _is_path
+from .listing import OFFICIAL, digests, fingerprint
+from .pictures import DATASETS, SOURCES, data_name, find_pictures, is_path, picture_dls
 
 # %% ../../nbs/39_data.ipynb #cf754428
-for _name in (*SOURCES, 'petals'): DATASETS[_name] = partial(picture_dls, _name)
-
 @delegates(picture_dls)
 def get_dls(
     data: str | Path, # Name in `DATASETS`, or path of a folder, archive or CSV
     size: int = 128, # Side of the pictures, in pixels
     bs: int = 64, # Batch size
-    device: str | torch.device | None = None, # Where the batches go; None for fastai's default, the GPU where there is one
+    device: str | torch.device | None = None, # Where the batches go; None for fastai's default, a GPU if there is one
+    augment: str | bool = 'own', # Name in `AUGMENTS`, or 'own': the data set's; False, of earlier versions, is 'light'
     **kwargs
-) -> DataLoaders:
+) -> DataLoaders: # With `family`; pictures on a disk with `listing`, digits with `boxes`
     "`DataLoaders` by name or path."
     data_name(data)
-    return (partial(picture_dls, data) if _is_path(data) else DATASETS[data])(size=size, bs=bs, device=device, **kwargs)
+    make = partial(picture_dls, data) if is_path(data) else DATASETS[data]
+    own = augment is True or augment == 'own'
+    return make(size=size, bs=bs, device=device, **kwargs, **({} if own else {'augment': augment}))
 
 # %% ../../nbs/39_data.ipynb #7930c8a7
 @dataclass(frozen=True)
 class DataId:
-    "The identity of a data set: its name, and a fingerprint of its pictures and their labels. Where they lie is no part of it."
+    "The identity of a data set: its name, and a fingerprint of its pictures. Where they lie is no part of it."
     name: str # Short name, for tables and folders
     family: str = '' # 'imagenette', 'imagewoof', 'petals', 'digits', or '' for others
-    fingerprint: str = '' # Changes with any picture, its name or its label; '' for data that are made, not read, and where it is not known
+    fingerprint: str = '' # Of names, labels, splits and bytes; '' where pictures are made, or it is not known
     path: str = field(default='', compare=False) # What the user typed: a name in `DATASETS`, or a path
 
 def identify(
@@ -54,9 +55,10 @@ def identify(
 ) -> DataId:
     "The identity of a data set. Reads its files: whole ones up to 64 KB, else size, head, middle and tail."
     name = data_name(data)
-    if not _is_path(data) and data not in (*SOURCES, 'petals'): return DataId(name, name, '', str(data))
+    if not is_path(data) and data not in SOURCES:   # made, not read
+        return DataId(name, 'digits' if data == 'digits' else '', path=data)
     listing = find_pictures(data, cache=cache)
-    return DataId(name, listing.family, '', str(data))
+    return DataId(name, listing.family, fingerprint(digests(listing)), str(data))
 
 # %% ../../nbs/39_data.ipynb #cab92d0f
 @dataclass(frozen=True)
@@ -77,6 +79,21 @@ def _histogram(values, width=32):
     labels = [f'{a} to {b - 1}' if b - a > 1 else f'{a}' for a, b in zip(edges, edges[1:])]
     return [f'  {l:>14}  {n:>7,}  {"#" * math.ceil(n / counts.max() * width)}' for l, n in zip(labels, counts)]
 
+def _about_files(listing, check):
+    "Lines about sizes, statistics and broken pictures."
+    lines, sizes = [], check.sizes[check.sizes.min(1) > 0]
+    if len(sizes):
+        lines += ['', 'Sizes in pixels   min  median    max']
+        for what, v in (('width', sizes[:, 0]), ('height', sizes[:, 1])):
+            lines += [f'  {what:<12}{v.min():>7}{np.median(v):>8.0f}{v.max():>7}']
+        if np.ptp(sizes.min(1)): lines += ['', 'Shorter side', *_histogram(sizes.min(1))]
+    mean, std = STATS.get(listing.family, (check.mean, check.std))
+    mean, std = (' '.join(f'{v:.3f}' for v in values) for values in (mean, std))
+    return [*lines, '', f'Normalised by mean {mean}, sd {std}', '',
+            f'Broken pictures: {len(check.broken) or "none"}', *(f'  {f}: {why}' for f, why in check.broken.items()),
+            f'Folder: {listing.root}']
+
+# %% ../../nbs/39_data.ipynb #d0782464
 def describe(
     data: str | Path, # Name in `DATASETS`, or path
     picture: Path | str | None = None, # PNG file for a batch of training pictures; None for none
@@ -84,36 +101,32 @@ def describe(
     seed: int = 0, # Of its crops
     valid_pct: float = .2, # Share that validates where the data has no split of its own
     split_seed: int = 0, # Of that split
-    cache: Path | str | None = None, # Where unpacked and checked pictures are kept
+    cache: Path | str | None = None, # Where unpacked pictures are kept; None for `attnpool` in fastai's data folder
 ) -> Description:
     "Counts per class and split, sizes, broken files, and a picture of a batch."
-    name, lines = data_name(data), []
-    if not _is_path(data) and data not in (*SOURCES, 'petals'):   # made, not read
-        make, broken = partial(DATASETS[data], size=min(size, 40), bs=16), {}
+    name, note, lines, broken = data_name(data), [], [], {}
+    if not is_path(data) and data not in SOURCES:   # made, not read
+        make = partial(DATASETS[data], size=min(size, 40), bs=16)
         with no_random(): dls = make()
         train, valid = (Counter(dls.vocab[y] for _, y in ds) for ds in (dls.train_ds, dls.valid_ds))
-        classes, note = list(dls.vocab), ''
+        classes = {c: c for c in dls.vocab}
     else:
         listing = find_pictures(data, valid_pct, split_seed, cache)
         check = check_pictures(listing, cache)
-        broken, classes = check.broken, listing.classes
-        train, valid = Counter(listing.labels[:listing.n_train]), Counter(listing.labels[listing.n_train:])
-        official = OFFICIAL.get(listing.family)
-        same = official == (train.total(), valid.total())
-        note = '' if not official else f"{listing.family}: {'the official split' if same else f'not the official split, which has {official[0]:,} and {official[1]:,}'}"
-        sizes = check.sizes[check.sizes.min(1) > 0]
-        if len(sizes):
-            lines = ['', 'Sizes in pixels   min  median    max'] + [
-                f'  {what:<12}{v.min():>7}{np.median(v):>8.0f}{v.max():>7}' for what, v in (('width', sizes[:, 0]), ('height', sizes[:, 1]))]
-            if np.ptp(sizes.min(1)): lines += ['', 'Shorter side', *_histogram(sizes.min(1))]
-        mean, std = STATS.get(listing.family, (check.mean, check.std))
-        lines += ['', f"Normalised by mean {' '.join(f'{m:.3f}' for m in mean)}, sd {' '.join(f'{s:.3f}' for s in std)}",
-                  '', f'Broken pictures: {len(broken) or "none"}', *(f'  {f}: {why}' for f, why in broken.items()), f'Folder: {listing.root}']
-        make = partial(picture_dls, data, size, max(1, min(16, train.total() - len(broken))), 'cpu', True, valid_pct=valid_pct, split_seed=split_seed, cache=cache)
-    counts = {(classes[c] if isinstance(classes, dict) else c): (train[c], valid[c]) for c in classes}
+        broken, classes, n = check.broken, listing.classes, listing.n_train
+        train, valid = Counter(listing.labels[:n]), Counter(listing.labels[n:])
+        if listing.family in OFFICIAL:
+            a, b = OFFICIAL[listing.family]
+            other = '' if (n, valid.total()) == (a, b) else f', which has {a:,} and {b:,}'
+            note = [f"{listing.family}: {'not ' if other else ''}the official split{other}"]
+        lines = _about_files(listing, check)
+        make = partial(picture_dls, data, size, max(1, min(16, n - len(broken))), 'cpu', True,
+                       valid_pct=valid_pct, split_seed=split_seed, cache=cache)
+    counts = {classes[c]: (train[c], valid[c]) for c in classes}
     wide = max(5, *(len(str(c)) for c in counts))
-    head = [f'{name}: {train.total():,} training and {valid.total():,} validation pictures of {len(counts)} classes', *([note] if note else []), '',
-            f"{'class':<{wide}}    train  valid", *(f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in counts.items())]
+    head = [f'{name}: {train.total():,} training and {valid.total():,} validation pictures of {len(counts)} classes',
+            *note, '', f"{'class':<{wide}}    train  valid",
+            *(f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in counts.items())]
     if picture is not None:
         picture = Path(picture)
         if not picture.parent.is_dir(): raise FileNotFoundError(f"picture: there is no folder {picture.parent}.")

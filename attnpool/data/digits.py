@@ -16,6 +16,8 @@ from fastai.data.all import Categorize, DataLoaders, Datasets, IndexSplitter, de
 from fastai.vision.all import IntToFloatTensor, Normalize, TensorImage
 from torch import Tensor
 
+from ..registry import BadInput
+
 # %% ../../nbs/31_data.digits.ipynb #746b9a1d
 @dataclass(frozen=True)
 class Pictures:
@@ -34,10 +36,11 @@ def cluttered_digits(
     n_pieces: int = 4, # Distracting pieces per picture
     seed: int = 0, # Of the split, the places and the pieces; not the seed of a run
 ) -> Pictures:
-    "Handwritten digits among pieces of other digits. Three quarters of the originals train, the rest validate: no original is in both."
+    "Digits among pieces of others. Three quarters of the originals train, the rest validate: no original is in both."
     from sklearn.datasets import load_digits
-    if size < 20: raise ValueError(f"size: a canvas needs at least 20 pixels, got {size}. The default is 40.")
-    if n_train < 1 or n_valid < 1: raise ValueError(f"n_train, n_valid: expected at least 1 picture each, got {n_train} and {n_valid}.")
+    if size < 20: raise BadInput(f"size: a canvas needs at least 20 pixels, got {size}. The default is 40.")
+    for name, n in (('n_train', n_train), ('n_valid', n_valid)):
+        if n < 1: raise BadInput(f"{name}: expected at least 1 picture, got {n}. The defaults are 1500 and 1000.")
     originals = load_digits()
     small, targets = torch.tensor(originals.images / 16, dtype=torch.float32), originals.target
     rng = np.random.default_rng(seed)
@@ -63,7 +66,8 @@ def cluttered_digits(
             y, x = rng.integers(0, len(other) - piece + 1, 2)
             paste(canvas, other[y:y+piece, x:x+piece])
         boxes[j] = paste(canvas, enlarge(source))
-    return Pictures((images * 255).round().byte(), torch.tensor(targets[sources]), boxes, torch.tensor(sources), n_train)
+    labels, sources = torch.tensor(targets[sources]), torch.tensor(sources)
+    return Pictures((images * 255).round().byte(), labels, boxes, sources, n_train)
 
 # %% ../../nbs/31_data.digits.ipynb #45b4166f
 def _picture(data, i): return TensorImage(data.images[i].expand(3, -1, -1))
@@ -72,12 +76,16 @@ def _label(data, i): return int(data.labels[i])
 def digits_dls(
     size: int = 40, # Side of the pictures, in pixels
     bs: int = 32, # Batch size
-    device: str | torch.device | None = None, # Where the batches go; None for fastai's default, the GPU where there is one
+    device: str | torch.device | None = None, # Where the batches go; None for fastai's default, a GPU if there is one
     n_train: int = 1500, # Training pictures
     n_valid: int = 1000, # Validation pictures
-) -> DataLoaders: # With `boxes`, the true boxes of the validation pictures `(n_valid, 4)`
+    augment: str = 'own', # 'own' or 'none', which are the same here: the places are random as it is
+) -> DataLoaders: # With `boxes`, the true boxes of the validation pictures `(n_valid, 4)`, and `family`, 'digits'
     "`DataLoaders` of cluttered digits."
-    if not 1 <= bs <= n_train: raise ValueError(f"bs: expected 1 to {n_train}, the number of training pictures, got {bs}.")
+    if not 1 <= bs <= n_train: raise BadInput(f"bs: expected 1 to {n_train}, the training pictures, got {bs}.")
+    if augment not in ('own', 'none', True):
+        raise BadInput(f"augment: digits are at random places as it is, and a flipped one may be another; "
+                       f"got {augment!r}. Type 'own' or 'none'.")
     device = default_device() if device is None else torch.device(device)
     data = cluttered_digits(size, n_train, n_valid)
     n = len(data.images)
@@ -85,6 +93,7 @@ def digits_dls(
     dsets = Datasets(range(n), [partial(_picture, data), [partial(_label, data), Categorize(range(10))]],
                      splits=IndexSplitter(range(n_train, n))(range(n)))
     stats = (torch.full((1, 3, 1, 1), s.item(), device=device) for s in (train.mean(), train.std()))
-    dls = dsets.dataloaders(bs=bs, val_bs=256, device=device, num_workers=0, after_batch=[IntToFloatTensor(), Normalize(*stats)])
-    dls.boxes = data.boxes[n_train:]
+    dls = dsets.dataloaders(bs=bs, val_bs=256, device=device, num_workers=0,
+                            after_batch=[IntToFloatTensor(), Normalize(*stats)])
+    dls.boxes, dls.family = data.boxes[n_train:], 'digits'
     return dls
