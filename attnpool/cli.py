@@ -134,11 +134,9 @@ def bench(
 # %% ../nbs/70_cli.ipynb #83c9bc1c
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(
-        help="Folders that bench wrote, files REPORT.runs.csv of an earlier report, or files of fastai's CSVLogger named "
-             "HEAD-SEED.csv.")],
-    published: Annotated[str | None, typer.Option(
-        help="Put the blog's numbers beside: imagenette, imagewoof or petals.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Folders that bench wrote, files REPORT.runs.csv of an earlier "
+                                                    "report, or files of fastai's CSVLogger named HEAD-SEED.csv.")],
+    published: Annotated[str | None, typer.Option(help="Adds the blog's numbers: imagenette, imagewoof or petals.")] = None,
     out: Annotated[Path, typer.Option(help='The page; tables go beside it as .csv and .md.')] = Path('report.html'),
 ):
     """Make tables and a page of runs made before.
