@@ -136,7 +136,7 @@ def bench(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders that bench wrote, files REPORT.runs.csv of an earlier "
                                                     "report, or files of fastai's CSVLogger named HEAD-SEED.csv.")],
-    published: Annotated[str | None, typer.Option(help="Adds the blog's numbers: imagenette, imagewoof or petals.")] = None,
+    published: Annotated[str | None, typer.Option(help="Adds the blog's: imagenette, imagewoof or petals.")] = None,
     out: Annotated[Path, typer.Option(help='The page; tables go beside it as .csv and .md.')] = Path('report.html'),
 ):
     """Make tables and a page of runs made before.
