@@ -134,14 +134,15 @@ def bench(
 # %% ../nbs/70_cli.ipynb #83c9bc1c
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders that bench wrote, files REPORT.runs.csv of an earlier report, or files of fastai's CSVLogger named HEAD-SEED.csv.")],
-    published: Annotated[str | None, typer.Option(help="Put the blog's numbers beside: imagenette, imagewoof or petals.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Folders that bench wrote, files REPORT.runs.csv of an earlier "
+                                                    "report, or files of fastai's CSVLogger named HEAD-SEED.csv.")],
+    published: Annotated[str | None, typer.Option(help="Adds the blog's: imagenette, imagewoof or petals.")] = None,
     out: Annotated[Path, typer.Option(help='The page; tables go beside it as .csv and .md.')] = Path('report.html'),
 ):
     """Make tables and a page of runs made before.
 
-    One table for each setting (data, network, recipe, size, epochs), with the paired difference to average pooling and a verdict. With --published,
-    also the blog's five tables with its values.
+    One table for each setting (data, network, recipe, size, epochs), with the paired difference to average pooling and
+    a verdict. With --published, also the blog's five tables with its values.
 
     Example:
 
@@ -149,19 +150,18 @@ def report(
     """
     from rich.console import Console
 
-    from attnpool.report.collect import collect, settings
-    from attnpool.data import identify
+    from attnpool.registry import BadInput
+    from attnpool.report.collect import collect, group_by_setting, tell_apart
     from attnpool.report.page import write_report
     from attnpool.report.stats import rich_table, summarize
     results, problems = collect(runs)
     for line in problems: sys.stderr.write(f'attnpool: left out: {line}\n')
-    if not results: raise ValueError(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
-    page = write_report(results, out, data=published)
-    console = Console()
-    for group in settings(results):
-        spec = group[0]['spec']
-        console.print(rich_table(summarize(group), ', '.join(str(spec[k]) for k in ('data', 'arch', 'recipe') if k in spec)))
-    console.print(f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}', markup=False, highlight=False, soft_wrap=True)
+    if not results:
+        raise BadInput(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
+    page, console, groups = write_report(results, out, data=published), Console(), group_by_setting(results)
+    for (title, _), group in zip(tell_apart(groups), groups): console.print(rich_table(summarize(group), title))
+    console.print(f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}',
+                  markup=False, highlight=False, soft_wrap=True)
 
 # %% ../nbs/70_cli.ipynb #aa4698c2
 @app.command()

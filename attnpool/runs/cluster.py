@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from ..data.cache import write_file
+from ..registry import BadInput
 from .spec import Spec
-from .store import load_run
+from .store import Result, load_run
 from .train import keep_memory, run
 
 # %% ../../nbs/54_runs.cluster.ipynb #fbfe8208
@@ -36,7 +37,7 @@ class RunJob:
         from submitit.helpers import TorchDistributedEnvironment
         if JobEnvironment().num_tasks > 1: TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         keep_memory()
-        return run(spec, out, device)['status']
+        return run(spec, out, device).status
 
     def checkpoint(self,
         *args # Those of the call
@@ -53,9 +54,11 @@ def queued(
     if cluster == 'local':
         import psutil
         lines = (' '.join(p.info['cmdline'] or ()) for p in psutil.process_iter(['cmdline']))
-        return {(m[1], 0): 'RUNNING' for line in lines if (m := re.search(r'submitit\.local\._local .*(attnpool-\w+)$', line))}
-    lines = subprocess.run(['squeue', '--me', '--noheader', '--array', '--format=%j %K %T'], capture_output=True, text=True, check=True).stdout
-    jobs = (line.split() for line in lines.splitlines() if line.startswith('attnpool-'))
+        found = (re.search(r'submitit\.local\._local .*(attnpool-\w+)$', line) for line in lines)
+        return {(m[1], 0): 'RUNNING' for m in found if m}
+    words = ['squeue', '--me', '--noheader', '--array', '--format=%j %K %T']
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    jobs = (line.split() for line in lines if line.startswith('attnpool-'))
     return {(name, int(i) if i.isdigit() else 0): state for name, i, state in jobs}
 
 # %% ../../nbs/54_runs.cluster.ipynb #9a27d4a5
@@ -65,13 +68,53 @@ def _log(folder, i):
     text = logs[-1].read_text(errors='replace').strip().splitlines() if logs else []
     return '\n'.join(text[-12:]) or f'No log in {folder}: the job did not start.'
 
-def _executor(folder, name, cluster, retries, options):
-    import submitit
-    limits = {f'{cluster}_max_num_timeout': retries}
-    executor = submitit.AutoExecutor(folder, cluster=cluster, **limits)
-    executor.update_parameters(name=name, **options)
-    return executor
+class _Grid:
+    "The runs of one `submit`, and what is known of their jobs."
+    def __init__(self, specs, out, cluster, retries, options):
+        self.todo, self.out, self.jobs, self.cluster = list(dict.fromkeys(specs)), out, out/'.jobs', cluster
+        self.limits, self.options = {f'{cluster}_max_num_timeout': retries}, options
+        self.known, self.failed, self.missed = set(), set(), {}
+        self.jobs.mkdir(parents=True, exist_ok=True)
+        book = self.jobs/'jobs.json'
+        self.book = json.loads(book.read_text()) if book.exists() else {}   # run: name of its batch, place in it
 
+    def send(self, group):
+        "Give runs to the cluster as one batch."
+        import submitit
+        name, n = f'attnpool-{uuid4().hex[:8]}', len(group)
+        self.book.update({s.name: [name, i] for i, s in enumerate(group)})
+        write_file(self.jobs/'jobs.json', json.dumps(self.book, indent=1))
+        executor = submitit.AutoExecutor(self.jobs/name, cluster=self.cluster, **self.limits)
+        executor.update_parameters(name=name, **self.options)
+        device = 'cuda' if self.options['gpus_per_node'] else 'cpu'
+        try: executor.map_array(RunJob(), group, [str(self.out)] * n, [device] * n)
+        except submitit.core.utils.FailedJobError as e:
+            raise BadInput(f"cluster: Slurm refuses the jobs: {' '.join(str(e).split())[-300:]}") from None
+        self.known |= set(group)
+
+    def look(self):
+        "Ask queue and folders; the runs that have failed since."
+        states, self.results = queued(self.cluster), {}   # the queue first, so that what ends in between is not missed
+        for s in self.todo:
+            try: self.results[s] = load_run(self.out/s.name)
+            except BadInput: pass
+        self.live = {s: states[k] for s in self.todo if (k := tuple(self.book.get(s.name, ()))) in states}
+        self.known |= self.live.keys() | self.results.keys()
+        for s in self.todo:   # submitted, gone from the queue, and no result: a shared disk may show it late
+            gone = s in self.known and s not in self.live and s not in self.results
+            self.missed[s] = self.missed.get(s, 0) + 1 if gone else 0
+        new = [s for s in self.todo if self.missed[s] > 2 and s not in self.failed]
+        self.failed |= set(new)
+        return new
+
+    def text(self, waiting):
+        "How far it is, with the number of runs that wait for a place."
+        states = [state for s, state in self.live.items() if s not in self.results] + ['PENDING'] * waiting
+        counts = [f'{states.count(state)} {state.lower()}' for state in sorted(set(states))]
+        if self.failed: counts.append(f'{len(self.failed)} failed')
+        return ', '.join([f'{len(self.results)} of {len(self.todo)} runs complete', *counts])
+
+# %% ../../nbs/54_runs.cluster.ipynb #0a38e5b6
 def submit(
     specs: Sequence[Spec], # What to run; `bs` is the batch of all processes of a run
     out: Path | str = 'runs', # Folder of run folders, on a disk that all machines see
@@ -85,72 +128,50 @@ def submit(
     wait: bool = True, # Stay until all runs are complete; False returns after submitting
     console: Console | None = None, # Where progress is shown; None for the standard output
     **options # Further parameters of submitit's executor: `mem_gb`, `nodes`, `slurm_account`, ...
-) -> list[dict]: # Results of the runs that are there, in the order of `specs`
-    "Make all runs that are not there yet as jobs of a cluster, and wait for them. A `RuntimeError` at the end names those that failed."
-    if cluster not in ('slurm', 'local'): raise ValueError(f"cluster: expected 'slurm' or 'local', got {cluster!r}.")
-    if cluster == 'slurm' and not shutil.which('sbatch'):
-        raise ValueError("cluster: there is no sbatch here. Submit from a machine of the Slurm cluster, or use --cluster local.")
-    try: import submitit, psutil
-    except ImportError as e: raise ValueError(f"cluster: the package {e.name} is missing. Install it by pip install 'attnpool[cluster]'.") from None
-    if timeout_min < 1: raise ValueError(f"timeout_min: expected at least 1 minute, got {timeout_min}.")
-    console, out = console or Console(), Path(out).resolve()
-    jobs = out/'.jobs'
-    jobs.mkdir(parents=True, exist_ok=True)
-    options |= dict(timeout_min=timeout_min, gpus_per_node=gpus)
-    if gpus > 1: options |= dict(tasks_per_node=gpus)
-    if cpus: options |= dict(cpus_per_task=cpus)
-    if cluster == 'slurm':
-        options |= dict(slurm_array_parallelism=array_parallelism or 256)
-        if partition: options |= dict(slurm_partition=partition)
-    book = json.loads((jobs/'jobs.json').read_text()) if (jobs/'jobs.json').exists() else {}
-
-    def send(group):
-        name = f'attnpool-{uuid4().hex[:8]}'
-        book.update({s.name: [name, i] for i, s in enumerate(group)})
-        write_file(jobs/'jobs.json', json.dumps(book, indent=1))
-        n = len(group)
-        try: _executor(jobs/name, name, cluster, retries, options).map_array(RunJob(), group, [str(out)] * n, ['cuda' if gpus else 'cpu'] * n)
-        except submitit.core.utils.FailedJobError as e: raise ValueError(f"cluster: Slurm refuses the jobs: {' '.join(str(e).split())[-300:]}") from None
-
-    def look():
-        "Results and states; the queue first, so that what ends in between is not missed."
-        states, results = queued(cluster), {}
-        for s in todo:
-            try: results[s] = load_run(out/s.name)
-            except ValueError: pass
-        return {s: states[key] for s in todo if (key := tuple(book.get(s.name, ()))) in states}, results
-
+) -> list[Result]: # Of the runs that are there, in the order of `specs`
+    "Make all runs that are not there yet as jobs of a cluster. A `RuntimeError` at the end names those that failed."
+    _check_cluster(cluster, timeout_min)
+    options = dict(timeout_min=timeout_min, gpus_per_node=gpus, **options)
+    if gpus > 1: options['tasks_per_node'] = gpus
+    if cpus: options['cpus_per_task'] = cpus
+    if cluster == 'slurm': options['slurm_array_parallelism'] = array_parallelism or 256
+    if cluster == 'slurm' and partition: options['slurm_partition'] = partition
+    console, grid, shown = console or Console(), _Grid(specs, Path(out).resolve(), cluster, retries, options), None
     def show(text): console.print(text, markup=False, highlight=False)
-
-    todo, known, missed, failed, shown = list(dict.fromkeys(specs)), set(), {}, set(), None
-    columns = SpinnerColumn(), TextColumn('{task.description}'), BarColumn(), TextColumn('{task.completed:.0f}/{task.total:.0f}')
-    try: lock = FileLock(jobs/'.lock', timeout=0).acquire()
-    except Timeout: raise ValueError(f"out: another process submits jobs for {out}. Wait for it, or choose another --out.") from None
+    try: lock = FileLock(grid.jobs/'.lock', timeout=0).acquire()
+    except Timeout:
+        raise BadInput(f"out: another process submits jobs for {grid.out}. Wait, or choose another --out.") from None
+    count = TextColumn('{task.completed:.0f}/{task.total:.0f}')
+    columns = SpinnerColumn(), TextColumn('{task.description}'), BarColumn(), count
     with lock, Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task('', total=len(todo))
+        bar = progress.add_task('', total=len(grid.todo))
         while True:
-            live, results = look()
-            known |= live.keys() | results.keys()
-            for s in todo:   # submitted, gone from the queue, and no result: a shared disk may show it late
-                missed[s] = missed.get(s, 0) + 1 if s in known and s not in live and s not in results else 0
-                if missed[s] > 2 and s not in failed:
-                    failed.add(s)
-                    name, i = book[s.name]
-                    show(f'{s.name} failed. The end of its log in {jobs/name}:\n{_log(jobs/name, i)}\n')
-            new = [s for s in todo if s not in known]
-            if cluster == 'local': groups = [[s] for s in new[:max(0, (array_parallelism or 1) - len(live))]]
+            for s in grid.look():
+                name, i = grid.book[s.name]
+                show(f'{s.name} failed. The end of its log in {grid.jobs/name}:\n{_log(grid.jobs/name, i)}\n')
+            new = [s for s in grid.todo if s not in grid.known]
+            text = grid.text(len(new))
+            if cluster == 'local': groups = [[s] for s in new[:max(0, (array_parallelism or 1) - len(grid.live))]]
             else: groups = [new] if new else []
-            for group in groups:
-                send(group)
-                known |= set(group)
-            states = [live[s] for s in live if s not in results] + ['PENDING'] * len(new)
-            counts = ', '.join(f'{states.count(state)} {state.lower()}' for state in sorted(set(states)))
-            text = f'{len(results)} of {len(todo)} runs complete' + (f', {counts}' if counts else '') + (f', {len(failed)} failed' if failed else '')
-            progress.update(task, completed=len(results), description=text)
+            for group in groups: grid.send(group)
+            progress.update(bar, completed=len(grid.results), description=text)
             if not console.is_terminal and text != shown: show(text)
             shown = text
-            if not wait or len(results) + len(failed) == len(todo) and not live: break
+            if not wait or len(grid.results) + len(grid.failed) == len(grid.todo) and not grid.live: break
             time.sleep(1 if cluster == 'local' else 5)
-    if failed: raise RuntimeError(f"cluster: {len(failed)} of {len(todo)} runs failed: {', '.join(sorted(s.name for s in failed))}. Logs: {jobs}. "
-                                  "The same command tries them again.")
-    return [results[s] for s in specs if s in results]
+    if grid.failed:
+        names = ', '.join(sorted(s.name for s in grid.failed))
+        raise RuntimeError(f"cluster: {len(grid.failed)} of {len(grid.todo)} runs failed: {names}. Logs: {grid.jobs}. "
+                           "The same command tries them again.")
+    return [grid.results[s] for s in specs if s in grid.results]
+
+def _check_cluster(cluster, timeout_min):
+    if cluster not in ('slurm', 'local'): raise BadInput(f"cluster: expected 'slurm' or 'local', got {cluster!r}.")
+    if cluster == 'slurm' and not shutil.which('sbatch'):
+        raise BadInput("cluster: there is no sbatch here. Submit from a machine of the Slurm cluster, "
+                       "or use --cluster local.")
+    try: import submitit, psutil
+    except ImportError as e:
+        raise BadInput(f"cluster: the package {e.name} is missing. "
+                       "Install it by pip install 'attnpool[cluster]'.") from None
+    if timeout_min < 1: raise BadInput(f"timeout_min: expected at least 1 minute, got {timeout_min}.")

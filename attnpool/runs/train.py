@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Sequence
 try: import resource
@@ -34,8 +35,9 @@ from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save as safetensors_bytes
 
 from ..data.cache import write_file
-from ..data.pictures import valid_dl
-from ..distributed import distributed, is_first, join_processes, once, processes
+from ..data.listing import differences, digests, fingerprint, read_digests, write_digests
+from ..data.pictures import find_pictures, valid_dl
+from ..distributed import distributed, is_first, join_processes, once as on_first_process, processes
 from ..recipe import learner_for
 from ..registry import BadInput
 from .spec import Spec
@@ -47,7 +49,7 @@ class RunLog(Callback):
     "Writes `history.csv` epoch by epoch, and stops the training when a loss is not finite."
     order = 70   # after the Recorder
     def __init__(self,
-        path: Path, # The CSV file
+        path: Path | str, # The CSV file
         on_epoch: Callable | None = None, # Called with each row
     ):
         self.path, self.on_epoch, self.rows, self.diverged = path, on_epoch, [], None
@@ -62,8 +64,9 @@ class RunLog(Callback):
             raise CancelFitException()
 
     def after_epoch(self):
-        self.rows.append(dict(epoch=self.epoch, **dict(zip(self.recorder.metric_names[1:-1], map(float, self.recorder.values[-1]))),
-                              seconds=round(time.perf_counter() - self.start, 3), train_seconds=round(self.trained - self.start, 3)))
+        values = dict(zip(self.recorder.metric_names[1:-1], map(float, self.recorder.values[-1])))
+        self.rows.append(dict(epoch=self.epoch, **values, seconds=round(time.perf_counter() - self.start, 3),
+                              train_seconds=round(self.trained - self.start, 3)))
         if not is_first(): return
         out = io.StringIO()
         writer = csv.DictWriter(out, self.rows[0], lineterminator='\n')
@@ -72,22 +75,59 @@ class RunLog(Callback):
         write_file(self.path, out.getvalue())
         if self.on_epoch: self.on_epoch(self.rows[-1])
 
+# %% ../../nbs/53_runs.train.ipynb #2a3b4c5d
 def _git():
     "Commit of the package's own checkout, with `-dirty` where files were changed; None if it is installed otherwise."
     here = Path(attnpool.__file__).parent
     if not (here.parent/'.git').exists(): return None
-    try: return subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    words = ['git', 'describe', '--always', '--dirty']
+    try: return subprocess.run(words, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
-
-def _machine(device):
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()
-    return f'{name}, {os.cpu_count()} cores'
 
 def _peak_memory(device):
     "In MB: of the GPU's memory in this run, or of the process so far."
     if device.type == 'cuda': return round(torch.cuda.max_memory_allocated(device) / 2**20)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10) if resource else None
 
+def _circumstances(device):
+    "Where and with what a run was made."
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()
+    versions = dict(attnpool=attnpool.__version__, torch=torch.__version__, fastai=fastai.__version__,
+                    python=platform.python_version())
+    return dict(device=str(device), processes=processes(), machine=f'{name}, {os.cpu_count()} cores', git=_git(),
+                threads=torch.get_num_threads(), peak_memory_mb=_peak_memory(device), versions=versions)
+
+# %% ../../nbs/53_runs.train.ipynb #4c5d6e7f
+def run(
+    spec: Spec, # What to run
+    out: Path | str = 'runs', # Folder of run folders
+    device: str | None = None, # Where to train; None for the GPU where there is one
+    on_epoch: Callable | None = None, # Called with each epoch's row of the history
+    wait: float = -1, # Seconds to wait for another process that makes the same run, then `filelock.Timeout`; -1: no end
+) -> Result:
+    "Make a run, or return it if it is there already. A diverged run is a result too."
+    folder, device = Path(out)/spec.name, join_processes(device)
+    if (result := on_first_process(_complete, folder)): return result
+    lock = FileLock(Path(out)/'.locks'/spec.name, timeout=wait)   # the system frees it when a process dies
+    def acquire():
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    on_first_process(acquire)
+    try:   # another may have made it meanwhile
+        return on_first_process(_complete, folder) or _make(spec, folder, device, on_epoch)
+    finally: lock.release()
+
+def _complete(folder):
+    try: return load_run(folder)
+    except BadInput: return None
+
+def _empty(folder, spec):
+    if folder.exists(): shutil.rmtree(folder)   # nothing of an unfinished run may be taken for this one's
+    folder.mkdir(parents=True)
+    write_file(folder/'spec.json', json.dumps(spec.to_json(), indent=1))
+    if spec.data.fingerprint: write_digests(find_pictures(spec.data.path), folder/'pictures.csv')
+
+# %% ../../nbs/53_runs.train.ipynb #4c5d6e80
 def _learner(spec, dls, cbs=None):
     "The Learner of a spec."
     task = TASKS[spec.task]
@@ -96,93 +136,83 @@ def _learner(spec, dls, cbs=None):
 
 def _finite(values): return {k: v for k, v in values.items() if np.isfinite(v)}
 
-def run(
-    spec: Spec, # What to run
-    out: Path | str = 'runs', # Folder of run folders
-    device: str | None = None, # Where to train; None for the GPU where there is one
-    on_epoch: Callable | None = None, # Called with each epoch's row of the history
-    wait: float = -1, # Seconds to wait for another process that is making the same run; -1 without end. Then `filelock.Timeout`
-) -> Result:
-    "Make a run, or return it if it is there already. A diverged run is a result too."
-    folder, device = Path(out)/spec.name, join_processes(device)
-    if (result := once(_complete, folder)): return result
-    lock = FileLock(Path(out)/'.locks'/spec.name, timeout=wait)   # the system frees it when a process dies
-    def acquire():
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    once(acquire)
-    try: return once(_complete, folder) or _make(spec, folder, device, on_epoch)   # another may have made it meanwhile
-    finally: lock.release()
-
-def _complete(folder):
-    try: return load_run(folder)
-    except ValueError: return None
-
-def _empty(folder, spec):
-    if folder.exists(): shutil.rmtree(folder)   # nothing of an unfinished run may be taken for this one's
-    folder.mkdir(parents=True)
-    write_file(folder/'spec.json', json.dumps(spec.to_json(), indent=1))
-
 def _make(spec, folder, device, on_epoch):
     "Make a run, with the other processes of a launcher if there are any."
-    bs, task = spec.recipe.bs, TASKS[spec.task]
-    if bs % processes(): raise BadInput(f"bs: {bs} is not a multiple of {processes()}, the number of processes that share each batch.")
+    bs = spec.recipe.bs
+    if bs % processes():
+        raise BadInput(f"bs: {bs} is not a multiple of {processes()}, the number of processes that share each batch.")
     gc.collect()   # the network and the pictures of the run before, which refer to each other
     set_seed(spec.seed)   # before the DataLoaders, which draw the seed of their order when they are made
-    dls = task.dls(spec, bs // processes(), device)
+    dls = TASKS[spec.task].dls(spec, bs // processes(), device)
     larger = {str(size): valid_dl(dls, size) for size in spec.eval_sizes}
-    once(_empty, folder, spec)
+    on_first_process(_empty, folder, spec)
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
 
     log = RunLog(folder/'history.csv', on_epoch)
     set_seed(spec.seed)
-    learn = _learner(spec, dls, log)
+    learn, sizes = _learner(spec, dls, log), {}
     set_seed(spec.seed)   # the heads have drawn different numbers of weights
-    sizes = {}
     with learn.no_bar(), learn.no_logging(), distributed(learn):
         learn.fit_recipe()
-        last = log.rows[-1] if log.rows else {}
-        losses = {k: v for k, v in last.items() if k.endswith('loss')}   # a correlation of constant predictions is NaN by right
-        if log.diverged is None and len(_finite(losses)) < len(losses): log.diverged = last['epoch']
+        losses = {k: v for k, v in log.rows[-1].items() if k.endswith('loss')} if log.rows else {}
+        if log.diverged is None and len(_finite(losses)) < len(losses): log.diverged = log.rows[-1]['epoch']
         if log.diverged is None:
             learn.remove_cb(log)   # to which a validation is an epoch
-            for size, dl in larger.items(): sizes[size] = dict(zip(learn.recorder.metric_names[2:-1], map(float, learn.validate(dl=dl))))
-    return once(_finish, spec, folder, device, learn, log, sizes)
+            for size, dl in larger.items():
+                sizes[size] = dict(zip(learn.recorder.metric_names[2:-1], map(float, learn.validate(dl=dl))))
+    return on_first_process(_finish, spec, folder, device, learn, log, sizes)
 
 def _finish(spec, folder, device, learn, log, sizes):
     "Write what the training left; `result.json` last."
-    last, dls = log.rows[-1] if log.rows else {}, learn.dls
-    seen, arrays = TASKS[spec.task].look(learn) if log.diverged is None else ({}, {})
+    dls, task, good = learn.dls, TASKS[spec.task], log.diverged is None
+    seen, arrays = task.look(learn) if good else ({}, {})
     if arrays:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
+        np.savez_compressed(buffer := io.BytesIO(), **arrays)
         write_file(folder/'maps.npz', buffer.getvalue())
-    write_file(folder/'weights.safetensors', safetensors_bytes({k: v.cpu().contiguous() for k, v in learn.model.state_dict().items()}))
-    def median(key): return round(float(np.median([r[key] for r in log.rows])), 3) if log.rows else None   # a pause of the machine does not count
-    result = Result(
-        spec, 'complete' if log.diverged is None else 'diverged', diverged_epoch=log.diverged, primary=TASKS[spec.task].primary, sizes=sizes,
-        metrics=_finite({k: v for k, v in last.items() if k not in ('epoch', 'seconds', 'train_seconds')}) | seen,
+    weights = {k: v.cpu().contiguous() for k, v in learn.model.state_dict().items()}
+    write_file(folder/'weights.safetensors', safetensors_bytes(weights))
+    last = {k: v for k, v in log.rows[-1].items() if k not in ('epoch', 'seconds', 'train_seconds')} if log.rows else {}
+    def median(key): return float(np.median([r[key] for r in log.rows]))   # a pause of the machine does not count
+    status = 'complete' if good else 'diverged'
+    return write_result(Result(
+        spec, status, _finite(last) | seen, task.primary, sizes, diverged_epoch=log.diverged,
         parameters=sum(p.numel() for p in learn.model.parameters()), pictures=[len(dls.train_ds), len(dls.valid_ds)],
-        seconds_per_epoch=median('seconds'), images_per_second=round(len(dls.train) * dls.train.bs / median('train_seconds'), 1) if log.rows else None,
-        peak_memory_mb=_peak_memory(device), device=str(device), processes=processes(), machine=_machine(device), threads=torch.get_num_threads(),
-        git=_git(), versions=dict(attnpool=attnpool.__version__, torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version()))
-    return write_result(result, folder)
+        seconds_per_epoch=round(median('seconds'), 3) if log.rows else None,
+        images_per_second=round(len(dls.train) * dls.train.bs / median('train_seconds'), 1) if log.rows else None,
+        **_circumstances(device)), folder)
 
 # %% ../../nbs/53_runs.train.ipynb #961983f9
 def open_run(
     folder: Path | str, # Folder of a complete run
     device: str | None = None, # Where to put it; None for the GPU where there is one
+    data: Path | str | None = None, # Where its data lie now; None for where they lay
+    check: bool = True, # Whether data that have changed since are an error
 ) -> Learner: # With the run's data and trained network
     "The Learner of a run."
-    spec = load_run(folder).spec
+    result, folder = load_run(folder), Path(folder)
+    spec = result.spec if data is None else replace(result.spec, data=replace(result.spec.data, path=str(data)))
+    if check and spec.data.fingerprint: _check_data(spec, folder)
     dls = TASKS[spec.task].dls(spec, spec.recipe.bs, device)
     learn = _learner(spec, dls)
-    learn.model.load_state_dict(load_safetensors(Path(folder)/'weights.safetensors', device=str(dls.device)))
+    try: learn.model.load_state_dict(load_safetensors(folder/'weights.safetensors', device=str(dls.device)))
+    except RuntimeError as e:
+        raise BadInput(f"folder: the weights of {folder} do not fit today's {spec.arch} with the head {spec.head} "
+                       f"({str(e).splitlines()[-1].strip()}). Open it with the version that made it: "
+                       f"pip install attnpool=={result.versions.get('attnpool')}.") from None
     return learn
+
+def _check_data(spec, folder):
+    "An error if the data are not those that the run was trained on."
+    now, file = digests(find_pictures(spec.data.path)), folder/'pictures.csv'
+    if fingerprint(now) == spec.data.fingerprint: return
+    what = f': {differences(read_digests(file), now)}' if file.exists() else ''
+    raise BadInput(f"data: {spec.data.path} has changed since {folder.name} was trained{what}. Put the pictures back, "
+                   "give data= for where they are, or check=False to open it with these as they are; "
+                   "attnpool bench trains on these and keeps the old run.")
 
 # %% ../../nbs/53_runs.train.ipynb #9b56d158
 def keep_memory():
-    "Have glibc keep the memory of freed tensors for the next ones, instead of asking the system for it (and clearing it) in each step. For the process; elsewhere nothing."
+    "Have glibc keep the memory of freed tensors for the next ones, in this process; elsewhere nothing."
     if platform.libc_ver()[0] != 'glibc': return
     libc = ctypes.CDLL(None)
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -196,8 +226,27 @@ def _writable(out):
         (probe := out/f'.probe-{os.getpid()}').touch()   # an error now, not after the first run
         probe.unlink()
     except OSError as e:
-        raise type(e)(f"--out: cannot write to {out} ({e.strerror}). Choose another folder, for example --out {Path.home()/'runs'}.") from None
+        raise type(e)(f"--out: cannot write to {out} ({e.strerror}). "
+                      f"Choose another folder, for example --out {Path.home()/'runs'}.") from None
 
+def _shown(name, value): return f'{name} {value:.1%}' if 0 <= value <= 1 else f'{name} {value:.4g}'
+
+def _found(specs, out, device, say):
+    "The results that are there already, by spec; says so, and what was made otherwise than it would be here."
+    results = {}
+    for spec in specs:
+        try: results[spec] = on_first_process(load_run, out/spec.name)
+        except ValueError as e:
+            if on_first_process((out/spec.name).exists): say(f'{e} It is made again.')
+    if results: say(f'{len(results)} of {len(specs)} runs are in {out} already.')
+    here = f'{device}, attnpool {attnpool.__version__}, torch {torch.__version__}'
+    made = {f"{r.device}, attnpool {r.versions['attnpool']}, torch {r.versions['torch']}" for r in results.values()}
+    if made - {here}:
+        others = '; '.join(sorted(made - {here}))
+        say(f'Some were made otherwise than here: {others}. Delete their folders to make them again.')
+    return results
+
+# %% ../../nbs/53_runs.train.ipynb #5d6e7f80
 def sweep(
     specs: Sequence[Spec], # What to run
     out: Path | str = 'runs', # Folder of run folders
@@ -207,41 +256,36 @@ def sweep(
     "Make all runs that are not there yet, with progress: which run of how many, epoch, time left."
     console, out, device = console or Console(), Path(out), join_processes(device)
     if not is_first(): console = Console(quiet=True)
-    once(_writable, out)
-    results = {}
-    for spec in specs:
-        try: results[spec] = once(load_run, out/spec.name)
-        except ValueError as e:
-            if once((out/spec.name).exists): console.print(f'{e} It is made again.', markup=False, highlight=False)
-    if results: console.print(f'{len(results)} of {len(specs)} runs are in {out} already.', markup=False, highlight=False)
-    others = sorted({f"{r.device}, attnpool {r.versions['attnpool']}, torch {r.versions['torch']}" for r in results.values()}
-                    - {f'{device}, attnpool {attnpool.__version__}, torch {torch.__version__}'})
-    if others: console.print(f"Some were made otherwise than here: {'; '.join(others)}. Delete their folders to make them again.", markup=False, highlight=False)
+    def say(text): console.print(text, markup=False, highlight=False)
+    on_first_process(_writable, out)
+    results = _found(specs, out, device, say)
     todo = [s for s in dict.fromkeys(specs) if s not in results]
-    columns = SpinnerColumn(), TextColumn('{task.description}'), BarColumn(), TextColumn('{task.percentage:>3.0f}%'), TimeRemainingColumn()
+    percent = TextColumn('{task.percentage:>3.0f}%')
+    columns = SpinnerColumn(), TextColumn('{task.description}'), BarColumn(), percent, TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
-        task = progress.add_task('', total=sum(s.recipe.epochs for s in todo))
+        bar = progress.add_task('', total=sum(s.recipe.epochs for s in todo))
         queue, elsewhere, done = deque(todo), 0, 0
         while queue:
             spec = queue.popleft()
             title = f'run {len(todo) - len(queue)}/{len(todo)}  {spec.head} seed {spec.seed}'
             def on_epoch(row):
-                text = f"{title}  {row['epoch'] + 1}/{spec.recipe.epochs} epochs" + (f"  accuracy {row['accuracy']:.1%}" if 'accuracy' in row else '')
-                progress.update(task, advance=1, description=text)
-                if not console.is_terminal:
-                    left = progress.tasks[task].time_remaining
-                    console.print(text + (f'  {left / 60:.0f} min left' if left else ''), markup=False, highlight=False)
-            progress.update(task, description=f'{title}  0/{spec.recipe.epochs} epochs')
+                primary = TASKS[spec.task].primary
+                text = f"{title}  {row['epoch'] + 1}/{spec.recipe.epochs} epochs"
+                if primary in row: text += '  ' + _shown(primary, row[primary])
+                progress.update(bar, advance=1, description=text)
+                left = progress.tasks[bar].time_remaining
+                if not console.is_terminal: say(text + (f'  {left / 60:.0f} min left' if left else ''))
+            progress.update(bar, description=f'{title}  0/{spec.recipe.epochs} epochs')
             try: result = results[spec] = run(spec, out, device, on_epoch, wait=0)
             except Timeout:   # another process is making it: the others first
                 queue.append(spec)
                 elsewhere += 1
-                if elsewhere == len(queue): console.print(f'{len(queue)} runs are being made by another process. Waiting for them.', markup=False, highlight=False)
+                if elsewhere == len(queue): say(f'{elsewhere} runs are being made by another process. Waiting.')
                 if elsewhere >= len(queue): time.sleep(1)
                 continue
-            elsewhere = 0
-            done += spec.recipe.epochs
-            progress.update(task, completed=done)   # a diverged run has fewer epochs
-            end = f'diverged in epoch {result.diverged_epoch + 1}' if result.status == 'diverged' else f'{result.primary} {result.value:.1%}'
-            console.print(f"{title}: {end}, {result.seconds_per_epoch or 0:.1f} s per epoch", markup=False, highlight=False)
+            elsewhere, done = 0, done + spec.recipe.epochs
+            progress.update(bar, completed=done)   # a diverged run has fewer epochs
+            diverged = result.status == 'diverged'
+            end = f'diverged in epoch {result.diverged_epoch + 1}' if diverged else _shown(result.primary, result.value)
+            say(f"{title}: {end}, {result.seconds_per_epoch or 0:.1f} s per epoch")
     return [results[s] for s in specs]
