@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterable
 
 # %% ../nbs/00_registry.ipynb #9a3fd0d0
 class BadInput(ValueError):
-    "What a user typed cannot be meant: the message names the parameter, shows what came, and says what to type instead."
+    "What a user typed cannot be meant: the message names the parameter, shows what came, says what to type instead."
 
 def unknown(
     kind: str, # What the things are, as the user calls them: the first word of the message
@@ -32,7 +32,7 @@ def _same(a, b):
     return a == b or place(a) == place(b) and '<' not in place(a)[1]
 
 class Registry(UserDict):
-    "A dict of named things of one kind. Names are never overwritten; unknown names raise a `BadInput` that suggests the nearest."
+    "A dict of named things of one kind, none ever overwritten; an unknown name is a `BadInput` with the nearest in it."
     def __init__(self,
         kind: str # What the things are, as the user calls them: the first word of error messages
     ):

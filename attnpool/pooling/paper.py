@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..functional import attention_pool
-from ..layers import make_norm, TokenBatchNorm
+from ..functional import attention_pool, check_divides
+from ..layers import check_channels, make_norm, TokenBatchNorm
 from .attention import AttentionPool2d
+from ..registry import BadInput
 
 # %% ../../nbs/13_pooling.paper.ipynb #52dbc1ef
 def _in_slices(f, x, rows=4096):
@@ -24,6 +25,7 @@ def _in_slices(f, x, rows=4096):
     if torch.is_grad_enabled(): f = partial(checkpoint, f, use_reentrant=False)
     return torch.cat([f(t) for t in x.flatten(0, -2).split(rows)]).view_as(x)
 
+# %% ../../nbs/13_pooling.paper.ipynb #90721a0b
 class PaperAggregation(nn.Module):
     "Learned Aggregation as the paper's code has it, with one query or several."
     def __init__(self,
@@ -39,24 +41,27 @@ class PaperAggregation(nn.Module):
         proj_drop: float = 0., # Dropout after the projection and in the feed-forward part
     ):
         super().__init__()
-        if queries < 1: raise ValueError(f"queries: expected at least 1, got {queries}.")
-        if sees_itself and queries > 1: raise ValueError(f"sees_itself: only a single query attends to itself, got queries={queries}. Use sees_itself=False.")
-        if num_heads < 1 or ni % num_heads:
-            raise ValueError(f"num_heads: {num_heads} does not divide the {ni} channels. Use a divisor of {ni}.")
+        if queries < 1: raise BadInput(f"queries: expected at least 1, got {queries}.")
+        if sees_itself and queries > 1:
+            raise BadInput(f"sees_itself: a single query only, got queries={queries}. Use sees_itself=False.")
+        check_divides('num_heads', num_heads, check_channels(ni))
         self.c_out, self.sees_itself = ni, sees_itself
         self.query = nn.Parameter(nn.init.trunc_normal_(torch.empty(queries, ni), std=.02))
-        self.attn = AttentionPool2d(ni, norm=norm, scale=(ni / num_heads)**-.5, num_heads=num_heads, attn_drop=attn_drop, proj_drop=proj_drop)
+        self.attn = AttentionPool2d(ni, norm=norm, scale=(ni / num_heads)**-.5, num_heads=num_heads,
+                                    attn_drop=attn_drop, proj_drop=proj_drop)
         self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((ni,), gamma_init)) for _ in range(2))
         self.norm = make_norm(norm, ni)
         nh = int(ni * ffn_expand)
-        self.ffn = nn.Sequential(nn.Linear(ni, nh), act_cls(), nn.Dropout(proj_drop), nn.Linear(nh, ni), nn.Dropout(proj_drop))
+        self.ffn = nn.Sequential(nn.Linear(ni, nh), act_cls(), nn.Dropout(proj_drop),
+                                 nn.Linear(nh, ni), nn.Dropout(proj_drop))
 
     def _batch_norm(self): return isinstance(self.attn.norm, TokenBatchNorm) and self.training
 
     def _normed(self, x):
         "Positions, query, and the norm that the positions still need."
         if not self._batch_norm():
-            if self.sees_itself: x = torch.cat([self.query.expand(len(x), 1, -1), x.flatten(2).mT], 1).mT.unsqueeze(-1)
+            if self.sees_itself:
+                x = torch.cat([self.query.expand(len(x), 1, -1), x.flatten(2).mT], 1).mT.unsqueeze(-1)
             return x, self.attn.norm(self.query), self.attn.norm
         # statistics of the batch: queries and positions through the norm together
         k = len(self.query)
@@ -64,19 +69,19 @@ class PaperAggregation(nn.Module):
         return t[:, 0 if self.sees_itself else k:].mT.unsqueeze(-1), t[0, :k], None
 
     def _digest(self, z): return z + self.gamma_2 * self.ffn(self.norm(z))
-
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)` for one query, `(b, queries, ni)` for several."
         a = self.attn
         q, k, v, proj = ((l.weight, l.bias) for l in (a.q, a.k, a.v, a.proj))
         x, query, norm = self._normed(x)
-        z = attention_pool(x, query, q, k, v, proj, norm, a.scale, a.num_heads, dropout_p=a.attn_drop if self.training else 0.)
+        drop = a.attn_drop if self.training else 0.
+        z = attention_pool(x, query, q, k, v, proj, norm, a.scale, a.num_heads, drop)
         z = self.query + self.gamma_1 * a.proj_drop(z)
         z = self._digest(z) if self._batch_norm() else _in_slices(self._digest, z)
         return z.squeeze(1) if len(self.query) == 1 else z
 
     def attention_map(self, x: Tensor) -> Tensor:
-        "Where the queries look: `(b, ni, h, w)` to weights `(b, queries*num_heads, h, w)`, query-major; each sums to one over the map."
+        "Where the queries look: weights `(b, queries*num_heads, h, w)`, query-major; each sums to one over the map."
         return self.attn.attention_map(x, self.attn.norm(self.query))
 
     def extra_repr(self): return f'{self.c_out}, queries={len(self.query)}, sees_itself={self.sees_itself}'

@@ -9,77 +9,74 @@ __all__ = ['AvgStartAttnPooling2d', 'ClassQueryPooling2d']
 import torch
 from torch import Tensor, nn
 
-from ..fold import _mixture, _no_autocast, _scores, _start, _wide
+from ..fold import gather_own, mixture, scores
+from ..forms import no_autocast, wide
+from ..functional import check_divides, check_map
+from ..layers import check_channels
+from ..registry import BadInput
 
 # %% ../../nbs/12_pooling.start.ipynb #4600a41b
-class _ZeroQueryPooling(nn.Module):
-    "Queries that start at zero and look at the normalised map."
-    eps = 1e-5
-    def __init__(self, ni, n_queries):
-        super().__init__()
-        if ni < 1: raise ValueError(f"ni: expected the number of channels of the map, got {ni}.")
-        self.ni = ni
-        self.query = nn.Parameter(torch.zeros(n_queries, ni))
+_EPS = 1e-5   # added to the variance, as in `nn.LayerNorm`
 
-    def _check(self, x):
-        if x.ndim != 4: raise ValueError(f"x: expected a map of shape (b, c, h, w), got {tuple(x.shape)}. One picture: x[None].")
-        if x.shape[1] != self.ni: raise ValueError(f"x: expected {self.ni} channels, got {x.shape[1]}. Build the layer with ni=x.shape[1].")
-        if x.shape[2] * x.shape[3] == 0: raise ValueError(f"x: a map of shape {tuple(x.shape)} has no positions to pool. Use a larger picture.")
+def _look(x, query, share=None):
+    "Weights over the positions `(b, k, h, w)`."
+    check_map(x, query.shape[1])
+    dtype = wide(x.dtype)
+    with no_autocast(x): s = scores(x.flatten(2).to(dtype), query.to(dtype), centre=True, eps=_EPS).scores
+    return mixture(s.softmax(-1), share).unflatten(-1, x.shape[2:])
 
-    def attention_map(self, x: Tensor) -> Tensor:
-        "Where each query looks: `(b, ni, h, w)` to weights `(b, queries, h, w)` that sum to one over positions."
-        self._check(x)
-        dtype = _wide(x.dtype)
-        with _no_autocast(x): scores = _scores(x.flatten(2).to(dtype), self.query.to(dtype), True, self.eps)[-1]
-        return scores.softmax(-1).unflatten(-1, x.shape[2:])
-
-class AvgStartAttnPooling2d(_ZeroQueryPooling):
+class AvgStartAttnPooling2d(nn.Module):
     "Attention pooling that starts as average pooling: queries from zero, each pooling its own share of the channels."
     def __init__(self,
         ni: int, # Channels of the map, and of the result
         n_queries: int = 8, # Queries, a divisor of `ni`; each has its own map and pools `ni/n_queries` channels
-        mix: float = 0., # Share of the training pictures that see uniform weights, in [0, 1]; in eval mode the weights are the same mixture
+        mix: float = 0., # Share in [0, 1] of training pictures that see uniform weights; in eval mode all see a mixture
     ):
-        if n_queries < 1 or ni % n_queries:
-            raise ValueError(f"n_queries: {n_queries} does not divide the {ni} channels. Use a divisor of {ni}.")
-        if not 0 <= mix <= 1: raise ValueError(f"mix: expected a share in [0, 1], got {mix}. Use 0 for attention alone, .5 for half of the pictures.")
-        super().__init__(ni, n_queries)
-        self.c_out, self.mix = ni, mix
+        super().__init__()
+        check_divides('n_queries', n_queries, check_channels(ni))
+        if not 0 <= mix <= 1:
+            raise BadInput(f"mix: expected a share in [0, 1], got {mix}. "
+                           "Use 0 for attention alone, .5 for half of the pictures.")
+        self.ni, self.c_out, self.mix = ni, ni, mix
+        self.query = nn.Parameter(torch.zeros(n_queries, ni))
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
-        self._check(x)
-        dtype, m = _wide(x.dtype), self.mix or None
-        if self.mix and self.training: m = (torch.rand(len(x), 1, 1, device=x.device) < self.mix).to(dtype)
-        with _no_autocast(x): return _start(x.flatten(2), self.query.to(dtype), None, m, self.eps).to(x.dtype)
+        check_map(x, self.ni)
+        share = self.mix or None
+        if self.mix and self.training: share = (torch.rand(len(x), 1, 1, device=x.device) < self.mix).to(wide(x.dtype))
+        return gather_own(x.flatten(2), self.query, share=share, eps=_EPS).to(x.dtype)
 
     def attention_map(self,
         x: Tensor, # `(b, ni, h, w)`
         combined: bool = False, # One map, the mean over the queries, instead of one for each
     ) -> Tensor: # `(b, n_queries, h, w)` or `(b, 1, h, w)`; sums to one over positions
         "Where each query looks in eval mode, the uniform share of `mix` included."
-        weights = _mixture(super().attention_map(x).flatten(2), self.mix or None).unflatten(-1, x.shape[2:])
+        weights = _look(x, self.query, self.mix or None)
         return weights.mean(1, keepdim=True) if combined else weights
 
     def extra_repr(self): return f'{self.ni}, n_queries={len(self.query)}, mix={self.mix:g}'
 
 # %% ../../nbs/12_pooling.start.ipynb #98739862
-class ClassQueryPooling2d(_ZeroQueryPooling):
+class ClassQueryPooling2d(nn.Module):
     "One query per class, from zero, over that class's logits of every position; pool and classifier in one."
     def __init__(self,
         ni: int, # Channels of the map
         n_out: int, # Classes, and so queries, maps and outputs
     ):
-        super().__init__(ni, n_out)
-        self.c_out = n_out
+        super().__init__()
+        self.ni, self.c_out = check_channels(ni), n_out
+        self.query = nn.Parameter(torch.zeros(n_out, ni))
         self.linear = nn.Linear(ni, n_out)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to logits `(b, n_out)`."
-        self._check(x)
-        dtype = _wide(x.dtype)
-        with _no_autocast(x):
-            out = _start(x.flatten(2), self.query.to(dtype), self.linear.weight.to(dtype), None, self.eps) + self.linear.bias.to(dtype)
-        return out.to(x.dtype)
+        check_map(x, self.ni)
+        out = gather_own(x.flatten(2), self.query, self.linear.weight, eps=_EPS)
+        return (out + self.linear.bias.to(out.dtype)).to(x.dtype)
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        "Where each class looks: `(b, ni, h, w)` to weights `(b, n_out, h, w)` that sum to one over positions."
+        return _look(x, self.query)
 
     def extra_repr(self): return f'{self.ni}, {self.c_out}'
