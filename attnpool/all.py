@@ -30,8 +30,8 @@ from .heads import (
     ClassQueryPoolHead, fold, HEADS, LearnedAggregationHead, LearnedAggregationSandwichHead)
 from .maps.compute import (
     attention_maps, class_activation_map, class_token_maps, find_pools, grad_cam, maps_of)
-from .maps.draw import show_maps
-from .maps.learner import open_pictures, show_heads
+from .maps.draw import show_heads, show_maps
+from .maps.learner import open_pictures
 from .maps.measures import agreement, deletion_insertion, energy_in_box, pointing_game
 from .maps.page import maps_page
 from .layers import Mish, TokenBatchNorm

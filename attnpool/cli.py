@@ -218,14 +218,17 @@ def bench(
 # %% ../nbs/70_cli.ipynb #83c9bc1c
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders that bench wrote, files REPORT.runs.csv of an earlier report, or files of fastai's CSVLogger named HEAD-SEED.csv.")],
-    published: Annotated[str | None, typer.Option(help="Put the blog's numbers beside: imagenette, imagewoof or petals.")] = None,
+    runs: Annotated[list[Path], typer.Argument(
+        help="Folders that bench wrote, files REPORT.runs.csv of an earlier report, or files of fastai's CSVLogger named "
+             "HEAD-SEED.csv.")],
+    published: Annotated[str | None, typer.Option(
+        help="Put the blog's numbers beside: imagenette, imagewoof or petals.")] = None,
     out: Annotated[Path, typer.Option(help='The page; tables go beside it as .csv and .md.')] = Path('report.html'),
 ):
     """Make tables and a page of runs made before.
 
-    One table for each setting (data, network, recipe, size, epochs), with the paired difference to average pooling and a verdict. With --published,
-    also the blog's five tables with its values.
+    One table for each setting (data, network, recipe, size, epochs), with the paired difference to average pooling and
+    a verdict. With --published, also the blog's five tables with its values.
 
     Example:
 
@@ -233,19 +236,17 @@ def report(
     """
     from rich.console import Console
 
-    from attnpool.report.collect import collect, settings
-    from attnpool.data import identify
+    from attnpool.report.collect import collect, group_by_setting, tell_apart
     from attnpool.report.page import write_report
     from attnpool.report.stats import rich_table, summarize
     results, problems = collect(runs)
     for line in problems: sys.stderr.write(f'attnpool: left out: {line}\n')
-    if not results: raise ValueError(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
-    page = write_report(results, out, data=published)
-    console = Console()
-    for group in settings(results):
-        spec = group[0]['spec']
-        console.print(rich_table(summarize(group), ', '.join(str(spec[k]) for k in ('data', 'arch', 'recipe') if k in spec)))
-    console.print(f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}', markup=False, highlight=False, soft_wrap=True)
+    if not results:
+        raise BadInput(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
+    page, console, groups = write_report(results, out, data=published), Console(), group_by_setting(results)
+    for (title, _), group in zip(tell_apart(groups), groups): console.print(rich_table(summarize(group), title))
+    console.print(f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}',
+                  markup=False, highlight=False, soft_wrap=True)
 
 # %% ../nbs/70_cli.ipynb #aa4698c2
 _RATES = '1e-3,2e-3,4e-3,8e-3,16e-3,32e-3'
@@ -302,21 +303,24 @@ def data(
     what = describe(data, out or Path(f'{data_name(data)}.png'), size)
     typer.echo(what.text)
 
-# %% ../nbs/70_cli.ipynb #9eb1c297
+# %% ../nbs/70_cli.ipynb #bf6bdb08
 @app.command()
 def maps(
-    runs: Annotated[list[Path], typer.Argument(help='A run folder, then pictures or folders of them; with --measure, run folders or folders of runs.')],
+    runs: Annotated[list[Path], typer.Argument(
+        help='A run folder, then pictures or folders of them; with --measure, run folders or folders of runs.')],
     top: Annotated[int, typer.Option(help='Likeliest classes to offer for each picture.')] = 3,
     classes: Annotated[str, typer.Option(help='Further classes, by name or index, separated by commas.')] = '',
     n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.')] = 8,
-    measure: Annotated[bool, typer.Option('--measure', help='Measure the maps of the runs on their validation pictures instead.')] = False,
+    measure: Annotated[bool, typer.Option(
+        '--measure', help='Measure the maps of the runs on their validation pictures instead.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
-    out: Annotated[Path, typer.Option(help='The page; with --measure, the table is OUT with the ending .csv.')] = Path('maps.html'),
+    out: Annotated[Path, typer.Option(
+        help='The page; with --measure, the table is OUT with the ending .csv.')] = Path('maps.html'),
 ):
     """See where a trained network looks: a page to hover over, or measures.
 
-    With --measure: pointing game and energy (where true boxes are known) against chance, entropy, deletion and insertion, and the agreement
-    over seeds, for each head.
+    With --measure: pointing game and energy (where true boxes are known) against chance, entropy, deletion and insertion,
+    and the agreement over seeds, for each head.
 
     Examples:
 
@@ -327,23 +331,24 @@ def maps(
         attnpool maps runs --measure
     """
     from rich.console import Console
-
-    from attnpool.runs.train import open_run
     console = Console()
     if measure:
         from attnpool.report.collect import collect
-        from attnpool.report.page import measure_maps
-        from attnpool.report.stats import plain_table
-        results, _ = collect(runs)
-        table = measure_maps([r for r in results if r['status'] == 'complete' and 'folder' in r], check_device(device), console)
+        from attnpool.report.stats import measure_maps, plain_table
+        results, problems = collect(runs)
+        for line in problems: sys.stderr.write(f'attnpool: left out: {line}\n')
+        table = measure_maps([r for r in results if r.status == 'complete'], check_device(device), console)
         table.to_csv(out.with_suffix('.csv'), index=False)
         console.print(plain_table(table))
-        console.print(f'Table: {out.with_suffix(".csv")}', markup=False, highlight=False, soft_wrap=True)
-        return
-    from attnpool.maps.page import maps_page
-    run, *pictures = runs
-    page = maps_page(open_run(run, check_device(device)), out, pictures or None, top, _list('classes', classes) if classes else (), n)
-    console.print(f'Page: {page.resolve().as_uri()}', markup=False, highlight=False, soft_wrap=True)
+        text = f'Table: {out.with_suffix(".csv")}'
+    else:
+        from attnpool.maps.page import maps_page
+        from attnpool.runs.train import open_run
+        run, *pictures = runs
+        further = _list('classes', classes) if classes else ()
+        page = maps_page(open_run(run, check_device(device)), out, pictures or None, top, further, n)
+        text = f'Page: {page.resolve().as_uri()}'
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 # %% ../nbs/70_cli.ipynb #6271c39f
 @app.command()

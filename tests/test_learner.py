@@ -169,7 +169,7 @@ def test_recipes_train(dls, recipe, head):
 def test_recipes_hold_what_their_sources_say():
     blog = get_recipe("blog", "avg", "imagenette")
     assert (blog.epochs, blog.size, blog.bs, blog.lr, blog.opt, blog.schedule, blog.mix) == (80, 224, 64, 8e-3, "ranger", "flat_cos", "cutmixup")
-    rates = {(d, h): get_recipe("blog", h, d).lr for d in ("imagenette", "imagewoof", "petals") for h in HEADS}
+    rates = {(d, h): get_recipe("blog", h, d).lr for d in ("imagenette", "imagewoof", "petals") for h in (*HEADS, "avgattn-act")}
     from attnpool.report.published import published
     facts = published()
     facts = facts[(facts["size"] == 224) & (facts.metric == "valid_loss") & (facts["head"] != "avg")]

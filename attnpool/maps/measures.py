@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import evaluating
-from .compute import _plain
+from .compute import enlarge, uncompiled
+from ..registry import BadInput
 
 # %% ../../nbs/18_maps.measures.ipynb #9970d330
 def pointing_game(
@@ -30,6 +31,7 @@ def pointing_game(
     left, top, right, bottom = boxes.to(maps.device).unbind(1)
     return (left <= x) & (x < right) & (top <= y) & (y < bottom)
 
+# %% ../../nbs/18_maps.measures.ipynb #4905aed3
 def energy_in_box(
     maps: Tensor, # `(b, k, h, w)`; the positive part of the mean over `k` is judged
     boxes: Tensor, # True boxes `(b, 4)`: left, top, right, bottom, in pixels
@@ -39,11 +41,13 @@ def energy_in_box(
     maps = maps.mean(1).clamp(min=0).float()
     def inside(n, side, low, high):   # share of each of n cells between low and high
         edges = torch.arange(n + 1, device=maps.device) * side / n
-        return ((torch.minimum(edges[1:], high[:, None]) - torch.maximum(edges[:-1], low[:, None])).clamp(min=0)) * n / side
+        length = torch.minimum(edges[1:], high[:, None]) - torch.maximum(edges[:-1], low[:, None])
+        return length.clamp(min=0) * n / side
     left, top, right, bottom = boxes.to(maps).unbind(1)
     rows, cols = inside(maps.shape[1], size[0], top, bottom), inside(maps.shape[2], size[1], left, right)
     return torch.einsum('bhw,bh,bw->b', maps, rows, cols) / maps.sum((1, 2)).clamp(min=1e-12)
 
+# %% ../../nbs/18_maps.measures.ipynb #5d64d534
 def entropy(
     maps: Tensor # `(b, k, h, w)`; the positive part counts, scaled to sum to one
 ) -> Tensor: # `(b, k)` in [0, 1]: 1 for a uniform map
@@ -52,19 +56,21 @@ def entropy(
     p = p / p.sum(-1, keepdim=True).clamp(min=1e-12)
     return torch.special.entr(p).sum(-1) / np.log(max(p.shape[-1], 2))
 
+# %% ../../nbs/18_maps.measures.ipynb #f95d7f32
 def deletion_insertion(
     model: nn.Module, # A classifier
     x: Tensor, # Pictures `(b, 3, H, W)`, normalised as in training
     maps: Tensor, # `(b, k, h, w)`; the mean over `k` orders the positions
     target: Tensor | None = None, # Class for each picture, `(b,)`; None for the predicted one
     steps: int = 16, # Points of the curve after the first
-) -> tuple[Tensor, Tensor]: # Probability of the class `(b, steps + 1)` while the brightest pixels go, and while they come
+) -> tuple[Tensor, Tensor]: # Probabilities of the class `(b, steps + 1)` while the brightest pixels go, and come
     "Deletion and insertion curves; their mean over the points is the area under the curve."
-    blurred = F.interpolate(F.adaptive_avg_pool2d(x, 4), size=x.shape[2:], mode='bilinear', align_corners=False)
-    up = F.interpolate(maps.mean(1, keepdim=True).float(), size=x.shape[2:], mode='bilinear', align_corners=False)
+    if steps < 1: raise BadInput(f"steps: expected at least 1, got {steps}. 16 is usual.")
+    blurred = enlarge(F.adaptive_avg_pool2d(x, 4), x.shape[2:]).to(x)
+    up = enlarge(maps.mean(1, keepdim=True), x.shape[2:])
     rank = up.flatten(1).argsort(1, descending=True).argsort(1).view_as(up)   # 0 for the brightest pixel
     curves = [], []
-    with evaluating(_plain(model)) as model:
+    with evaluating(uncompiled(model)) as model:
         if target is None: target = model(x).argmax(1)
         for step in range(steps + 1):
             brightest = rank < rank[0].numel() * step / steps
@@ -72,11 +78,12 @@ def deletion_insertion(
                 curve.append(model(picture).softmax(1).gather(1, target[:, None]))
     return tuple(torch.cat(c, 1) for c in curves)
 
+# %% ../../nbs/18_maps.measures.ipynb #0bf5fa7b
 def agreement(
     maps: Sequence[Tensor] # Of the same pictures, each `(b, k, h, w)` from another network; the mean over `k` is judged
 ) -> Tensor: # `(b,)` in [-1, 1]; NaN where a map is constant
     "Mean correlation between the maps of each pair of networks."
-    if len(maps) < 2: raise ValueError(f"maps: expected those of at least 2 networks, got {len(maps)}.")
+    if len(maps) < 2: raise BadInput(f"maps: expected those of at least 2 networks, got {len(maps)}.")
     z = torch.stack([m.mean(1).flatten(1) for m in maps], 1)   # (b, networks, n)
     z = z - z.mean(-1, keepdim=True)
     z = z / z.norm(dim=-1, keepdim=True)

@@ -12,57 +12,80 @@ from typing import Sequence
 import numpy as np
 import pandas as pd
 
-from .collect import METRICS
-from .stats import summarize
+from ..registry import unknown
+from .collect import by_row
+from .stats import METRICS, primary_of, summarize
+from ..runs.store import Result
 
 # %% ../../nbs/62_report.published.ipynb #e6431c89
-def published() -> pd.DataFrame: # Columns source, data, arch, head, lr, size, metric, mean, std, n, note; `delta_` metrics are changes against 224 px
-    "The numbers of the blog's tables."
+def published() -> pd.DataFrame: # Columns source, data, arch, head, lr, size, metric, mean, std, n, note
+    "The numbers of the blog's tables. Metrics that begin with `delta_` are changes against 224 px."
     with (files('attnpool')/'report/published.csv').open() as f: return pd.read_csv(f)
 
 # %% ../../nbs/62_report.published.ipynb #950aa597
 BLOG_TABLES = {'1. Baseline': ['avg', 'learned'], '2. Sandwich norm': ['avg', 'learned', 'sandwich'],
-               '3. Average attention': ['avg', 'learned', 'slim', 'avgattn'], '4. Concat attention': ['avg', 'learned', 'concat']}
+               '3. Average attention': ['avg', 'learned', 'slim', 'avgattn', 'avgattn-act'],
+               '4. Concat attention': ['avg', 'learned', 'concat']}
+
+def _columns(data):
+    "Metrics of the blog's tables on that data: their titles. The first is in percent."
+    first = 'balanced_accuracy' if data == 'petals' else 'accuracy'
+    return {first: 'accuracy %', 'f1': 'F1', 'mcc': 'Matthews', 'train_loss': 'train loss', 'valid_loss': 'valid loss'}
+
+def _cells(columns, mean, std=None, sign=''):
+    "The texts of a row, from values by metric."
+    def cell(m, k, digits):
+        v, sd = mean.get(m), (std or {}).get(m)
+        return '' if pd.isna(v) else f'{k * v:{sign}.{digits}f}' + ('' if pd.isna(sd) else f' ± {k * sd:.{digits}f}')
+    return {title: cell(m, *((100, 2) if title.endswith('%') else (1, 4))) for m, title in columns.items()}
+
+def _blog_rows(facts, columns, by, sign=''):
+    "A row for each group of the blog's values."
+    for (head, arch, *_), g in facts.groupby(['head', 'arch', *by], sort=False, dropna=False):
+        m = g.metric.str.removeprefix('delta_')
+        cells = _cells(columns, dict(zip(m, g['mean'])), dict(zip(m, g['std'])), sign)
+        first = g.iloc[0]
+        yield {'head': f'{head}, blog ({arch})', **{k: f'{first[k]:g}' for k in by}, 'n': int(first.n), **cells,
+               'note': '; '.join(g.note.dropna().unique())}
+
+def _table(rows):
+    "With the column of notes only where there are any."
+    table = pd.DataFrame(rows).fillna('')
+    return table if 'note' in table and table.note.any() else table.drop(columns='note', errors='ignore')
+
+# %% ../../nbs/62_report.published.ipynb #62a1d1c4
+def _changes(results, columns):
+    "A row for each of our heads and sizes: mean change against the size of the training."
+    names = {METRICS.get(m, m): m for r in results for m in r.metrics}
+    for head, rs in by_row(results).items():
+        rs = [r for r in rs if r.status == 'complete' and r.sizes]
+        for size in sorted({s for r in rs for s in r.sizes}, key=int):
+            its = [r for r in rs if size in r.sizes]
+            change = {short: np.mean([r.sizes[size][m] - r.metrics[m] for r in its]) for short, m in names.items()
+                      if all(m in r.sizes[size] for r in its)}
+            yield {'head': head, 'size': size, 'n': len(its), **_cells(columns, change, sign='+')}
 
 def blog_tables(
-    results: Sequence[dict], # Of one setting
+    results: Sequence[Result], # Of one setting
     data: str | None = None, # 'imagenette', 'imagewoof' or 'petals': adds the blog's values; None for ours alone
 ) -> dict[str, pd.DataFrame]: # Title: table
-    "The blog's tables 1 to 5 with our runs: mean ± standard deviation, accuracies in percent (balanced ones for Petals)."
-    facts = published()
-    if data is not None and data not in set(facts.data):
-        raise ValueError(f"published: expected {', '.join(facts.data.unique())}, got {data!r}.")
+    "The blog's tables with our runs: mean ± standard deviation, accuracies in percent (balanced ones for Petals)."
+    facts, columns, out = published(), _columns(data), {}
+    if data is not None and data not in set(facts.data): raise unknown('published', data, facts.data.unique())
     facts = facts[facts.data == data]
-    first = 'balanced_accuracy' if data == 'petals' else 'accuracy'
-    columns = {first: 'accuracy %', 'f1': 'F1', 'mcc': 'Matthews', 'train_loss': 'train loss', 'valid_loss': 'valid loss'}
-    table = summarize(results).rename(columns={'sd': 'accuracy_sd'})
-    def cell(m, mean, sd, sign=''):
-        if pd.isna(mean): return ''
-        k, digits = (100, 2) if m == first else (1, 4)
-        return f'{k * mean:{sign}.{digits}f}' + ('' if pd.isna(sd) else f' ± {k * sd:.{digits}f}')
-    out = {}
-    for title, heads in BLOG_TABLES.items():
+    changes, table = facts.metric.str.startswith('delta_'), summarize(results)
+    table = table.rename(columns={'sd': f'{primary_of(table)}_sd'}).to_dict('records')
+    heads = {name: rs[0].spec.head for name, rs in by_row(results).items()}
+    for title, names in BLOG_TABLES.items():
         rows = []
-        for head in heads:
-            for r in table[table['head'].str.split().str[0] == head].to_dict('records'):
-                rows.append({'head': r['head'], 'lr': f"{r['lr']:g}" if r['lr'] is not None else '', 'n': r['n'],
-                             **{c: cell(m, r[m], r[f'{m}_sd']) for m, c in columns.items()}})
-            of_head = facts[(facts['head'] == head) & (facts['size'] == 224) & ~facts.metric.str.startswith('delta')]
-            for (arch, lr), g in of_head.groupby(['arch', 'lr'], sort=False):
-                g = g.set_index('metric')
-                rows.append({'head': f'{head}, blog ({arch})', 'lr': f'{lr:g}', 'n': int(g.n.iloc[0]),
-                             **{c: cell(m, g['mean'].get(m), g['std'].get(m)) for m, c in columns.items()}})
-        if rows: out[title] = pd.DataFrame(rows)
-    sizes = sorted({s for r in results for s in r.get('sizes', {})}, key=int)
-    rows = []
-    for head in dict.fromkeys(r.get('label', r['spec']['head']) for r in results):
-        rs = [r for r in results if r.get('label', r['spec']['head']) == head and r['status'] == 'complete' and r.get('sizes')]
-        for s in sizes:
-            if not rs: continue
-            change = {m: np.mean([r['sizes'][s][METRICS[m]] - r[METRICS[m]] for r in rs if s in r['sizes']]) for m in columns if m != 'train_loss'}
-            rows.append({'head': head, 'px': s, 'n': len(rs), **{columns[m]: cell(m, v, np.nan, '+') for m, v in change.items()}})
-    for (head, arch, s), g in facts[facts.metric.str.startswith('delta')].groupby(['head', 'arch', 'size'], sort=False):
-        g = g.set_index(g.metric.str.removeprefix('delta_'))['mean']
-        rows.append({'head': f'{head}, blog ({arch})', 'px': s, 'n': 3, **{columns[m]: cell(m, g.get(m), np.nan, '+') for m in columns if m != 'train_loss'}})
-    if rows: out['5. Larger images: change against the training size'] = pd.DataFrame(rows)
+        for head in names:
+            for r in table:
+                if heads[r['head']] != head: continue
+                rate, sds = '' if pd.isna(r['lr']) else f"{r['lr']:g}", {m: r.get(f'{m}_sd') for m in columns}
+                rows.append({'head': r['head'], 'lr': rate, 'n': r['n'], **_cells(columns, r, sds)})
+            rows += _blog_rows(facts[~changes & (facts['head'] == head)], columns, ['lr'])
+        if rows: out[title] = _table(rows)
+    columns.pop('train_loss')
+    rows = [*_changes(results, columns), *_blog_rows(facts[changes], columns, ['size'], '+')]
+    if rows: out['5. Larger images: change against the training size'] = _table(rows).rename(columns={'size': 'px'})
     return out

@@ -1,15 +1,25 @@
 "Maps are the weights that the forward pass used, and asking for them leaves no trace."
+import base64
+import io
+import subprocess
+import sys
+
+import jinja2
 import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from attnpool.heads import AvgPoolHead, HEADS, LearnedAggregationHead
-from attnpool.maps.compute import attention_maps, class_activation_map, class_token_maps, find_pools, grad_cam
-from attnpool.maps.draw import show_maps
-from attnpool.maps.learner import open_pictures, show_heads, spread
+from attnpool.maps.compute import (
+    attention_maps, class_activation_map, class_token_maps, enlarge, find_pools, grad_cam, maps_of, uncompiled)
+from attnpool.maps.draw import captions, colours, data_uri, figure, PALETTE, show_heads, show_maps
+from attnpool.maps.learner import open_pictures, pictures_of
 from attnpool.maps.measures import agreement, deletion_insertion, energy_in_box, entropy, pointing_game
-from attnpool.maps.page import class_index, maps_page
+from attnpool.maps.page import class_index, html_page, maps_page
 from attnpool.models.xresnet import xeca_resnext_tiny
 
 matplotlib.use("Agg")
@@ -40,14 +50,15 @@ def test_asking_leaves_no_trace():
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     class Broken(nn.Module):
         def forward(self, x): raise RuntimeError("broken")
-    with pytest.raises(RuntimeError, match="broken"): attention_maps(nn.Sequential(Broken(), LearnedAggregationHead(8, 2)), x)
+    with pytest.raises(RuntimeError, match="broken"):
+        attention_maps(nn.Sequential(Broken(), LearnedAggregationHead(8, 2)), x)
 
 
 def test_compiled_networks_and_fastai_tensors():
     from fastai.vision.all import TensorImage
     model, x = xeca_resnext_tiny(10, custom_head=LearnedAggregationHead), torch.randn(2, 3, 40, 40)
     compiled = torch.compile(model, backend="eager")
-    assert list(find_pools(compiled)) == list(find_pools(model))
+    assert uncompiled(compiled) is model is uncompiled(model) and list(find_pools(compiled)) == list(find_pools(model))
     maps = attention_maps(compiled, TensorImage(x))
     assert type(maps) is torch.Tensor and torch.equal(maps, attention_maps(model, x))
     avg = xeca_resnext_tiny(10, custom_head=AvgPoolHead)
@@ -61,7 +72,8 @@ def test_a_pool_that_is_never_called_is_told():
             super().__init__()
             self.head = LearnedAggregationHead(3, 2)
         def forward(self, x): return x.mean((2, 3))
-    with pytest.raises(ValueError, match="does not call its LearnedAggregation"): attention_maps(Unused(), torch.randn(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="does not call its LearnedAggregation"):
+        attention_maps(Unused(), torch.randn(1, 3, 4, 4))
 
 
 def test_several_pools_are_told_apart():
@@ -87,12 +99,16 @@ def test_class_activation_map_means_the_logit():
     assert torch.allclose(cam.mean((1, 2, 3)), logits, atol=1e-5)
     assert torch.equal(class_activation_map(model, x), class_activation_map(model, x, model(x).argmax(1)))
     assert class_activation_map(xeca_resnext_tiny(10), x).shape == cam.shape   # fastxtend's own head
+    several = class_activation_map(model, x, torch.stack([target, target.flip(0)], 1))
+    assert torch.allclose(several, torch.cat([cam, class_activation_map(model, x, target.flip(0))], 1), atol=1e-5)
+    assert class_activation_map(model, x[:0]).shape == (0, *cam.shape[1:])
 
 
 def test_the_wrong_kind_of_head_is_told():
     x = torch.randn(2, 3, 40, 40)
     with pytest.raises(ValueError, match="no attention pool in it"): attention_maps(xeca_resnext_tiny(10), x)
-    with pytest.raises(ValueError, match="For attention pools use attention_maps"): class_activation_map(xeca_resnext_tiny(10, custom_head=LearnedAggregationHead), x)
+    with pytest.raises(ValueError, match="For attention pools use attention_maps"):
+        class_activation_map(xeca_resnext_tiny(10, custom_head=LearnedAggregationHead), x)
 
 
 def test_pointing_game_edges():
@@ -106,11 +122,13 @@ def test_pointing_game_edges():
 
 
 def test_show_maps_wants_a_picture():
-    with pytest.raises(ValueError, match="images: there is no picture"): show_maps(torch.zeros(0, 3, 8, 8), torch.zeros(0, 1, 2, 2))
+    with pytest.raises(ValueError, match="images: there is no picture"):
+        show_maps(torch.zeros(0, 3, 8, 8), torch.zeros(0, 1, 2, 2))
 
 
 def test_show_maps_draws_every_picture_and_box():
-    fig = show_maps(torch.randn(5, 3, 20, 30), torch.rand(5, 2, 4, 6), titles=list("abcde"), boxes=torch.tensor([[1, 2, 9, 8]] * 5), ncols=3)
+    boxes = torch.tensor([[1, 2, 9, 8]] * 5)
+    fig = show_maps(torch.randn(5, 3, 20, 30), torch.rand(5, 2, 4, 6), titles=list("abcde"), boxes=boxes, ncols=3)
     drawn = [ax for ax in fig.axes if ax.images]
     assert len(fig.axes) == 6 and len(drawn) == 5
     assert [ax.get_title() for ax in drawn] == list("abcde")
@@ -125,7 +143,8 @@ def test_show_heads_has_a_row_for_each_network_and_says_what_it_predicts():
     with torch.no_grad(): p, c = learned.eval()(x).softmax(1).max(1)
     learned.train()
     boxes = torch.tensor([[1, 2, 9, 8]] * 3)
-    fig = show_heads({"learned": Learner(digits_dls(40, n_train=64, n_valid=64), learned), "avg": avg}, x, [c[0], c[1], (c[2] + 1) % 10], boxes)
+    learn = Learner(digits_dls(40, n_train=64, n_valid=64), learned)
+    fig = show_heads({"learned": learn, "avg": avg}, x, [c[0], c[1], (c[2] + 1) % 10], boxes)
     texts = [[t.get_text() for t in ax.texts] for ax in fig.axes]
     assert len(fig.axes) == 6 and all(len(ax.images) == 2 and len(ax.patches) == 1 for ax in fig.axes)
     assert [t[0] for t in (texts[0], texts[3])] == ["learned", "avg"]
@@ -171,6 +190,8 @@ def test_grad_cam_of_average_pooling_is_the_class_activation_map():
     ours, theirs = class_activation_map(model, x, target).clamp(min=0), grad_cam(model, x, target)
     assert torch.allclose(ours, theirs * ours[0].numel(), atol=1e-5)   # its gradient holds 1/n of the mean
     assert modes == [m.training for m in model.modules()]
+    with pytest.raises(ValueError, match="layer: the network is not body and head"):
+        grad_cam(nn.Sequential(model), x, target)
 
 
 @pytest.mark.parametrize("name, size", [("vit_tiny_patch16_224", 224), ("deit_tiny_distilled_patch16_224", 224)])
@@ -185,7 +206,10 @@ def test_class_token_maps_are_the_weights_of_the_block(name, size):
     with torch.no_grad(): model(x)
     patches = seen["weights"][:, :, 0, model.num_prefix_tokens:]
     assert torch.allclose(maps.flatten(2), patches / patches.sum(-1, keepdim=True), atol=1e-6)
-    with pytest.raises(ValueError, match="expected a timm vision transformer"): class_token_maps(xeca_resnext_tiny(10), torch.randn(1, 3, 40, 40))
+    with pytest.raises(ValueError, match="expected a timm vision transformer"):
+        class_token_maps(xeca_resnext_tiny(10), torch.randn(1, 3, 40, 40))
+    with pytest.raises(ValueError, match="block: expected 0 to 11, or -1 for the last, got 12"):
+        class_token_maps(model, x, 12)
 
 
 def test_energy_by_hand():
@@ -194,7 +218,8 @@ def test_energy_by_hand():
     assert energy(0, 0, 20, 20) == pytest.approx(1) and energy(0, 0, 10, 10) == pytest.approx(.1)
     assert energy(5, 0, 15, 20) == pytest.approx((.5 * 1 + .5 * 2 + .5 * 3 + .5 * 4) / 10)
     uniform = torch.full((1, 1, 7, 5), 1 / 35)
-    assert energy_in_box(uniform, torch.tensor([[3, 9, 31, 50]]), (64, 48)).item() == pytest.approx(28 * 41 / (64 * 48), rel=1e-5)   # chance: the area
+    share = energy_in_box(uniform, torch.tensor([[3, 9, 31, 50]]), (64, 48)).item()
+    assert share == pytest.approx(28 * 41 / (64 * 48), rel=1e-5)   # chance: the area
 
 
 def test_entropy_and_agreement_at_their_ends():
@@ -202,8 +227,8 @@ def test_entropy_and_agreement_at_their_ends():
     one[..., 1, 1] = 1
     assert entropy(one).item() == 0 and entropy(torch.ones(1, 1, 3, 3)).item() == pytest.approx(1)
     g = torch.rand(4, 1, 5, 5)
-    assert torch.allclose(agreement([g, 2 * g + 1, 3 * g]), torch.ones(4)) and torch.allclose(agreement([g, -g]), -torch.ones(4))
-    import numpy as np
+    assert torch.allclose(agreement([g, 2 * g + 1, 3 * g]), torch.ones(4))
+    assert torch.allclose(agreement([g, -g]), -torch.ones(4))
     three = [torch.rand(1, 1, 5, 5) for _ in range(3)]
     r = np.corrcoef([t.flatten().numpy() for t in three])
     assert agreement(three).item() == pytest.approx((r[0, 1] + r[0, 2] + r[1, 2]) / 3, abs=1e-5)
@@ -223,6 +248,8 @@ def test_deletion_and_insertion_end_where_they_should():
     (d1, i1), (d2, i2) = (deletion_insertion(Corner(), x, m, target, steps=8) for m in (good, bad))
     assert d1.shape == (2, 9) and torch.allclose(d1[:, 0], i1[:, -1]) and torch.allclose(d1[:, -1], i1[:, 0])
     assert d1.mean() < d2.mean() and i1.mean() > i2.mean()
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        deletion_insertion(Corner(), x, good, steps=0)
 
 
 @pytest.fixture
@@ -232,8 +259,6 @@ def learn(dls):
 
 
 def test_pictures_of_every_kind_and_broken_ones(tmp_path, learn):
-    import numpy as np
-    from PIL import Image
     rgb = (np.random.default_rng(0).random((50, 70, 4)) * 255).astype("uint8")
     Image.fromarray(rgb[..., :3]).save(tmp_path / "a.jpg")
     Image.fromarray(rgb).save(tmp_path / "b.png")
@@ -259,7 +284,8 @@ def test_titles_name_the_prediction(learn):
     with torch.no_grad(): p, c = learn.model(x).softmax(1).max(1)
     titles = [ax.get_title() for ax in learn.show_attention(n=5).axes if ax.images]
     assert [t.splitlines()[0] for t in titles] == [f"{learn.dls.vocab[i]} {q:.0%}" for q, i in zip(p[:5], c[:5])]
-    assert [f"({learn.dls.vocab[t]})" in title for t, i, title in zip(y, c, titles)] == [bool(t != i) for t, i in zip(y[:5], c[:5])]
+    named = [f"({learn.dls.vocab[t]})" in title for t, title in zip(y, titles)]
+    assert named == [bool(t != i) for t, i in zip(y[:5], c[:5])]
 
 
 @pytest.mark.parametrize("head, per_class", [(LearnedAggregationHead, False), (AvgPoolHead, True)])
@@ -267,10 +293,11 @@ def test_the_page_opens_without_a_network(tmp_path, dls, head, per_class):
     from fastai.vision.all import Learner
     learn = Learner(dls, xeca_resnext_tiny(10, custom_head=head))
     page = maps_page(learn, tmp_path / "maps.html", n=3, top=2, classes=[7]).read_text()
-    assert "http" not in page.replace("data:image", "") and page.count("<figure") == 3 and page.count("<button") == 3 * 3
+    assert "http" not in page.replace("data:image", "")
+    assert page.count("<figure") == 3 and page.count("<button") == 3 * 3
     assert page.count('class="map') == 3 * (3 if per_class else 1)
     for bad in ("cat", 10, -1):
-        with pytest.raises(ValueError, match="is not one of 10 classes"): class_index(bad, range(10))
+        with pytest.raises(ValueError, match="classes: .* is not one of 10 classes"): class_index(bad, range(10))
 
 
 def test_a_picture_too_small_for_the_body_is_told():
@@ -287,15 +314,122 @@ def test_maps_of_a_folded_network(name):
     assert torch.allclose(attention_maps(fold(model), x), attention_maps(model, x), atol=1e-6)
 
 
-def test_pictures_from_all_over_a_data_set(tmp_path):
-    from PIL import Image
+def test_a_learner_shows_pictures_from_all_over_its_data(tmp_path):
     from attnpool.data import get_dls
+    from fastai.vision.all import Learner
     for split in ("train", "val"):
         for i, name in enumerate("abc"):
             (tmp_path / split / name).mkdir(parents=True)
             for j in range(6): Image.new("RGB", (32, 32), (80 * i + j, 0, 0)).save(tmp_path / split / name / f"{j}.png")
     dls = get_dls(str(tmp_path), 32, 6, device="cpu")
-    x, y = spread(dls.valid, 6)
+    learn = Learner(dls, xeca_resnext_tiny(3, custom_head=AvgPoolHead))
+    x, shown, y, boxes = pictures_of(learn, n=6)
     whole = [torch.cat(o) for o in zip(*dls.valid)]
-    assert y.tolist() == [0, 0, 1, 1, 2, 2] and torch.equal(x, whole[0][[0, 3, 7, 10, 14, 17]])   # normalised as they are there
-    assert len(spread(dls.valid, 99)[0]) == 18
+    assert y.tolist() == [0, 0, 1, 1, 2, 2] and boxes is None
+    assert torch.equal(x, whole[0][[0, 3, 7, 10, 14, 17]])   # normalised as they are there
+    assert torch.allclose(shown[:, 0, 0, 0] * 255, torch.tensor([0., 3., 81., 84., 162., 165.]), atol=.01)
+    assert len(pictures_of(learn, n=99)[0]) == 18
+    with pytest.raises(ValueError, match="n: expected at least 1 picture, got 0"): pictures_of(learn, n=0)
+
+
+def test_photos_are_one_batch_and_normalised_as_in_training(tmp_path, learn):
+    calls, photos = [], (np.random.default_rng(0).random((5, 64, 64, 3)) * 255).astype("uint8")
+    for i, photo in enumerate(photos): Image.fromarray(photo).save(tmp_path / f"{i}.png")
+    x, shown, labels, boxes = pictures_of(learn, tmp_path)
+    assert labels is boxes is None and torch.equal(shown, torch.from_numpy(photos).permute(0, 3, 1, 2) / 255)
+    norm = next(t for t in learn.dls.valid.after_batch.fs if hasattr(t, "mean"))
+    assert torch.allclose(x * norm.std + norm.mean, shown, atol=1e-6)
+    learn.model.register_forward_pre_hook(lambda m, args: calls.append(len(args[0])))
+    learn.show_attention(tmp_path)
+    assert calls == [5, 5]   # prediction and maps, each of all files at once
+
+
+@pytest.mark.parametrize("room", ["compute", "measures", "draw"])
+def test_maps_load_no_framework(room):
+    code = (f"import sys, attnpool.maps.{room}; "
+            "print(*[m for m in ('fastai', 'timm', 'torchvision', 'fastxtend', 'captum') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_show_heads_takes_anything_with_a_model_and_data():
+    from types import SimpleNamespace
+    model, x = xeca_resnext_tiny(2, custom_head=AvgPoolHead), torch.randn(1, 3, 40, 40)
+    learner = SimpleNamespace(model=model, dls=SimpleNamespace(vocab=["cat", "dog"]))
+    with torch.no_grad(): said = ["cat", "dog"][model.eval()(x).argmax()]
+    assert show_heads({"a": learner, "b": model}, x).axes[1].texts[1].get_text().startswith(said)
+
+
+def test_captions_name_the_truth_where_it_is_missed():
+    p = torch.tensor([[.9, .1], [.25, .75]])
+    assert captions(p) == ["0 90%", "1 75%"]
+    assert captions(p, "ab", [0, 0]) == ["a 90%", "b 75% (a)"]
+    assert captions(p, "ab", torch.tensor([1, 1]), sep="\n") == ["a 90%\n(b)", "b 75%"]
+
+
+def test_enlarged_maps_keep_their_mean_and_their_place():
+    m = torch.rand(2, 3, 4, 5, dtype=torch.bfloat16)
+    big = enlarge(m, (40, 50))
+    assert big.dtype == torch.float32 and big.shape == (2, 3, 40, 50)
+    centre = big[..., 4:6, 4:6].mean((2, 3))   # a cell's value stands there
+    assert torch.allclose(centre, m[..., 0, 0].float(), atol=.05)
+
+
+def test_colours_run_from_dark_to_bright_and_a_uniform_map_has_one():
+    ramp = colours(torch.linspace(0, 1, 101)[None])[0].astype(int).sum(-1)
+    assert (np.diff(ramp) >= 0).all() and ramp[:3].tolist() == [ramp[0]] * 3 and ramp[-3:].tolist() == [ramp[-1]] * 3
+    uniform = torch.full((5, 5), .04) * (1 + 1e-7 * torch.randn(5, 5))   # rounding
+    assert (np.ptp(colours(uniform).reshape(-1, 3).astype(int), axis=0) < 10).all()
+    assert (colours(7 * torch.eye(4) + 3) == colours(torch.eye(4))).all()
+
+
+def test_the_palette_is_told_apart_and_figures_are_transparent():
+    rgb = np.array([matplotlib.colors.to_rgb(c) for c in PALETTE])
+    apart = np.abs(rgb[:, None] - rgb).sum(-1)[np.triu_indices(len(rgb), 1)]
+    assert len(PALETTE) == 8 and apart.min() > .25
+    before = plt.rcParams["text.color"]
+    with figure(size=(3, 2)) as (fig, ax): ax.plot([0, 1], label="line")
+    assert plt.rcParams["text.color"] == before and fig.get_size_inches().tolist() == [3, 2]
+    assert fig.patch.get_alpha() == ax.patch.get_alpha() == 0 and ax.xaxis.label.get_color() == "#888888"
+
+
+def test_data_uris_hold_the_picture():
+    pixels = (np.random.default_rng(0).random((7, 5, 3)) * 255).astype("uint8")
+    def back(uri): return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+    assert (back(data_uri(pixels)) == pixels).all() and (back(data_uri(Image.fromarray(pixels))) == pixels).all()
+    assert (back(data_uri(pixels[..., 0])) == pixels[..., 0]).all()
+    assert data_uri(pixels, "jpeg").startswith("data:image/jpeg;base64,")
+    with figure(size=(2, 1)) as (fig, _): pass
+    number = fig.number
+    assert back(data_uri(fig, dpi=50)).shape == (50, 100, 4) and not plt.fignum_exists(number)
+    svg = base64.b64decode(data_uri(fig, "svg").removeprefix("data:image/svg+xml;base64,"))
+    assert svg.startswith(b"<?xml") and b"<svg" in svg
+    with pytest.raises(ValueError, match="format: only a figure can be 'svg'"): data_uri(pixels, "svg")
+    with pytest.raises(TypeError, match="picture: expected .* got float64"): data_uri(pixels / 255)
+    with pytest.raises(TypeError, match="picture: expected .* got str"): data_uri("photo.jpg")
+
+
+def test_pages_escape_what_they_are_given():
+    hostile = '"><script>alert(1)</script>'
+    template = '<img alt="{{ name }}"><p>{{ name }}</p>{{ table|safe }}'
+    page = html_page(hostile, template, "p > b { color: red }", name=hostile, table="<table></table>")
+    assert "<script>" not in page and page.count("&lt;script&gt;") == 4   # title, heading, attribute, text
+    assert "p > b { color: red }" in page and "<table></table>" in page and "http" not in page
+    with pytest.raises(jinja2.UndefinedError, match="'nme' is undefined"): html_page("", "{{ nme }}", name=1)
+
+
+def test_hostile_names_of_classes_are_escaped_on_the_page_of_maps(tmp_path, dls):
+    from types import SimpleNamespace
+    vocab = [f"<img src=x onerror=alert({i})>" for i in range(10)]
+    data = SimpleNamespace(valid=dls.valid, boxes=dls.boxes, vocab=vocab)
+    learn = SimpleNamespace(model=xeca_resnext_tiny(10, custom_head=AvgPoolHead), dls=data)
+    page = maps_page(learn, tmp_path / "maps.html", n=1).read_text()
+    assert "<img src=x" not in page and page.count("&lt;img src=x onerror=alert(") == 3
+
+
+def test_a_page_of_a_head_with_a_query_per_class_shows_the_maps_of_the_classes(tmp_path, dls):
+    from fastai.vision.all import Learner
+    learn = Learner(dls, xeca_resnext_tiny(10, custom_head=HEADS["classquery"]))
+    page = maps_page(learn, tmp_path / "maps.html", n=1, top=1, classes=[4]).read_text()
+    x, *_ = pictures_of(learn, n=1)
+    m = enlarge(maps_of(learn.model, x)[:, 4:5], x.shape[2:])[0, 0]
+    assert page.count('class="map') == 2 and f'data-i="1" alt="" src="{data_uri(colours(m))}"' in page
