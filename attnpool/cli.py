@@ -219,8 +219,8 @@ def bench(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(
-        help="Folders that bench wrote, files REPORT.runs.csv of an earlier report, or files of fastai's CSVLogger named "
-             "HEAD-SEED.csv.")],
+        help="Folders that bench wrote, files REPORT.runs.csv of an earlier report, or files of fastai's CSVLogger "
+             "named HEAD-SEED.csv.")],
     published: Annotated[str | None, typer.Option(
         help="Put the blog's numbers beside: imagenette, imagewoof or petals.")] = None,
     out: Annotated[Path, typer.Option(help='The page; tables go beside it as .csv and .md.')] = Path('report.html'),
@@ -319,8 +319,8 @@ def maps(
 ):
     """See where a trained network looks: a page to hover over, or measures.
 
-    With --measure: pointing game and energy (where true boxes are known) against chance, entropy, deletion and insertion,
-    and the agreement over seeds, for each head.
+    With --measure: pointing game and energy (where true boxes are known) against chance, entropy, deletion and
+    insertion, and the agreement over seeds, for each head.
 
     Examples:
 
