@@ -70,7 +70,7 @@ def split_options(
     options: dict, # By name
 ) -> tuple[dict, dict]: # Those of the head, those of the network; without what stands at its default
     "Options by whom they are for. Unknown ones are errors; timm's networks find theirs when they are built."
-    of_head, of_arch, fixed = head_options(head), options, ('n_out', 'custom_head', 'pretrained', 'stoch_depth')
+    of_head, of_arch, fixed = head_options(head), options, ('n_out', 'custom_head', 'pretrained', 'c_in', 'stoch_depth')
     if arch in ARCHS: of_arch = {n: p.default for n, p in signature(ARCHS[arch]).parameters.items() if n not in fixed}
     for name in options:
         if name not in of_head and name not in of_arch: raise unknown('options', name, [*of_head, *of_arch])

@@ -400,5 +400,5 @@ def test_options_reach_the_heads_that_have_them(monkeypatch):
     import attnpool.runs.train as train
     asked = []
     monkeypatch.setattr(train, "sweep", lambda specs, *args: asked.extend(specs) or [])
-    with pytest.raises(SystemExit): main(["bench", "digits", "--heads", "avg,learned", "--seeds", "1", "--options", "num_heads=2,c_in=3", "--device", "cpu"])
-    assert [dict(s.options) for s in asked] == [{}, {"num_heads": 2}]   # c_in stands at its default
+    with pytest.raises(SystemExit): main(["bench", "digits", "--heads", "avg,learned", "--seeds", "1", "--options", "num_heads=2,ffn_expand=3", "--device", "cpu"])
+    assert [dict(s.options) for s in asked] == [{}, {"num_heads": 2}]   # ffn_expand stands at its default

@@ -87,7 +87,7 @@ def test_a_recipe_of_another_version():
 
 
 def test_options_find_whom_they_are_for():
-    assert split_options("learned", "xeca_resnext_tiny", dict(num_heads=2, c_in=1)) == (dict(num_heads=2), dict(c_in=1))
+    assert split_options("learned", "xresnext50s", dict(num_heads=2, widen=.5)) == (dict(num_heads=2), dict(widen=.5))
     assert split_options("learned", "resnet18", dict(num_heads=2, stem_width=16)) == (dict(num_heads=2), dict(stem_width=16))
     with pytest.raises(BadInput, match="options: 'num_head' is unknown. Did you mean 'num_heads'?"): make_spec(head="learned", options=dict(num_head=2))
     with pytest.raises(BadInput, match="options: 'num_heads' is unknown"): make_spec(head="avg", options=dict(num_heads=2))
