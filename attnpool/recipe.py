@@ -219,7 +219,9 @@ def scratch_network(
     **options # Of the network
 ) -> tuple[nn.Module, dict]: # The network, and options of fastai's `Learner` that go with it
     "A network from scratch with one of our heads."
-    if drop_path: options['stoch_depth' if arch in (*ARCHS, *ARCHS.values()) else 'drop_path_rate'] = drop_path
+    if drop_path and not isinstance(arch, str):
+        raise BadInput(f"drop_path: it needs a network's name for arch, got {drop_path}. Leave it out, or give a name.")
+    if drop_path: options['stoch_depth' if arch in ARCHS else 'drop_path_rate'] = drop_path
     try: network = build_network(arch, get_c(dls), head, **options)
     except TypeError as e:
         strange = re.search(r"unexpected keyword argument '(\w+)'", str(e))
