@@ -758,7 +758,7 @@ def test_without_the_full_size_version_its_own_files_are_used_and_it_is_said(hom
     dls = get_dls("imagenette-320", size=32, bs=4, device="cpu")
     x = plain(valid_dl(dls, 256, bs=4))[0][0]
     assert torch.equal(x, plain(picture_dls("imagenette-320", 256, 4, "cpu", cache_gb=0).valid)[0][0])
-    assert "attnpool: the larger pictures of imagenette-320 are not at hand, so its own are enlarged. data: imagenette could not" in capfd.readouterr().err
+    assert "attnpool: the larger pictures of imagenette-320 are not at hand, its own files are used. data: imagenette could not" in capfd.readouterr().err
 
 
 def test_petals_have_larger_records_beside_them(tfrecord, capfd):

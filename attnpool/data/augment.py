@@ -46,7 +46,7 @@ AUGMENTS['petals'] = Augment(partial(_crops, flip=False), partial(_warps, flip_v
 AUGMENTS['light'] = Augment(_crops, list)
 AUGMENTS['none'] = Augment(lambda size: [ValidationCrop(size), ToTensor()], list)
 
-# %% ../../nbs/35_data.augment.ipynb #72e8c7ae
+# %% ../../nbs/35_data.augment.ipynb #906e27d2
 OWN = dict(petals='petals', digits='none')   # by family; all others have the blog's
 
 def augment_name(

@@ -68,9 +68,10 @@ def fetch(
         except Exception as e:   # whatever the network brings
             (archives/f'{Path(source.url).name}.part').unlink(missing_ok=True)
             if getattr(e, 'errno', None) in NO_ROOM: raise
-            raise BadInput(f"data: {name} could not be downloaded ({type(e).__name__}: {str(e).splitlines()[0]}). "
-                           f"Get {source.url} some other way, and pass the path of the archive, or of its folder, "
-                           "instead of the name.") from None
+            why = str(e).partition('\n')[0]
+            raise BadInput(f"data: {name} could not be downloaded ({type(e).__name__}: {why}). "
+                           f"Get {source.url} some other way, "
+                           "and pass the path of the archive, or of its folder, instead of the name.") from None
         for o in inside.iterdir(): o.rename(tmp/o.name)
         inside.rmdir()
         (tmp/'data').rmdir()
@@ -145,7 +146,7 @@ def larger_version(
             if path.exists(): return find_pictures(path, cache=cache)
     try: fetch(source.larger)
     except BadInput as e:
-        print(f"attnpool: the larger pictures of {data} are not at hand, so its own are enlarged. {e}", file=sys.stderr)
+        print(f"attnpool: the larger pictures of {data} are not at hand, its own files are used. {e}", file=sys.stderr)
         return None
     return find_pictures(source.larger, cache=cache)
 
