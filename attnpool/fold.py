@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# some of these are here for those who import them from fold
 from .chunks import chunks, clear_scratch, dots, in_chunks, is_near, read_chunk, scratch, weighted_sum, widen
 from .forms import form, form_asked_for, forms_used, is_traced, kernels_for, no_autocast, note_form, wide
 

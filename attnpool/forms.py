@@ -41,11 +41,12 @@ def no_autocast(x: Tensor) -> ContextManager:
 
 # %% ../nbs/02_forms.ipynb #57290257
 FORMS = ('plain', 'folded')   # that can be asked for; 'kernels' run by themselves
-_now = threading.local()
+class _Now(threading.local): form = used = None
+_now = _Now()
 
 def form_asked_for() -> str | None: # 'plain', 'folded', or None for the quickest
     "What `form` asks for, here and now."
-    return getattr(_now, 'form', None)
+    return _now.form
 
 @contextmanager
 def form(
@@ -60,7 +61,7 @@ def form(
 @contextmanager
 def forms_used():
     "Yields a set. What runs within adds its form to it: 'plain', 'folded' or 'kernels'; what is compiled adds nothing."
-    before, used = getattr(_now, 'used', None), set()
+    before, used = _now.used, set()
     _now.used = used
     try: yield used
     finally:
@@ -71,7 +72,7 @@ def note_form(
     name: str, # 'plain', 'folded' or 'kernels'
 ):
     "Tell `forms_used` what runs."
-    if not torch.compiler.is_compiling() and getattr(_now, 'used', None) is not None: _now.used.add(name)
+    if not torch.compiler.is_compiling() and _now.used is not None: _now.used.add(name)
 
 # %% ../nbs/02_forms.ipynb #3730b994
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'   # the GPU kernels on a CPU, to try them

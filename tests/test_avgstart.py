@@ -12,6 +12,7 @@ from attnpool.forms import form, forms_used
 from attnpool.heads import AvgPoolHead, AvgStartAttnPoolHead, ClassQueryPoolHead, fold
 from attnpool.maps.compute import find_pools
 from attnpool.pooling.start import AvgStartAttnPooling2d, ClassQueryPooling2d
+from attnpool.registry import BadInput
 
 STARTS = [AvgStartAttnPoolHead, ClassQueryPoolHead]
 
@@ -176,5 +177,5 @@ def test_found_and_folded(head):
     (lambda: ClassQueryPoolHead(16, 0), "n_out: expected at least 1 output, got 0"),
 ])
 def test_bad_input(make, words):
-    with pytest.raises(ValueError) as e: make()
+    with pytest.raises(BadInput) as e: make()
     assert words in str(e.value)

@@ -16,6 +16,7 @@ from attnpool.fold import gather, gather_plain
 from attnpool.forms import form, form_asked_for, forms_used, is_traced
 from attnpool.functional import attention_pool, attention_pool_plain, attention_scores
 from attnpool.layers import Mish, mish, TokenBatchNorm
+from attnpool.registry import BadInput
 
 TOL = 1e-12
 NORMS = dict(none=lambda c: None, layer=nn.LayerNorm, plain_layer=lambda c: nn.LayerNorm(c, elementwise_affine=False),
@@ -274,7 +275,7 @@ def test_forms_agree_and_say_what_ran(queries):
     assert not torch.equal(found["plain"][0], found[None][0])   # other roundings: it was another form
     with forms_used() as used: attention_pool(x, query, *affine, norm=TokenBatchNorm(12).double())
     assert used == {"plain"}   # what cannot be folded
-    with pytest.raises(ValueError, match="name: 'plan' is unknown. Did you mean 'plain'"), form("plan"): pass
+    with pytest.raises(BadInput, match="name: 'plan' is unknown. Did you mean 'plain'"), form("plan"): pass
 
 
 def test_forms_belong_to_their_thread():
@@ -409,12 +410,12 @@ def test_export_with_any_batch_height_and_width():
 
 
 @pytest.mark.parametrize("change, error, words", [
-    (dict(x=torch.randn(12, 3, 5)), ValueError, "x: expected a map of shape (b, c, h, w), got (12, 3, 5)"),
-    (dict(x=torch.randn(2, 7, 3, 5)), ValueError, "x: expected 12 channels, got 7"),
-    (dict(x=torch.randn(2, 12, 0, 5)), ValueError, "no positions"),
-    (dict(query=torch.randn(12)), ValueError, "query: expected shape (queries, 12), got (12,)"),
-    (dict(query=torch.randn(1, 9)), ValueError, "query: expected shape (queries, 12), got (1, 9)"),
-    (dict(num_heads=5), ValueError, "num_heads: 5 does not divide the 12 channels"),
+    (dict(x=torch.randn(12, 3, 5)), BadInput, "x: expected a map of shape (b, c, h, w), got (12, 3, 5)"),
+    (dict(x=torch.randn(2, 7, 3, 5)), BadInput, "x: expected 12 channels, got 7"),
+    (dict(x=torch.randn(2, 12, 0, 5)), BadInput, "no positions"),
+    (dict(query=torch.randn(12)), BadInput, "query: expected shape (queries, 12), got (12,)"),
+    (dict(query=torch.randn(1, 9)), BadInput, "query: expected shape (queries, 12), got (1, 9)"),
+    (dict(num_heads=5), BadInput, "num_heads: 5 does not divide the 12 channels"),
     (dict(query=torch.randn(1, 12).half()), TypeError, "query: it is torch.float16, the weights are torch.float32"),
     (dict(x=torch.randn(2, 12, 3, 5).bfloat16()), TypeError, "x: the map is torch.bfloat16, the weights are torch.float32"),
     (dict(x=torch.randn(2, 12, 3, 5).double()), TypeError, "x: the map is torch.float64, the weights are torch.float32"),
