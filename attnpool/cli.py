@@ -355,41 +355,56 @@ def maps(
 def speed(
     quick: Annotated[bool, typer.Option('--quick', help='Fewer settings, under three minutes on two cores.')] = False,
     figures: Annotated[bool, typer.Option('--figures', help="This library's figures against their goals instead.")] = False,
-    growth: Annotated[bool, typer.Option('--growth', help='Time and memory against map size and number of queries instead.')] = False,
-    steps: Annotated[bool, typer.Option('--steps', help="Whole training steps of XECA-XResNeXt50S with the concat head instead: fastxtend's body, and what this library changes in it. And where the time goes.")] = False,
+    growth: Annotated[bool, typer.Option(
+        '--growth', help='Time and memory against map size and number of queries instead.')] = False,
+    steps: Annotated[bool, typer.Option(
+        '--steps', help="Whole training steps of XECA-XResNeXt50S with the concat head instead: fastxtend's body, and what "
+                        'this library changes in it. And where the time goes.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='Folder for the CSV and the plot.')] = Path('speed'),
 ):
-    """Measure what pooling costs: every head, the blog's layer as printed, and the pools of timm and torch, in turns in one process.
+    """Measure what pooling costs: every head, the blog's layer as printed, and the pools of timm and torch, in turns in
+    one process.
 
-    Prints ratios to average pooling (medians, quartiles in brackets): forward, training step, memory, parameters, multiply-adds.
+    Prints ratios to average pooling (medians, quartiles in brackets): forward, training step, memory, parameters,
+    multiply-adds; and which form of attention pooling ran.
     """
-    warnings.filterwarnings('ignore')
+    import pandas as pd
     from rich.console import Console
 
-    from attnpool.cost import goals, pools, steps, timing
-    console, device = Console(), check_device(device)
-    def say(text): console.print(text, markup=False, highlight=False)
+    from attnpool.cost import pools, timing
+    console, device, plot = Console(), check_device(device), None
+    def say(text): console.print(text, markup=False, highlight=False, soft_wrap=True)
     say(timing.machine(device))
-    if figures: table = goals.figures(device, progress=say)
+    if figures:
+        from attnpool.cost.goals import goals
+        name, table = 'figures', goals(device, progress=say)
     elif growth:
-        table = pools.growth(device=device, progress=say)
+        name, table, plot = 'growth', pools.measure_growth(device=device, progress=say), pools.plot_growth
         say(table.to_string(index=False))
     elif steps:
-        variants = steps.step_variants(device=device)
-        table = timing.versus(timing.interleaved(variants, device=device)).rename_axis('step').reset_index()
+        from attnpool.cost.steps import step_profile, step_variants
+        variants = step_variants(device=device)
+        times = timing.ratios(timing.time_in_turns(variants, device=device))
+        name, table = 'steps', times.rename_axis('step').reset_index()
         say(table.round(2).to_string(index=False))
-        if device == 'cpu': say('\nShares of the step, by kind of operation\n' + pools.pd.DataFrame({n: steps.step_profile(variants[n]) for n in ('fastxtend', 'ours, channels last')}).round(3).to_string())
+        shares = {n: step_profile(variants[n]) for n in ('fastxtend', 'ours, channels last')} if device == 'cpu' else None
+        if shares: say('\nShares of the step, by kind of operation\n' + pd.DataFrame(shares).round(3).to_string())
     else:
-        table = pools.measure(**(pools.QUICK if quick else {}), device=device, progress=say)
-        for t in pools.format_speed(table): console.print(t)
-    say('Written: ' + ', '.join(map(str, goals.write_speed(table, out, device))))
+        name, plot = 'speed', pools.plot_pool_costs
+        table = pools.measure_pools(**(pools.QUICK if quick else {}), device=device, progress=say)
+        for t in pools.pool_tables(table): console.print(t)
+    say('Written: ' + ', '.join(map(str, timing.write_costs(table, out, name, device, plot))))
 
+# %% ../nbs/70_cli.ipynb #1a9a4d6e
 @app.command()
 def complexity(
-    networks: Annotated[str | None, typer.Option(help="timm names, or NAME+HEAD, separated by commas.  [default: the PatchConvNets and their rivals]")] = None,
-    sizes: Annotated[str, typer.Option(help='Sides of the pictures, in pixels, multiples of 32, separated by commas.')] = '224',
-    speed: Annotated[bool, typer.Option('--speed', help='Measure pictures per second as well: minutes per network on a CPU.')] = False,
+    networks: Annotated[str | None, typer.Option(
+        help='timm names, or NAME+HEAD, separated by commas.  [default: the PatchConvNets and their rivals]')] = None,
+    sizes: Annotated[str, typer.Option(
+        help='Sides of the pictures, in pixels, multiples of 32, separated by commas.')] = '224',
+    speed: Annotated[bool, typer.Option(
+        '--speed', help='Measure pictures per second as well: minutes per network on a CPU.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='The table as CSV.')] = Path('complexity.csv'),
 ):
@@ -399,9 +414,9 @@ def complexity(
 
         attnpool complexity --sizes 224,384 --networks patchconvnet_s60,resnet50,resnet50+learned
     """
-    warnings.filterwarnings('ignore')
     from attnpool.cost import networks as c
-    table = c.complexity(_list('networks', networks) if networks else c.NETWORKS, _list('sizes', sizes, int), device=check_device(device), speed=speed)
+    names = _list('networks', networks) if networks else c.NETWORKS
+    table = c.complexity(names, _list('sizes', sizes, int), device=check_device(device), speed=speed)
     table.to_csv(out)
     typer.echo(table.round(2).to_string(na_rep='–'))
     typer.echo(f'Table: {out}')
