@@ -306,16 +306,16 @@ def data(
 # %% ../nbs/70_cli.ipynb #bf6bdb08
 @app.command()
 def maps(
-    runs: Annotated[list[Path], typer.Argument(
-        help='A run folder, then pictures or folders of them; with --measure, run folders or folders of runs.')],
+    runs: Annotated[list[Path], typer.Argument(help='A run folder, then pictures or folders of them; '
+                                                    'with --measure, run folders or folders of runs.')],
     top: Annotated[int, typer.Option(help='Likeliest classes to offer for each picture.')] = 3,
     classes: Annotated[str, typer.Option(help='Further classes, by name or index, separated by commas.')] = '',
     n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.')] = 8,
-    measure: Annotated[bool, typer.Option(
-        '--measure', help='Measure the maps of the runs on their validation pictures instead.')] = False,
+    measure: Annotated[bool, typer.Option('--measure', help='Measure the maps of the runs on their '
+                                                            'validation pictures instead.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
-    out: Annotated[Path, typer.Option(
-        help='The page; with --measure, the table is OUT with the ending .csv.')] = Path('maps.html'),
+    out: Annotated[Path, typer.Option(help='The page; with --measure, the table is OUT with the ending '
+                                           '.csv.')] = Path('maps.html'),
 ):
     """See where a trained network looks: a page to hover over, or measures.
 

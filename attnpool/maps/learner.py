@@ -56,7 +56,6 @@ def pictures_of(
     n: int = 8, # How many of the validation set, from all over it
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]: # As the network takes them, 0..1 to look at, labels, boxes
     "Pictures to show maps over, all in one batch on the device of the Learner's data."
-    if n < 1: raise BadInput(f"n: expected at least 1 picture, got {n}.")
     norm = next((t for t in learn.dls.valid.after_batch.fs if isinstance(t, Normalize)), None)
     x, labels, boxes = validation_pictures(learn.dls, n if files is None else 1)
     if files is None: return x, (x * norm.std + norm.mean if norm else x).clamp(0, 1), labels, boxes

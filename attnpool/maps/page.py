@@ -89,7 +89,7 @@ for (const card of document.querySelectorAll('figure')) {
 
 # %% ../../nbs/46_maps.page.ipynb #02329b14
 def maps_page(
-    learn: Learner, # Trained
+    learn: Learner, # Trained; its data say how pictures are prepared and what the classes are called
     path: Path | str, # The HTML file
     files: Sequence[Path | str] | Path | str | None = None, # Pictures or folders of them; None for validation pictures
     top: int = 3, # How many of the likeliest classes each picture offers
