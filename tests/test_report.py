@@ -148,6 +148,13 @@ def test_results_from_before_version_0_2_read_from_folders_and_from_tables(tmp_p
     pd.testing.assert_frame_equal(table.history(), history)
 
 
+@pytest.mark.parametrize("path, name", [("digits", "digits"), ("/home/me/imagenette-128.tar", "imagenette-128"), ("my/photos.v2", "photos.v2")])
+def test_results_from_before_version_0_2_have_data_by_name(tmp_path, path, name):
+    flat_run(tmp_path, "avg", 1, .9, data=path)
+    r, = collect([tmp_path])[0]
+    assert (r.spec.data.name, r.spec.data.path) == (name, path) and setting_of(r)["data"] == name
+
+
 def test_the_published_tables_of_this_repository(pytestconfig):
     "Means by hand, from the last rows of the file."
     file = pytestconfig.rootpath / "docs/results/digits.runs.csv"
@@ -237,6 +244,7 @@ def test_the_blogs_tables_by_hand(tmp_path):
     base = tables["1. Baseline"]
     assert base["accuracy %"].tolist()[0] == "95.00 ± 1.00" and base["F1"].tolist()[0] == "0.9400 ± 0.0100"
     assert base[base["head"] == "avg, blog (xeca_resnext50s)"]["accuracy %"].tolist() == ["95.80 ± 0.11", "94.96 ± 0.23", "95.77 ± 0.10"]
+    assert base["note"].iloc[-1] == "train loss and valid loss: probably those of the run with sandwich norm"
     sizes = tables["5. Larger images: change against the training size"].set_index("head")
     assert sizes.loc["avg", "accuracy %"] == "+1.00" and sizes.loc["avg", "valid loss"] == "-0.0500"
     assert "5." not in "".join(blog_tables([result("avg", 1, .9)]))

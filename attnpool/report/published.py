@@ -45,8 +45,10 @@ def _blog_rows(facts, columns, by, sign=''):
         m = g.metric.str.removeprefix('delta_')
         cells = _cells(columns, dict(zip(m, g['mean'])), dict(zip(m, g['std'])), sign)
         first = g.iloc[0]
+        notes = [note if len(its) == len(g) else f"{' and '.join(columns[k] for k in its)}: {note}"
+                 for note, its in m.groupby(g.note, sort=False)]
         yield {'head': f'{head}, blog ({arch})', **{k: f'{first[k]:g}' for k in by}, 'n': int(first.n), **cells,
-               'note': '; '.join(g.note.dropna().unique())}
+               'note': '; '.join(notes)}
 
 def _table(rows):
     "With the column of notes only where there are any."
@@ -62,7 +64,7 @@ def _changes(results, columns):
         for size in sorted({s for r in rs for s in r.sizes}, key=int):
             its = [r for r in rs if size in r.sizes]
             change = {short: np.mean([r.sizes[size][m] - r.metrics[m] for r in its]) for short, m in names.items()
-                      if all(m in r.sizes[size] for r in its)}
+                      if all(m in r.sizes[size] and m in r.metrics for r in its)}
             yield {'head': head, 'size': size, 'n': len(its), **_cells(columns, change, sign='+')}
 
 def blog_tables(

@@ -30,7 +30,7 @@ from ..runs.train import open_run
 def paired_difference(
     a: dict, # Seed: value
     b: dict, # Seed: value, of what `a` is compared with
-    level: float = .95, # Confidence
+    level: float = .95, # Confidence of the interval, between 0 and 1
 ) -> tuple[float, float, int]: # Mean of `a - b` over common seeds, half width of its interval, number of these seeds
     "Mean paired difference with its Student t interval, which is NaN below two seeds."
     d = np.array([a[s] - b[s] for s in sorted(a.keys() & b.keys())])
