@@ -3,6 +3,8 @@
 Each page is run in a fresh process, as `nbdev_test` would run it. A page is written where its outputs differ from those
 in the file in more than numbers and pictures; `--check` writes nothing and names such pages. An error fails either way.
 A cell that begins with `#| varies` shows what depends on the machine: of its outputs only the kinds are compared.
+Cells with a flag of `settings.ini` are left out, as in `nbdev_test`; a page that is written runs its slow ones too, for
+what is shown below them.
 """
 import argparse
 import html
@@ -111,21 +113,23 @@ def run(path, flags):
 
 def page(path, check, every, flags):
     "Run a page, and write it if that is asked for: what became of it, and how it differs."
-    new = run(path, flags)
+    new = run(path, flags - {'slow'} if every else flags)
     if isinstance(new, str): return 'failed', new
     different = '\n'.join(differences(json.loads(path.read_text()), json.loads(nb2str(new))))
-    if check: return 'differs' if different else 'same', different
-    if different or every: write_nb(new, path)
-    return 'written' if different or every else 'same', different
+    if check or not (different or every): return 'differs' if different else 'same', different
+    if not every and 'slow' in flags and re.search(r'"#\|\s*slow', path.read_text()): return 'slow', different
+    write_nb(new, path)
+    return 'written', different
 
 
-def in_fresh_process(path, context, **options):
+def in_fresh_process(path, context, every, **options):
     start = time.perf_counter()
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        try: state, text = process.submit(page, path, **options).result()
+    bare = 'TRITON_INTERPRET' in path.read_text()   # triton reads it when it is imported, which fastai does
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn') if bare else context) as process:
+        try: state, text = process.submit(page, path, every=every, **options).result()
         except BrokenProcessPool: state, text = 'failed', 'Its process was killed.'
     print(f'{time.perf_counter() - start:6.1f} s  {path.stem:24} {state}', *filter(None, [text]), sep='\n    ', flush=True)
-    return path, state
+    return in_fresh_process(path, context, every=True, **options) if state == 'slow' else (path, state)
 
 
 def main():

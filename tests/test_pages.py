@@ -96,6 +96,7 @@ def test_pages_are_run_compared_and_written(tmp_path):
     good = page(tmp_path / "good.ipynb", cell(printed("1 apple\n"), source="import time\nprint(time.time(), 'apple')"))
     skipped = page(tmp_path / "skipped.ipynb", cell(printed("kept"), source="#| cuda\n1/0"), cell(printed("kept"), source="#| eval: false\n1/0"))
     stale = page(tmp_path / "stale.ipynb", cell(printed("pear\n"), source="import sys\nprint('apple'); print('slow!', file=sys.stderr)"), cell(printed("gone"), source="y = 1"))
+    slow = page(tmp_path / "slow.ipynb", cell(printed("kept"), source="#| slow\nprint(1 + 1, 'plums')"), cell(source="print('cherry')"))
     broken = page(tmp_path / "broken.ipynb", cell(source="def f(): return 1/0\nf()"))
     before = {f: f.read_text() for f in (good, skipped, stale, broken)}
 
@@ -105,8 +106,9 @@ def test_pages_are_run_compared_and_written(tmp_path):
     assert checked.returncode == 1 and {f: f.read_text() for f in before} == before
     assert "failed: broken" in checked.stdout and "differs: stale" in checked.stdout and "- pear" in checked.stdout
     assert "ZeroDivisionError" in checked.stdout and "return 1/0" in checked.stdout
-    written = run(good, skipped, stale)
-    assert written.returncode == 0 and "written: stale" in written.stdout, written.stdout
+    written = run(good, skipped, stale, slow)
+    assert written.returncode == 0 and "written: stale, slow" in written.stdout, written.stdout
+    assert [c["outputs"] for c in json.loads(slow.read_text())["cells"][1:]] == [[printed("2 plums\n")], [printed("cherry\n")]]
     assert good.read_text() == before[good] and skipped.read_text() == before[skipped]
     assert [c["outputs"] for c in json.loads(stale.read_text())["cells"][1:]] == [[printed("apple\n")], []]
     after = stale.read_text()
