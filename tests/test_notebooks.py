@@ -1,6 +1,7 @@
 "What every notebook page owes its reader."
 import ast
 import json
+import os
 import re
 from pathlib import Path
 
@@ -103,6 +104,31 @@ def test_every_page_has_its_place_in_the_navigation():
     listed = re.findall(r"^ *- (?:.*: )?(\S+)\.ipynb$", (ROOT / "mkdocs.yml").read_text(), re.M)
     pages = [re.sub(r"^\d\d_", "", str(p.relative_to(ROOT / "nbs").with_suffix(""))) for p in NOTEBOOKS]
     assert sorted(listed) == sorted(pages)
+
+
+def lost_references(text, folder, pages, modules):
+    "Relative links to pages that are not there, and names of modules that are not there."
+    for link in re.findall(r"\]\(([\w./-]+)\.html[)#]", text):
+        if os.path.normpath(f"{folder}/{link}") not in pages and "results/" not in link: yield f"{link}.html"
+    for name in re.findall(r"\battnpool((?:\.[a-zA-Z_]\w*)+)", text):
+        if name.startswith((".github", ".__")): continue
+        parts = name.strip(".").split(".")
+        if parts[0] not in {m.split(".")[0] for m in modules} or len(parts) > 1 and parts[0] not in modules and ".".join(parts[:2]) not in modules:
+            yield f"attnpool{name}"
+
+
+def test_links_and_names_of_modules_lead_somewhere():
+    pages = {re.sub(r"^\d\d_", "", str(p.relative_to(ROOT / "nbs").with_suffix(""))) for p in NOTEBOOKS}
+    modules = {p for p in pages if "/" not in p and p != "index"}
+    lost = [f"{path.stem}: {reference}" for path in NOTEBOOKS for cell in PAGES[path.stem]["cells"]
+            for reference in lost_references(source(cell), path.parent.relative_to(ROOT / "nbs"), pages, modules)]
+    assert not lost, "\n" + "\n".join(lost)
+
+
+def test_the_reference_rule_sees_what_it_should():
+    known = {"maps.draw", "heads", "tutorials/a"}
+    assert not list(lost_references("[a](../heads.html#x) `attnpool.heads.HEADS` attnpool.maps.draw attnpool.github.io [c](../results/d.html)", "tutorials", known, known))
+    assert list(lost_references("[b](bench.html) `attnpool.bench.data` attnpool.maps.look", ".", known, known)) == ["bench.html", "attnpool.bench.data", "attnpool.maps.look"]
 
 
 def test_the_star_surface_is_what_it_says():
