@@ -52,12 +52,12 @@ in-step: .venv/.dev
 
 # A page is written where its outputs differ in more than numbers and pictures. ARGS may name pages: ARGS='heads fold'.
 pages: .venv/.dev
-	$(BIN)/python docs/pages.py $(ARGS)
+	$(BIN)/python -W ignore::FutureWarning docs/pages.py $(ARGS)
 
 # One thread for each of several workers: two workers with two threads each take four times as long on two cores.
 test: export OMP_NUM_THREADS = 1
 test: .venv/.dev in-step
-	$(BIN)/python docs/pages.py --check
+	$(BIN)/python -W ignore::FutureWarning docs/pages.py --check
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 # nbdev_proc_nbs would first install quarto with sudo, and this package into whatever pip is on the PATH; the function

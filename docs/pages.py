@@ -146,7 +146,7 @@ def main():
         for name, paths in zip(asked.pages, wanted): paths or parser.error(f'no page is called {name}')
         found = list(dict.fromkeys(sum(wanted, [])))
     # a terminal of one width and without colours; one thread for each of several processes
-    os.environ |= dict(COLUMNS='80', NO_COLOR='1', MPLBACKEND='agg', OMP_NUM_THREADS='1', IN_TEST='1')
+    os.environ |= dict(COLUMNS='80', NO_COLOR='1', OMP_NUM_THREADS='1')
     for name in ('GITHUB_ACTIONS', 'FORCE_COLOR', 'PY_COLORS'): os.environ.pop(name, None)
     context = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
     if len(found) > 4 and context.get_start_method() == 'forkserver': context.set_forkserver_preload(HEAVY)   # import once
