@@ -27,7 +27,7 @@ from nbdev.config import get_config
 from nbdev.process import extract_directives
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ['__main__', 'torch', 'torchvision', 'timm', 'pandas', 'scipy.stats', 'sklearn', 'matplotlib.pyplot', 'fastai.vision.all']
+HEAVY = ['__main__', 'pandas', 'scipy.stats', 'sklearn', 'matplotlib.pyplot', 'timm', 'fastai.vision.all']
 
 # What may change from run to run and from machine to machine, in the order in which it is taken out.
 UNITS = r'(?:\s?(?:ns|[µu]s|ms|s|sec|seconds|min|minutes|h|[kKMGT]?i?B|bytes|[kMGT]))?(?![A-Za-z0-9])'
@@ -62,8 +62,9 @@ def words(source):
 
 
 def shown(output):
-    "What is compared of one output: the text of what is printed, the richest text of what is displayed, the kind of all else."
-    if output['output_type'] == 'stream': return '' if output['name'] == 'stderr' else without_numbers(''.join(output['text']))
+    "What is compared of one output: what is printed, the richest text of what is displayed, the kind of all else."
+    if output.get('name') == 'stderr': return ''
+    if output['output_type'] == 'stream': return without_numbers(''.join(output['text']))
     if output['output_type'] == 'error': return output['ename']
     data = {kind: ''.join(text) if isinstance(text, list) else text for kind, text in output['data'].items()}
     pictures = sorted(kind for kind in data if not kind.startswith('text/'))
@@ -86,8 +87,8 @@ def differences(old, new):
         a, b = compared(before), compared(after)
         if a == b: continue
         start = max(len(os.path.commonprefix([a, b])) - 30, 0)
-        code = [line for line in ''.join(after['source']).splitlines() if not line.startswith('#|')]
-        yield f'{(code or [""])[0][:100]}\n    - {a[start:start + 100] or "nothing"}\n    + {b[start:start + 100] or "nothing"}'
+        code = next((line for line in ''.join(after['source']).splitlines() if not line.startswith('#|')), '')
+        yield f"{code}\n    - {a[start:start + 100] or 'nothing'}\n    + {b[start:start + 100] or 'nothing'}"
 
 
 def run(path, flags):
@@ -104,7 +105,9 @@ def run(path, flags):
     os.chdir(path.parent)
     shell = CaptureShell(path)
     try: shell.run_all(nb, exc_stop=True, preproc=skipped)
-    except BaseException: return shell.prettytb(path)
+    except BaseException as e:
+        shell.exc = shell.exc or e
+        return shell.prettytb(path)
     for cell in nb.cells:   # warnings and progress belong to a terminal
         if cell['cell_type'] == 'code': cell['outputs'] = [o for o in cell['outputs'] if o.get('name') != 'stderr']
     clean_nb(nb)
@@ -128,8 +131,20 @@ def in_fresh_process(path, context, every, **options):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn') if bare else context) as process:
         try: state, text = process.submit(page, path, every=every, **options).result()
         except BrokenProcessPool: state, text = 'failed', 'Its process was killed.'
-    print(f'{time.perf_counter() - start:6.1f} s  {path.stem:24} {state}', *filter(None, [text]), sep='\n    ', flush=True)
+    seconds = time.perf_counter() - start
+    print(f'{seconds:6.1f} s  {path.stem:24} {state}', *filter(None, [text]), sep='\n    ', flush=True)
     return in_fresh_process(path, context, every=True, **options) if state == 'slow' else (path, state)
+
+
+def chosen(names):
+    "The pages of those names or paths, the guides first, since they take longest; all pages for no name."
+    found = [p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
+    found = {p: re.sub(r'^\d+_', '', p.stem) for p in sorted(found, key=lambda p: (-len(p.parts), p))}
+    pages = list(found) if not names else []
+    for name in names:
+        here = [Path(name).resolve()] if Path(name).is_file() else [p for p in found if name in (found[p], p.stem)]
+        pages += here or sys.exit(f'No page is called {name}.')
+    return pages
 
 
 def main():
@@ -138,26 +153,25 @@ def main():
     parser.add_argument('--check', action='store_true', help='write nothing; exit 1 if a page differs')
     parser.add_argument('--all', action='store_true', help='write every page')
     parser.add_argument('--flags', default='', help='also run the cells with these flags, such as cuda or slow')
-    parser.add_argument('-j', '--jobs', type=int, default=os.cpu_count(), help='pages at a time [default: one for each core]')
+    parser.add_argument('-j', '--jobs', type=int, default=os.cpu_count(), help='pages at a time [default: the cores]')
     asked = parser.parse_args()
-    found = sorted((p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts), key=lambda p: -len(p.parts))
-    if asked.pages:
-        wanted = [[Path(a).resolve()] if Path(a).is_file() else [p for p in found if re.sub(r'^\d+_', '', p.stem) in (a, a[3:])] for a in asked.pages]
-        for name, paths in zip(asked.pages, wanted): paths or parser.error(f'no page is called {name}')
-        found = list(dict.fromkeys(sum(wanted, [])))
+    found = chosen(asked.pages)
     # a terminal of one width and without colours; one thread for each of several processes
     os.environ |= dict(COLUMNS='80', NO_COLOR='1', OMP_NUM_THREADS='1')
     for name in ('GITHUB_ACTIONS', 'FORCE_COLOR', 'PY_COLORS'): os.environ.pop(name, None)
-    context = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
-    if len(found) > 4 and context.get_start_method() == 'forkserver': context.set_forkserver_preload(HEAVY)   # import once
+    can_fork = 'forkserver' in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context('forkserver' if can_fork else 'spawn')
+    if can_fork and len(found) > 4: context.set_forkserver_preload(HEAVY)
     flags = set(get_config(path=ROOT).tst_flags.split()) - set(asked.flags.split())
     job = partial(in_fresh_process, context=context, check=asked.check, every=asked.all, flags=flags)
     start = time.perf_counter()
     with ThreadPoolExecutor(asked.jobs) as threads: states = list(threads.map(job, found))
-    bad = {state: [p.stem for p, s in states if s == state] for state in ('failed', 'differs', 'written')}
-    print(f'{len(states)} pages in {time.perf_counter() - start:.0f} s.', *(f'{state}: {", ".join(names)}' for state, names in bad.items() if names), sep='\n')
-    if bad['differs']: print('These pages show what the code no longer does: run `make pages` and commit.')
-    sys.exit(bool(bad['failed'] or bad['differs']))
+    print(f'{len(states)} pages in {time.perf_counter() - start:.0f} s.')
+    by_state = {state: [p.stem for p, s in states if s == state] for state in ('failed', 'differs', 'written')}
+    for state, names in by_state.items():
+        if names: print(f'{state}: {", ".join(names)}')
+    if by_state['differs']: print('What differs is not what the code shows today: run `make pages` and commit.')
+    sys.exit(bool(by_state['failed'] or by_state['differs']))
 
 
 if __name__ == '__main__': main()

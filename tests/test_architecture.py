@@ -24,13 +24,14 @@ def rooms(root):
 def modules(root):
     "`{module: file}` of what is shipped; a package counts as a module where its `__init__` holds something."
     package = root / "attnpool"
+    files = set(package.rglob("*.py")) - {package / "__init__.py", package / "_modidx.py"}
     return {".".join(f.relative_to(package).with_suffix("").parts).removesuffix(".__init__"): f
-            for f in sorted(package.rglob("*.py")) if f.parent / f.name not in (package / "__init__.py", package / "_modidx.py")
-            and (f.name != "__init__.py" or f.read_text().strip())}
+            for f in sorted(files) if f.name != "__init__.py" or f.read_text().strip()}
 
 
 def notebooks(root):
-    return {f: json.loads(f.read_text()) for f in sorted((root / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in f.parts}
+    files = sorted(f for f in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
+    return {f: json.loads(f.read_text()) for f in files}
 
 
 def code_cells(root):
@@ -78,11 +79,13 @@ def on_no_floor(root):
         named = re.fullmatch(r"[0-7]\d_(.+)", file.stem)
         source = "\n".join("".join(c["source"]) for c in page["cells"])
         exports = re.search(r"^#\|\s*default_exp\s+(\S+)", source, re.M)
-        if len(where.parts) > 1 or not named: yield f"nbs/{where}: on no floor; call it NN_module.ipynb, the first digit its floor"
+        if len(where.parts) > 1 or not named:
+            yield f"nbs/{where}: on no floor; call it NN_module.ipynb, the first digit its floor"
         elif not exports or exports[1].removesuffix(".__init__") != named[1]:
             yield f"nbs/{where}: exports {exports and exports[1]}, not {named[1]}"
     numbers = rooms(root)
-    yield from (f"{file.relative_to(root)}: comes from no notebook" for m, file in modules(root).items() if m not in numbers)
+    for module, file in modules(root).items():
+        if module not in numbers: yield f"{file.relative_to(root)}: comes from no notebook"
     taken = {}
     for module, number in sorted(numbers.items()):
         if number in taken: yield f"nbs/{number:02}_{module}.ipynb: the number of {taken[number]}"
@@ -95,9 +98,9 @@ def upward_imports(root):
         for node, name, what in imports(tree, package_of(module, file)):
             if name.split(".")[0] != "attnpool" or name == "attnpool" and what in (None, "__version__"): continue
             room = room_of(name, what, known)
-            if room is None: yield f"{where}:{node.lineno}: imports {name}, which is no room"
-            elif known[room] >= known.get(module, 0):
-                yield f"{where}:{node.lineno}: {module} ({known.get(module)}) imports {room} ({known[room]}), which is not below it"
+            own, line = known.get(module, 0), f"{where}:{node.lineno}"
+            if room is None: yield f"{line}: imports {name}, which is no room"
+            elif known[room] >= own: yield f"{line}: {module} ({own}) imports {room} ({known[room]}), which is not below it"
 
 
 def heavy_imports(root):
@@ -111,34 +114,41 @@ def heavy_imports(root):
                 yield f"{where}:{node.lineno}: floor {known.get(module, 0) // 10} loads {library}"
 
 
+def private(name): return re.match("_(?!_)", name)
+
+
+def taken_names(tree, package, known):
+    "`(line, name, room)` of what is taken from other modules of ours: by `from room import name`, and as `room.name`."
+    aliases = {}
+    for node, name, what in imports(tree, package):
+        if name.split(".")[0] != "attnpool": continue
+        if what: yield node.lineno, what, room_of(name, what, known)
+        whole = room_of(f"{name}.{what}" if what else name, None, known)
+        for alias in node.names:
+            if alias.name in (what, name) and whole: aliases[alias.asname or alias.name] = whole
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (room := aliases.get(ast.unparse(node.value))):
+            yield node.lineno, node.attr, room
+
+
 def private_names(root):
-    "Names with `_` that are another room's; in notebooks too, whose own room is theirs to show."
+    "Names with `_` that are another room's; in the lessons too, whose own room is theirs to show."
     known = rooms(root)
-    sources = [(module, file.relative_to(root), package_of(module, file), file.read_text()) for module, file in modules(root).items()]
+    sources = [(module, where, package_of(module, file), tree) for module, file, where, tree in parsed(root)]
     for where, source in code_cells(root):
         if re.search(r"^#\|\s*export", source, re.M): continue
-        stem = Path(where.rpartition(":")[0]).stem
-        sources.append((re.sub(r"^\d\d_", "", stem), where, (), re.sub(r"^\s*[%!].*", "", source, flags=re.M)))
-    for module, where, package, source in sources:
-        try: tree = ast.parse(source)
-        except SyntaxError: continue   # another language, or a magic
-        aliases = {}
-        for node, name, what in imports(tree, package):
-            if name.split(".")[0] != "attnpool": continue
-            room = room_of(name, what, known)
-            if what and re.match("_(?!_)", what) and room != module: yield f"{where}:{node.lineno}: {what} is private to {room}"
-            for alias in node.names:
-                whole = f"{name}.{what}" if what else name
-                if alias.name in (what, name) and room_of(whole, None, known): aliases[alias.asname or alias.name] = room_of(whole, None, known)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and re.match("_(?!_)", node.attr):
-                room = aliases.get(ast.unparse(node.value))
-                if room and room != module: yield f"{where}:{node.lineno}: {node.attr} is private to {room}"
+        try: tree = ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.M))
+        except SyntaxError: continue   # another language
+        sources.append((re.sub(r"^\d\d_", "", Path(where.rpartition(":")[0]).stem), where, (), tree))
+    for module, where, package, tree in sources:
+        for line, name, room in taken_names(tree, package, known):
+            if private(name) and room != module: yield f"{where}:{line}: {name} is private to {room}"
 
 
 def mocks(root):
     for module, file, where, tree in parsed(root):
-        yield from (f"{where}:{node.lineno}: unittest is for tests" for node, name, _ in imports(tree) if name.split(".")[0] == "unittest")
+        for node, name, _ in imports(tree):
+            if name.split(".")[0] == "unittest": yield f"{where}:{node.lineno}: unittest is for tests"
 
 
 def stars_and_strangers(root):
@@ -151,7 +161,8 @@ def stars_and_strangers(root):
 
 def long_modules(root):
     for module, file in modules(root).items():
-        if (n := len(file.read_text().splitlines())) > 320: yield f"{file.relative_to(root)}:320: {n} lines, {n - 320} too many"
+        n = len(file.read_text().splitlines())
+        if n > 320: yield f"{file.relative_to(root)}:320: {n} lines, {n - 320} too many"
 
 
 def long_lines(root):
@@ -167,7 +178,8 @@ def long_cells(root):
         if re.search(r"^#\|\s*export", source, re.M) and n > 60: yield f"{where}: an exported cell of {n} lines"
 
 
-RULES = [on_no_floor, upward_imports, heavy_imports, private_names, mocks, stars_and_strangers, long_modules, long_lines, long_cells]
+RULES = [on_no_floor, upward_imports, heavy_imports, private_names, mocks, stars_and_strangers,
+         long_modules, long_lines, long_cells]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -205,7 +217,8 @@ def house(root, modules=(), pages=()):
     for name, cells in dict(pages).items():
         file = root / "nbs" / f"{name.removesuffix('.__init__')}.ipynb"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(dict(cells=[dict(cell_type="code", source=c.splitlines(True), outputs=[]) for c in cells])))
+        cells = [dict(cell_type="code", source=c.splitlines(True), outputs=[]) for c in cells]
+        file.write_text(json.dumps(dict(cells=cells)))
     return root
 
 

@@ -16,8 +16,13 @@ spec.loader.exec_module(pages)
 
 def printed(text, name="stdout"): return dict(output_type="stream", name=name, text=text.splitlines(True))
 def displayed(**data): return dict(output_type="display_data", metadata={}, data={k.replace("_", "/"): v for k, v in data.items()})
-def cell(*outputs, source="x"): return dict(cell_type="code", metadata={}, execution_count=None, source=[source], outputs=list(outputs))
-def same(old, new, **kwargs): return pages.compared(cell(*old, **kwargs)) == pages.compared(cell(*new, **kwargs))
+
+
+def cell(*outputs, source="x"):
+    return dict(cell_type="code", metadata={}, execution_count=None, source=[source], outputs=list(outputs))
+
+
+def same(old, new, source="x"): return pages.compared(cell(*old, source=source)) == pages.compared(cell(*new, source=source))
 
 
 @pytest.mark.parametrize("old, new", [
@@ -54,18 +59,21 @@ def test_numbers_times_and_places_may_change(old, new): assert same([printed(old
 def test_a_changed_word_is_found(old, new):
     assert not same([printed(old)], [printed(new)])
     assert not same([displayed(text_plain=old)], [displayed(text_plain=new)])
-    assert not same([displayed(text_html=f"<td>{old}</td>", text_plain="a")], [displayed(text_html=f"<td>{new}</td>", text_plain="a")])
+    old, new = (displayed(text_html=f"<td>{text}</td>", text_plain="a") for text in (old, new))
+    assert not same([old], [new])
 
 
 def test_of_pictures_only_the_presence_counts():
     picture, other = displayed(image_png="iVBOR", text_plain="<Figure>"), displayed(image_png="AAAA", text_plain="<Figure>")
     assert same([picture], [other])
     assert not same([picture], []) and not same([picture], [picture, other])
-    assert same([displayed(text_html='<img src="data:image/png;base64,iVBOR+/=">left')], [displayed(text_html="<img src='data:image/png;base64,AA'>left")])
+    html = '<a href="data:image/png;base64,{}">left</a> data:image/png;base64,{}'
+    assert same([displayed(text_html=html.format("iVBOR+/=", "iVBOR="))], [displayed(text_html=html.format("AA", "BB"))])
 
 
 def test_of_html_the_words_count():
-    old, new = "<style>td {color: red}</style><table><tr><td>a</td><td>1</td></tr></table>", "<table class=x>\n<td> a <td>2"
+    old = "<style>td {color: red}</style><table><tr><td>a</td><td>1</td></tr></table>"
+    new = "<table class=x>\n<td> a <td>2"
     assert same([displayed(text_html=old)], [displayed(text_html=new)])
 
 
@@ -80,27 +88,35 @@ def test_of_what_varies_only_the_kinds_count():
 
 
 def test_a_difference_is_told_with_its_cell():
-    old, new = dict(cells=[cell(printed("before a"), source="#| echo: false\nshow()")]), dict(cells=[cell(printed("before b"), source="#| echo: false\nshow()")])
+    old, new = (dict(cells=[cell(printed(text), source="#| echo: false\nshow()")]) for text in ("before a", "before b"))
     assert list(pages.differences(old, new)) == ["show()\n    - before a\n    + before b"]
     assert list(pages.differences(old, old)) == []
 
 
 def page(file, *cells):
-    notebook = dict(cells=[dict(cell_type="markdown", metadata={}, source=["# Title"])] + list(cells), metadata={}, nbformat=4, nbformat_minor=5)
+    title = dict(cell_type="markdown", metadata={}, source=["# Title"])
+    notebook = dict(cells=[title, *cells], metadata={}, nbformat=4, nbformat_minor=5)
     for i, c in enumerate(notebook["cells"]): c["id"] = f"cell-{i}"
     file.write_text(json.dumps(notebook))
     return file
 
 
+def outputs(file): return [c["outputs"] for c in json.loads(file.read_text())["cells"][1:]]
+
+
 def test_pages_are_run_compared_and_written(tmp_path):
     good = page(tmp_path / "good.ipynb", cell(printed("1 apple\n"), source="import time\nprint(time.time(), 'apple')"))
-    skipped = page(tmp_path / "skipped.ipynb", cell(printed("kept"), source="#| cuda\n1/0"), cell(printed("kept"), source="#| eval: false\n1/0"))
-    stale = page(tmp_path / "stale.ipynb", cell(printed("pear\n"), source="import sys\nprint('apple'); print('slow!', file=sys.stderr)"), cell(printed("gone"), source="y = 1"))
-    slow = page(tmp_path / "slow.ipynb", cell(printed("kept"), source="#| slow\nprint(1 + 1, 'plums')"), cell(source="print('cherry')"))
+    left_out = [cell(printed("kept"), source=f"#| {directive}\n1/0") for directive in ("cuda", "eval: false")]
+    skipped = page(tmp_path / "skipped.ipynb", *left_out)
+    noisy = "import sys\nprint('apple'); print('slow!', file=sys.stderr)"
+    stale = page(tmp_path / "stale.ipynb", cell(printed("pear\n"), source=noisy), cell(printed("gone"), source="y = 1"))
+    plums = cell(printed("kept"), source="#| slow\nprint(1 + 1, 'plums')")
+    slow = page(tmp_path / "slow.ipynb", plums, cell(source="print('cherry')"))
     broken = page(tmp_path / "broken.ipynb", cell(source="def f(): return 1/0\nf()"))
     before = {f: f.read_text() for f in (good, skipped, stale, broken)}
 
-    def run(*arguments): return subprocess.run([sys.executable, str(SCRIPT), "-j2", *map(str, arguments)], capture_output=True, text=True)
+    def run(*arguments):
+        return subprocess.run([sys.executable, SCRIPT, "-j2", *arguments], capture_output=True, text=True)
 
     checked = run("--check", good, skipped, stale, broken)
     assert checked.returncode == 1 and {f: f.read_text() for f in before} == before
@@ -108,9 +124,9 @@ def test_pages_are_run_compared_and_written(tmp_path):
     assert "ZeroDivisionError" in checked.stdout and "return 1/0" in checked.stdout
     written = run(good, skipped, stale, slow)
     assert written.returncode == 0 and "written: stale, slow" in written.stdout, written.stdout
-    assert [c["outputs"] for c in json.loads(slow.read_text())["cells"][1:]] == [[printed("2 plums\n")], [printed("cherry\n")]]
+    assert outputs(slow) == [[printed("2 plums\n")], [printed("cherry\n")]]
     assert good.read_text() == before[good] and skipped.read_text() == before[skipped]
-    assert [c["outputs"] for c in json.loads(stale.read_text())["cells"][1:]] == [[printed("apple\n")], []]
+    assert outputs(stale) == [[printed("apple\n")], []]
     after = stale.read_text()
     nbdev_clean(fname=stale)
     assert stale.read_text() == after
