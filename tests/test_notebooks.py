@@ -1,8 +1,10 @@
 "What every notebook page owes its reader."
 import ast
+import builtins
 import json
 import os
 import re
+import symtable
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,46 @@ def test_the_reference_rule_sees_what_it_should():
     assert not list(lost_references(sound, "tutorials", known, known))
     lost = lost_references("[b](bench.html) `attnpool.bench.data` attnpool.maps.look", ".", known, known)
     assert list(lost) == ["bench.html", "attnpool.bench.data", "attnpool.maps.look"]
+
+
+def names_of(text):
+    "What a cell reads of what stands outside, what it defines, and whether it imports something."
+    tables, reads = [symtable.symtable(text, "cell", "exec")], set()
+    top = tables[0].get_symbols()
+    defines = {o.get_name() for o in top if o.is_assigned() or o.is_imported() or o.is_namespace()}
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        reads |= {o.get_name() for o in table.get_symbols() if o.is_referenced() and (o.is_global() or table.get_type() == "module")}
+    return reads - defines - set(dir(builtins)), defines, any(o.is_imported() for o in top)
+
+
+def missing_when_built(page):
+    """Building the site, nbdev runs the exported cells of a room, the cells with an import, and no others: the names
+    that such cells lack. `(number of the cell, name)`"""
+    if not any(map(exported, page["cells"])): return
+    known = {"__file__", "get_ipython", "display"}
+    for i, cell in enumerate(page["cells"]):
+        if cell["cell_type"] != "code" or re.search(r"^#\|\s*eval: *false", source(cell), re.M): continue
+        reads, defines, imports = names_of(re.sub(r"^\s*[%!].*", "", source(cell), flags=re.M))
+        if not (imports or exported(cell)): continue
+        if not exported(cell): yield from ((i, name) for name in sorted(reads - known))
+        known |= defines
+
+
+def test_cells_that_run_when_the_site_is_built_have_their_names():
+    faults = [f"{name}: cell {i} has no {lost}; keep imports in cells of their own"
+              for name, page in PAGES.items() for i, lost in missing_when_built(page)]
+    assert not faults, "\n" + "\n".join(faults)
+
+
+def test_the_rule_for_the_build_sees_what_it_should():
+    def page(*cells): return dict(cells=[dict(cell_type="code", source=[c]) for c in cells])
+    export = "#| export\nimport torch\ndef f(x): return torch.relu(x)"
+    assert list(missing_when_built(page("import os\ntorch.manual_seed(1)", export))) == [(0, "torch")]
+    assert not list(missing_when_built(page(export, "x = torch.ones(2)", "f(x)", "import os\n[y for y in f(os.sep)]")))
+    assert list(missing_when_built(page(export, "x = torch.ones(2)", "import os\nf(x)"))) == [(2, "x")]
+    assert not list(missing_when_built(page("x = 1", "import os\nx")))   # nothing exported, nothing run
 
 
 def test_the_star_surface_is_what_it_says():
