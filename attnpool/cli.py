@@ -230,12 +230,12 @@ def maps(
 @app.command()
 def speed(
     quick: Annotated[bool, typer.Option('--quick', help='Fewer settings, under three minutes on two cores.')] = False,
-    figures: Annotated[bool, typer.Option('--figures', help="The library's figures against their goals.")] = False,
-    growth: Annotated[bool, typer.Option(
-        '--growth', help='Time and memory against map size and number of queries instead.')] = False,
-    steps: Annotated[bool, typer.Option(
-        '--steps', help="Whole training steps of XECA-XResNeXt50S with the concat head instead: fastxtend's body, and "
-                        'what this library changes in it. And where the time goes.')] = False,
+    figures: Annotated[bool, typer.Option('--figures', help="This library's figures against their goals instead.")] = False,
+    growth: Annotated[bool, typer.Option('--growth', help='Time and memory against map size and number of queries '
+                                         'instead.')] = False,
+    steps: Annotated[bool, typer.Option('--steps', help='Whole training steps of XECA-XResNeXt50S with the concat head '
+                                        "instead: fastxtend's body, and what this library changes in it. And where the "
+                                        'time goes.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='Folder for the CSV and the plot.')] = Path('speed'),
 ):
@@ -262,8 +262,7 @@ def speed(
         times = timing.ratios(timing.time_in_turns(variants, device=device))
         name, table = 'steps', times.rename_axis('step').reset_index()
         say(table.round(2).to_string(index=False))
-        profiled = ('fastxtend', 'ours, channels last') if device == 'cpu' else ()
-        shares = {n: step_profile(variants[n]) for n in profiled}
+        shares = {n: step_profile(variants[n]) for n in ('fastxtend', 'ours, channels last')} if device == 'cpu' else None
         if shares: say('\nShares of the step, by kind of operation\n' + pd.DataFrame(shares).round(3).to_string())
     else:
         name, plot = 'speed', pools.plot_pool_costs
@@ -274,12 +273,12 @@ def speed(
 # %% ../nbs/70_cli.ipynb #1a9a4d6e
 @app.command()
 def complexity(
-    networks: Annotated[str | None, typer.Option(
-        help='timm names, or NAME+HEAD, separated by commas.  [default: the PatchConvNets and their rivals]')] = None,
-    sizes: Annotated[str, typer.Option(
-        help='Sides of the pictures, in pixels, multiples of 32, separated by commas.')] = '224',
-    speed: Annotated[bool, typer.Option(
-        '--speed', help='Measure pictures per second as well: minutes per network on a CPU.')] = False,
+    networks: Annotated[str | None, typer.Option(help='timm names, or NAME+HEAD, separated by commas.  [default: the '
+                                                 'PatchConvNets and their rivals]')] = None,
+    sizes: Annotated[str, typer.Option(help='Sides of the pictures, in pixels, multiples of 32, separated by '
+                                       'commas.')] = '224',
+    speed: Annotated[bool, typer.Option('--speed', help='Measure pictures per second as well: minutes per network on a '
+                                        'CPU.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='The table as CSV.')] = Path('complexity.csv'),
 ):
