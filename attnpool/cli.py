@@ -230,7 +230,7 @@ def maps(
 @app.command()
 def speed(
     quick: Annotated[bool, typer.Option('--quick', help='Fewer settings, under three minutes on two cores.')] = False,
-    figures: Annotated[bool, typer.Option('--figures', help="This library's figures against their goals instead.")] = False,
+    figures: Annotated[bool, typer.Option('--figures', help="The library's figures against their goals.")] = False,
     growth: Annotated[bool, typer.Option('--growth', help='Time and memory against map size and number of queries '
                                          'instead.')] = False,
     steps: Annotated[bool, typer.Option('--steps', help='Whole training steps of XECA-XResNeXt50S with the concat head '
@@ -262,7 +262,8 @@ def speed(
         times = timing.ratios(timing.time_in_turns(variants, device=device))
         name, table = 'steps', times.rename_axis('step').reset_index()
         say(table.round(2).to_string(index=False))
-        shares = {n: step_profile(variants[n]) for n in ('fastxtend', 'ours, channels last')} if device == 'cpu' else None
+        profiled = ('fastxtend', 'ours, channels last') if device == 'cpu' else ()
+        shares = {n: step_profile(variants[n]) for n in profiled}
         if shares: say('\nShares of the step, by kind of operation\n' + pd.DataFrame(shares).round(3).to_string())
     else:
         name, plot = 'speed', pools.plot_pool_costs
