@@ -24,9 +24,8 @@ from torch import nn
 from .callback.cutmixup import CutMixUp, CutMixUpAugment
 from .callback.precision import ChannelsLast, MixedPrecision
 from .data.augment import AUGMENTS
-from .heads import ABLATIONS, HEADS, get_head
-from .learner import vision_learner
-from .models.surgery import check_arch
+from .heads import ABLATIONS, HEADS
+from .models.surgery import build_network
 from .models.xresnet import ARCHS
 from .registry import BadInput, Registry, unknown
 
@@ -215,22 +214,21 @@ def fit_recipe(self: Learner):
 def scratch_network(
     dls, # fastai `DataLoaders`, for the number of outputs
     arch, # Name in `ARCHS`, timm name, or function as for `vision_learner`
-    head, # Class or callable `(ni, n_out)`, or module
+    head, # Short name in `HEADS` or `ABLATIONS`, class or callable `(ni, n_out)`, or module
     drop_path: float = 0., # Stochastic depth of the body
     **options # Of the network
 ) -> tuple[nn.Module, dict]: # The network, and options of fastai's `Learner` that go with it
     "A network from scratch with one of our heads."
-    ours = isinstance(arch, str) and check_arch(arch) in ARCHS
-    if drop_path: options['stoch_depth' if ours else 'drop_path_rate'] = drop_path
-    try:
-        if ours: return ARCHS[arch](get_c(dls), custom_head=head, **options), {}
-        made = vision_learner(dls, arch, pretrained=False, normalize=False, custom_head=head, **options)
+    if drop_path and not isinstance(arch, str):
+        raise BadInput(f"drop_path: it needs a network's name for arch, got {drop_path}. Leave it out, or give a name.")
+    if drop_path: options['stoch_depth' if arch in ARCHS else 'drop_path_rate'] = drop_path
+    try: network = build_network(arch, get_c(dls), head, **options)
     except TypeError as e:
         strange = re.search(r"unexpected keyword argument '(\w+)'", str(e))
         if not strange: raise
         name = 'drop_path' if strange[1] == 'drop_path_rate' else strange[1]
         raise BadInput(f"{name}: the network {arch} has no such option. Leave it out, or take another.") from None
-    return made.model, dict(splitter=made.splitter)
+    return network.model, dict(splitter=network.splitter)
 
 def _name_of(head):
     "Short name of a head, or None."
@@ -254,6 +252,6 @@ def recipe_learner(
     for name in sorted(fixed):
         raise BadInput(f"{name}: the DataLoaders decide it, got {overrides[name]!r}. Make dls with it.")
     r = get_recipe(recipe, _name_of(head), getattr(dls, 'family', ''), **overrides)
-    model, options = scratch_network(dls, arch, get_head(head), r.drop_path)
+    model, options = scratch_network(dls, arch, head, r.drop_path)
     if metrics is None: metrics = small_data_metrics()
     return learner_for(dls, model, r, LOSSES[r.loss](r), metrics, cbs, path=path, **options)

@@ -20,7 +20,7 @@ from attnpool.data.digits import digits_dls
 from attnpool.runs.spec import make_spec
 from attnpool.runs.store import load_run
 from attnpool.distributed import (
-    Distributed, distributed, is_first, join_processes, once, processes, scale_up, share, share_dl, _sync_norms)
+    Distributed, distributed, is_first, join_processes, on_first_process, processes, scale_up, shard, shard_dl, _sync_norms)
 from attnpool.layers import TokenBatchNorm
 from attnpool.recipe import get_recipe, recipe_learner
 
@@ -36,7 +36,7 @@ def torchrun(*command, n=2, **kwargs):
 @given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 5), st.booleans())
 def test_shares_make_up_the_order(size, bs, n, drop_last):
     order = [7 * i % 61 for i in range(size)]
-    pieces = [share(order, bs, n, r, drop_last) for r in range(n)]
+    pieces = [shard(order, bs, n, r, drop_last) for r in range(n)]
     assert len({len(p) for p in pieces}) == 1
     whole = []
     for i in range(0, len(pieces[0]), bs): whole += sum((p[i:i + bs] for p in pieces), [])   # as _gather joins them
@@ -49,7 +49,7 @@ def test_one_process_is_left_alone(monkeypatch):
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 10)), loss_func=CrossEntropyLossFlat())
     cbs = list(learn.cbs)
     with distributed(learn) as same: assert same is learn and list(learn.cbs) == cbs
-    assert processes() == 1 and is_first() and join_processes("cpu") == torch.device("cpu") and once(max, 1, 2) == 2
+    assert processes() == 1 and is_first() and join_processes("cpu") == torch.device("cpu") and on_first_process(max, 1, 2) == 2
     recipe = get_recipe("quick", "avg")
     assert scale_up(recipe) is recipe
 
@@ -64,7 +64,7 @@ def test_larger_batches_get_the_square_root_of_the_rate():
 def test_errors_say_what_to_do(monkeypatch):
     dls = digits_dls(24, 16, "cpu", n_train=20, n_valid=8)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="need 32 training pictures, got 20. Use a smaller --bs"): share_dl(dls.train)
+    with pytest.raises(ValueError, match="need 32 training pictures, got 20. Use a smaller --bs"): shard_dl(dls.train)
     with pytest.raises(ValueError, match="device: several processes work together on 'cpu' or 'cuda', got 'mps'"): join_processes("mps")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -115,7 +115,7 @@ import torch.distributed as dist
 from fastai.vision.all import Callback
 from safetensors.torch import save_model
 from attnpool.runs.train import RunLog
-from attnpool.distributed import distributed, is_first, join_processes, once
+from attnpool.distributed import distributed, is_first, join_processes, on_first_process
 sys.path.insert(0, {tests!r})
 from test_distributed import metrics_learner, plain_learner
 
@@ -134,8 +134,8 @@ with distributed(learn), learn.no_bar(), learn.no_logging():
     found['preds'], found['labels'] = (t.tolist() for t in learn.get_preds())
 if is_first(): save_model(learn.model, {out!r} + '/model.safetensors')
 
-found['once'] = once(lambda: rank)
-try: once(lambda: 1 / 0)
+found['once'] = on_first_process(lambda: rank)
+try: on_first_process(lambda: 1 / 0)
 except ZeroDivisionError as e: found['error'] = str(e)
 
 class Poison(Callback):

@@ -8,9 +8,9 @@ from fastai.vision.all import (Learner, accuracy, load_learner, mobilenet_v2, re
 from torch import nn
 
 from attnpool.heads import AvgAttnConcatPoolHead, HEADS, LearnedAggregationHead
-from attnpool.learner import map_width, vision_learner
+from attnpool.learner import vision_learner
 from attnpool.recipe import get_recipe, Recipe, recipe_learner, RECIPES
-from attnpool.models.surgery import TimmMap
+from attnpool.models.surgery import map_width, TimmMap
 from attnpool.models.xresnet import xeca_resnext_tiny
 
 quiet = dict(pretrained=False)
@@ -136,7 +136,7 @@ def test_our_networks_in_a_plain_learner(dls):
     (lambda dls: vision_learner(dls, xeca_resnext_tiny, custom_head=LearnedAggregationHead), ValueError, "Use pretrained=False"),
     (lambda dls: recipe_learner(dls, "xeca_resnext_tny"), ValueError, "arch: 'xeca_resnext_tny' is unknown. Did you mean 'xeca_resnext_tiny'?"),
     (lambda dls: recipe_learner(dls, recipe="quik"), ValueError, "recipe: 'quik' is unknown. Did you mean 'quick'?"),
-    (lambda dls: get_recipe("quick", epocs=3), ValueError, "recipe: no such field epocs"),
+    (lambda dls: get_recipe("quick", epocs=3), ValueError, "'epocs' is unknown. Did you mean 'epochs'?"),
     (lambda dls: get_recipe("quick", epochs=0), ValueError, "epochs: expected a number above 0, got 0"),
     (lambda dls: get_recipe("quick", opt="sdg"), ValueError, "opt: 'sdg' is unknown"),
     (lambda dls: get_recipe("quick", mix="cutmixp"), ValueError, "mix: 'cutmixp' is unknown. Did you mean 'cutmixup'?"),

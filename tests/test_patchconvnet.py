@@ -16,11 +16,11 @@ from torch import nn
 from attnpool.cost.networks import PeakMemory
 from attnpool.heads import AvgAttnConcatPoolHead, HEADS
 from attnpool.layers import TokenBatchNorm
-from attnpool.models import patchconvnet
+from attnpool.models import deit as named
 from attnpool.models.deit import default_cfgs, from_deit, load_deit, to_deit, VARIANTS
-from attnpool.models.patchconvnet import patch_stem, PatchConvBlock, PatchConvNet, timm_splitter
+from attnpool.models.patchconvnet import patch_stem, PatchConvBlock, PatchConvNet
 from attnpool.pooling.paper import PaperAggregation, PerClassLinear, _in_slices
-from attnpool.models.surgery import TimmMap, with_head
+from attnpool.models.surgery import timm_splitter, TimmMap, with_head
 
 FORMS = dict(single=dict(), heads=dict(num_heads=4), classes=dict(class_queries=True), class_heads=dict(class_queries=True, num_heads=4))
 
@@ -333,7 +333,7 @@ def test_every_variant_builds_with_its_config(name):
     cfg = model.default_cfg
     assert cfg["pool_size"] is None and model.get_submodule(cfg["first_conv"]) is model.stem[0] and model.get_submodule(cfg["classifier"]) is model.head
     assert model.num_features == VARIANTS[name]["embed_dim"] and len(model.blocks) == VARIANTS[name]["depth"]
-    assert getattr(patchconvnet, name).__name__ == name
+    assert getattr(named, name).__name__ == name
 
 
 def test_a_named_network_takes_options():

@@ -6,8 +6,9 @@
 __all__ = ['knows_reduction', 'stacked_loss', 'RawBatches', 'CutMixUp', 'CutMixUpAugment']
 
 # %% ../../nbs/40_callback.cutmixup.ipynb #933c1112
-import inspect
 import math
+from functools import cache
+from inspect import signature
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,7 +21,9 @@ from fastai.torch_core import apply, rank_distrib
 from fastai.vision.augment import RandTransform
 from torch import Tensor, nn
 
-from ..mixing import check_target, draw_kinds, draw_mix, is_index, mix_labels, mix_pictures, REST, send_array
+from ..mixing import (
+    check_target, draw_kinds, draw_mix, is_index, mix_labels, mix_pictures, REST, send_array)
+from ..registry import BadInput
 
 # %% ../../nbs/40_callback.cutmixup.ipynb #936e914f
 def knows_reduction(
@@ -28,9 +31,9 @@ def knows_reduction(
 ) -> bool:
     "Whether a loss can return one number per sample: by an attribute `reduction`, or an argument of that name."
     if hasattr(loss_func, 'reduction'): return True
-    try: parameters = inspect.signature(loss_func.forward if isinstance(loss_func, nn.Module) else loss_func).parameters.values()
+    try: parameters = signature(loss_func.forward if isinstance(loss_func, nn.Module) else loss_func).parameters
     except (TypeError, ValueError): return False
-    return any(p.name == 'reduction' or p.kind == p.VAR_KEYWORD for p in parameters)
+    return any(p.name == 'reduction' or p.kind == p.VAR_KEYWORD for p in parameters.values())
 
 # %% ../../nbs/40_callback.cutmixup.ipynb #c05b4f96
 def stacked_loss(
@@ -44,133 +47,91 @@ def stacked_loss(
     with NoneReduce(loss_func) as each: loss, loss1 = each(pred, *yb), each(pred, *yb1)
     n = len(lam)
     if loss.ndim == 0 and n > 1 or loss.numel() % max(n, 1):
-        raise ValueError(f"loss_func: {loss_func!r} returns {tuple(loss.shape)} for {n} samples, though reduction is 'none'. "
-                         "Use one with a working reduction, or interp_label=True for one that takes label weights.")
+        raise BadInput(f"loss_func: {loss_func!r} returns {tuple(loss.shape)} for {n} samples, though reduction is "
+                       "'none'. Use one with a working reduction, or interp_label=True for one of label weights.")
     loss = torch.lerp(loss1.reshape(n, -1), loss.reshape(n, -1), lam.to(loss.dtype)[:, None])
     return reduce_loss(loss, getattr(loss_func, 'reduction', 'mean'))
 
 # %% ../../nbs/40_callback.cutmixup.ipynb #2d6f19cb
-def _inner(dl):
-    "The DataLoader that holds the transforms: fastai's distributed one wraps another."
-    while isinstance(dl.__dict__.get('dl'), DataLoader): dl = dl.dl
-    return dl
+@cache
+def _view_class(cls, wraps):
+    "A subclass of a DataLoader's class without transforms of batches."
+    if wraps: own = dict(dl=property(lambda self: RawBatches(self.whole.dl)))
+    else: own = dict(after_batch=property(lambda self: _as_they_are))
+    return type(f'Raw{cls.__name__}', (RawBatches, cls), own)
 
-def _nothing(b): return b
+def _as_they_are(b): return b
 
 class RawBatches:
-    "A view of a DataLoader whose batches come without its `after_batch`."
+    "A view of a fastai DataLoader, of a subclass of its class, whose batches come without `after_batch`."
+    __slots__ = ('whole',)   # the DataLoader; everything else is its own state
+
+    def __new__(cls, dl):
+        view = object.__new__(_view_class(type(dl), isinstance(vars(dl).get('dl'), DataLoader)))
+        view.__dict__, view.whole = vars(dl), dl
+        return view
+
     def __init__(self,
-        dl # fastai `DataLoader`, also a distributed one
-    ):
-        self.dl = dl
+        dl: DataLoader # Also one that wraps another, as fastai's distributed one
+    ): pass   # nothing to set up
 
-    @property
-    def __class__(self): return type(self.dl)   # isinstance sees the DataLoader
-    def __getattr__(self, name):
-        if name == 'dl': raise AttributeError(name)
-        return getattr(self.dl, name)
-    def __len__(self): return len(self.dl)
+    def new(self, *args, **kwargs):
+        "Another loader like the one that this is a view of, with its transforms."
+        return self.whole.new(*args, **kwargs)
 
-    def __iter__(self):
-        inner, batches = _inner(self.dl), iter(self.dl)
-        after_batch = inner.after_batch
-        while True:
-            try:
-                inner.after_batch = _nothing
-                b = next(batches)
-            except StopIteration: return
-            finally: inner.after_batch = after_batch
-            yield b
+    def __reduce__(self): return RawBatches, (self.whole,)
 
 # %% ../../nbs/40_callback.cutmixup.ipynb #913a2329
 def _is_picture(x): return isinstance(x, Tensor) and x.ndim >= 4
 
 def _ratio(name, r):
-    if isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 <= r < math.inf: raise ValueError(f"{name}: expected a number of 0 or more, got {r!r}.")
+    if isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 <= r < math.inf:
+        raise BadInput(f"{name}: expected a number of 0 or more, got {r!r}.")
     return r
 
-class CutMixUp(Callback):
-    "MixUp for some samples, CutMix for the others, with labels in the same proportion."
-    order, run_valid, _stateattrs = 0, False, ('generator', 'yb1', 'lam')
-    generator = yb1 = lam = None
+def _check_targets(yb):
+    if not yb: raise BadInput("dls: there are no targets to mix.")
+    for y in yb: check_target(y)
 
-    def __init__(self,
-        mix_alpha: float = .4, # λ of MixUp is from Beta(α, α), the larger of λ and 1-λ; 0: MixUp leaves samples as they are
-        cut_alpha: float = 1., # λ of CutMix is from Beta(α, α); 0: CutMix leaves samples as they are
-        mixup_ratio: float = 1, # Relative frequency of MixUp
-        cutmix_ratio: float = 1, # Relative frequency of CutMix
-        cutmix_uniform: bool = True, # One box for all samples of a batch that are cut, as in fastai; False: one per sample
-        element: bool = True, # Decide for every sample by itself; False: once per batch, as the blog did
-        interp_label: bool | None = None, # Mix the labels (True) or the losses (False); None asks the loss' `y_int`
-        seed: int | None = None, # Of the draws, the same in every fit; None takes one from torch at the start of each fit
-    ):
-        self.mix_alpha, self.cut_alpha = _ratio('mix_alpha', mix_alpha), _ratio('cut_alpha', cut_alpha)
-        self.mixup_ratio, self.cutmix_ratio = _ratio('mixup_ratio', mixup_ratio), _ratio('cutmix_ratio', cutmix_ratio)
-        self.cutmix_uniform, self.element, self.interp_label, self.seed = cutmix_uniform, element, interp_label, seed
-        if not sum(self.ratios): raise ValueError("mixup_ratio, cutmix_ratio: all ratios are 0. At least one has to be above it.")
+def _check_pictures(xb) -> bool:
+    pictures = [x for x in xb if _is_picture(x)]
+    if not pictures:
+        came = ', '.join(str(tuple(getattr(x, 'shape', ())) or type(x).__name__) for x in xb)
+        raise TypeError(f"dls: expected pictures (b, ..., h, w) among the inputs, got {came}.")
+    if len(sizes := {tuple(x.shape[-2:]) for x in pictures}) > 1:
+        came = ' and '.join(f'{h}x{w}' for h, w in sorted(sizes))
+        raise BadInput(f"dls: expected pictures of one size in a batch, got {came}. Resize them in item_tfms.")
+    for x in pictures:
+        if not x.is_floating_point():
+            raise TypeError(f"dls: expected float pictures, got {x.dtype}. Add IntToFloatTensor() to batch_tfms.")
+    return True
 
-    @property
-    def ratios(self) -> tuple:
-        "Relative frequencies of MixUp, CutMix and the rest."
-        return self.mixup_ratio, self.cutmix_ratio, 0
+# %% ../../nbs/40_callback.cutmixup.ipynb #c0ffee59
+class _MixedLoss(Callback):
+    "Labels or losses in the proportion of the pictures, once `yb1` and `lam` say what was mixed."
+    yb1 = lam = None
 
     def before_fit(self):
-        "Check what is known before the first batch; seed the draws, differently in each process."
+        "Which of the two the loss wants, as far as it tells before the first batch."
         self.checked = self.tried = False
-        loss = self.learn.loss_func
-        self.stack_y = getattr(loss, 'y_int', False) if self.interp_label is None else not self.interp_label
+        ints = getattr(self.learn.loss_func, 'y_int', False)
+        self.stack_y = ints if self.interp_label is None else not self.interp_label
         if self.stack_y: self._check_reduction()
-        seed = torch.randint(2**62, (1,)).item() if self.seed is None else self.seed
-        self.generator = torch.Generator().manual_seed(seed + rank_distrib())
 
     def _check_reduction(self):
         if not knows_reduction(self.learn.loss_func):
-            raise ValueError(f"loss_func: {self.learn.loss_func!r} knows no reduction, so its losses for two labels cannot be weighted sample by sample. "
-                             "Give it an argument reduction='mean', or use interp_label=True with a loss that takes label weights.")
-
-    def _check_targets(self, yb):
-        if not yb: raise ValueError("dls: there are no targets to mix.")
-        for y in yb: check_target(y)
-
-    def _check_pictures(self, xb):
-        pictures = [x for x in xb if _is_picture(x)]
-        if not pictures:
-            raise TypeError(f"dls: expected pictures (b, ..., h, w) among the inputs, got {', '.join(str(tuple(getattr(x, 'shape', ())) or type(x).__name__) for x in xb)}.")
-        if len(sizes := {tuple(x.shape[-2:]) for x in pictures}) > 1:
-            raise ValueError(f"dls: expected pictures of one size in a batch, got {' and '.join(f'{h}x{w}' for h, w in sorted(sizes))}. Resize them in item_tfms.")
-        for x in pictures:
-            if not x.is_floating_point(): raise TypeError(f"dls: expected float pictures, got {x.dtype}. Add IntToFloatTensor() to batch_tfms.")
-        self.checked = True
-
-    def _draw_kinds(self, xb): return draw_kinds(len(xb[0]), self.ratios, self.element, self.generator)
-
-    def mix_batch(self,
-        xb: tuple, # Inputs; all pictures `(b, ..., h, w)` among them are mixed alike, others stay
-        yb: tuple, # Targets
-        kinds: np.ndarray, # `(b,)`: what happens to each sample
-    ) -> tuple: # Mixed inputs, the partners' targets, weight of the samples' own targets `(b,)`
-        "Mix a batch as `kinds` say. Nothing is written to it."
-        x = next(x for x in xb if _is_picture(x))
-        mix = draw_mix(kinds, x.shape[-2:], self.mix_alpha, self.cut_alpha, cut_per_sample=not self.cutmix_uniform, larger=True,
-                       dtype=x.dtype, generator=self.generator)
-        mixed = tuple(mix_pictures(x.as_subclass(Tensor), mix).as_subclass(type(x)) if _is_picture(x) else x for x in xb)
-        return mixed, tuple(y[send_array(mix.partner, y.device)] for y in yb), send_array(mix.share, x.device, torch.promote_types(x.dtype, torch.float32))
-
-    def before_batch(self):
-        "Mix the pictures, note the partners' targets."
-        if not self.checked:
-            self._check_targets(self.yb)
-            self._check_pictures(self.xb)
-        self.learn.xb, self.yb1, self.lam = self.mix_batch(self.xb, self.yb, self._draw_kinds(self.xb))
+            raise BadInput(f"loss_func: {self.learn.loss_func!r} knows no reduction, so its losses for two labels "
+                           "cannot be weighted sample by sample. Give it an argument reduction='mean', or use "
+                           "interp_label=True with a loss that takes label weights.")
 
     def after_pred(self):
         "Mix the targets, for a loss that takes label weights."
         if self.lam is None or self.stack_y: return
         classes = self.pred.shape[-1] if isinstance(self.pred, Tensor) and self.pred.ndim == 2 else None
-        def mixed(y, y1):
-            if is_index(y) and classes == 1: y, y1 = y.to(self.lam.dtype), y1.to(self.lam.dtype)   # one output: the target is a number
+        def mixed(y, y1):   # with one output the target is a number
+            if is_index(y) and classes == 1: y, y1 = y.to(self.lam.dtype), y1.to(self.lam.dtype)
             return mix_labels(y, y1, self.lam, classes)
-        if not self.tried:   # what only the first prediction can tell: does the loss take label weights instead of indices?
+        if not self.tried:   # only a prediction can tell whether the loss takes label weights instead of indices
             self.tried = True
             try:
                 with torch.no_grad(): self.learn.loss_func(self.pred, *map(mixed, self.yb, self.yb1))
@@ -190,10 +151,13 @@ class CutMixUp(Callback):
         "Forget the batch."
         self.yb1 = self.lam = None
 
+# %% ../../nbs/40_callback.cutmixup.ipynb #c0ffee52
+class _ShowsBatch:
+    "What shows the batches of a mixing callback."
     def _example(self, dls):
         "The targets of a training batch, and what `mix_batch` made of it."
         b, n = dls.train.one_batch(), dls.n_inp
-        self._check_targets(b[n:])
+        _check_targets(b[n:])
         return b[n:], self.mix_batch(b[:n], b[n:], self._draw_kinds(b))
 
     def show_batch(self,
@@ -210,37 +174,127 @@ class CutMixUp(Callback):
         def title(weights):
             if not weights.ndim: return f'{weights:.2f}'
             named = [(w, i if vocab is None else vocab[i]) for i, w in enumerate(weights.tolist()) if w >= .005]
-            return '\n'.join(f'{name}' if w > .995 else f'{w:.2f} {name}' for w, name in sorted(named, key=lambda o: -o[0]))
+            named.sort(key=lambda o: -o[0])
+            return '\n'.join(f'{name}' if w > .995 else f'{w:.2f} {name}' for w, name in named)
         pics = dls.train.after_batch.decode((x,))[0].as_subclass(Tensor).cpu()
         if not pics.is_floating_point(): pics = pics / 255
-        fig, axs = plt.subplots(nrows, ncols, figsize=(cell * ncols, (cell + .3) * nrows), squeeze=False, dpi=72, layout='constrained')
+        size = cell * ncols, (cell + .3) * nrows
+        fig, axs = plt.subplots(nrows, ncols, figsize=size, squeeze=False, dpi=72, layout='constrained')
         for ax in axs.flat: ax.axis('off')
         for ax, pic, weights in zip(axs.flat, pics, soft):
             ax.imshow(pic.float().clamp(0, 1).permute(1, 2, 0), cmap='gray')
             ax.set_title(title(weights), fontsize=7)
         return fig
 
+# %% ../../nbs/40_callback.cutmixup.ipynb #c0ffee54
+class CutMixUp(_ShowsBatch, _MixedLoss):
+    "MixUp for some samples, CutMix for the others, with labels in the same proportion."
+    order, run_valid, _stateattrs, generator = 0, False, ('generator', 'yb1', 'lam'), None
+    def __init__(self,
+        mix_alpha: float = .4, # λ of MixUp: the larger of λ and 1-λ from Beta(α, α); 0 leaves samples as they are
+        cut_alpha: float = 1., # λ of CutMix: from Beta(α, α); 0 leaves samples as they are
+        mixup_ratio: float = 1, # Relative frequency of MixUp
+        cutmix_ratio: float = 1, # Relative frequency of CutMix
+        cutmix_uniform: bool = True, # One box for all samples that are cut, as in fastai; False: one per sample
+        element: bool = True, # Decide for every sample by itself; False: once per batch, as the blog did
+        interp_label: bool | None = None, # Mix the labels (True) or the losses (False); None asks the loss' `y_int`
+        seed: int | None = None, # Of the draws, the same in every fit; None takes one from torch at each start
+    ):
+        self.mix_alpha, self.cut_alpha = _ratio('mix_alpha', mix_alpha), _ratio('cut_alpha', cut_alpha)
+        self.mixup_ratio, self.cutmix_ratio = _ratio('mixup_ratio', mixup_ratio), _ratio('cutmix_ratio', cutmix_ratio)
+        self.cutmix_uniform, self.element, self.interp_label, self.seed = cutmix_uniform, element, interp_label, seed
+        if not sum(self.ratios):
+            raise BadInput("mixup_ratio, cutmix_ratio: all ratios are 0. At least one has to be above it.")
+
+    @property
+    def ratios(self) -> tuple:
+        "Relative frequencies of MixUp, CutMix and the rest."
+        return self.mixup_ratio, self.cutmix_ratio, 0
+
+    def before_fit(self):
+        "Check what is known before the first batch; seed the draws, differently in each process."
+        super().before_fit()
+        seed = torch.randint(2**62, (1,)).item() if self.seed is None else self.seed
+        self.generator = torch.Generator().manual_seed(seed + rank_distrib())
+
+    def _draw_kinds(self, xb): return draw_kinds(len(xb[0]), self.ratios, self.element, self.generator)
+
+    def mix_batch(self,
+        xb: tuple, # Inputs; all pictures `(b, ..., h, w)` among them are mixed alike, others stay
+        yb: tuple, # Targets
+        kinds: np.ndarray, # `(b,)`: what happens to each sample
+    ) -> tuple: # Mixed inputs, the partners' targets, weight of the samples' own targets `(b,)`
+        "Mix a batch as `kinds` say. Nothing is written to it."
+        x = next(x for x in xb if _is_picture(x))
+        mix = draw_mix(kinds, x.shape[-2:], self.mix_alpha, self.cut_alpha, cut_per_sample=not self.cutmix_uniform,
+                       larger=True, dtype=x.dtype, generator=self.generator)
+        def mixed(x): return mix_pictures(x.as_subclass(Tensor), mix).as_subclass(type(x)) if _is_picture(x) else x
+        lam = send_array(mix.share, x.device, torch.promote_types(x.dtype, torch.float32))
+        return tuple(map(mixed, xb)), tuple(y[send_array(mix.partner, y.device)] for y in yb), lam
+
+    def before_batch(self):
+        "Mix the pictures, note the partners' targets."
+        if not self.checked:
+            _check_targets(self.yb)
+            self.checked = _check_pictures(self.xb)
+        self.learn.xb, self.yb1, self.lam = self.mix_batch(self.xb, self.yb, self._draw_kinds(self.xb))
+
+# %% ../../nbs/40_callback.cutmixup.ipynb #c0ffee55
+def _inner(dl):
+    "The DataLoader that holds the transforms: fastai's distributed one wraps another."
+    while isinstance(vars(dl).get('dl'), DataLoader): dl = vars(dl)['dl']
+    return dl
+
+def _pipelines(dl, augs):
+    "Transforms of augmented and of mixed samples, each with the `split_idx` to call it with; None if there are none."
+    inner = _inner(dl)
+    if not isinstance(getattr(inner, 'after_batch', None), Pipeline): return None
+    fs, split_idx = inner.after_batch.fs, getattr(inner.dataset, 'split_idx', None)
+    def random(t): return isinstance(t, RandTransform) or t.split_idx == 0
+    def sized(t): return getattr(t, 'size', None) is not None
+    resize = [] if any(map(sized, augs)) else [(t, 1) for t in fs if random(t) and sized(t)]   # 1: as in validation
+    mixed = [(t, split_idx) for t in fs if not random(t)] + [(t, 0) for t in augs] + resize
+    return [(t, split_idx) for t in fs], sorted(mixed, key=lambda o: o[0].order)
+
+def _transform(b, rest, pipelines):
+    "Each sample's own transforms, the first pipeline for those of `rest`; the order of the samples stays."
+    if pipelines is None: return b
+    def run(b, fs):
+        for t, split_idx in fs: b = t(b, split_idx=split_idx)
+        return b
+    if rest.all() or not rest.any(): return run(b, pipelines[0 if rest.all() else 1])
+    def at(t, places): return t[send_array(places, t.device)]
+    places = np.flatnonzero(rest), np.flatnonzero(~rest)
+    def join(one, two):
+        if one.shape[1:] != two.shape[1:] or one.dtype != two.dtype:
+            raise BadInput(f"dls: augmented samples are {tuple(one.shape[1:])} {one.dtype}, the others "
+                           f"{tuple(two.shape[1:])} {two.dtype}. A random transform that changes the size has to tell "
+                           "it by an attribute `size`.")
+        return at(torch.cat([one, two]), np.argsort(np.concatenate(places)))
+    return tuple(map(join, *(run(apply(at, b, p), fs) for p, fs in zip(places, pipelines))))
+
 # %% ../../nbs/40_callback.cutmixup.ipynb #c5f07fb4
 class CutMixUpAugment(CutMixUp):
     "MixUp for some samples, CutMix for others, the augmentations of `batch_tfms` for the rest only."
     def __init__(self,
-        mix_alpha: float = .4, # λ of MixUp is from Beta(α, α), the larger of λ and 1-λ; 0: MixUp leaves samples as they are
-        cut_alpha: float = 1., # λ of CutMix is from Beta(α, α); 0: CutMix leaves samples as they are
+        mix_alpha: float = .4, # λ of MixUp: the larger of λ and 1-λ from Beta(α, α); 0 leaves samples as they are
+        cut_alpha: float = 1., # λ of CutMix: from Beta(α, α); 0 leaves samples as they are
         mixup_ratio: float = 1, # Relative frequency of MixUp
         cutmix_ratio: float = 1, # Relative frequency of CutMix
         augment_ratio: float = 1, # Relative frequency of augmentation
-        augment_finetune: float | None = None, # Augment everything, and mix nothing, at the end: for so many epochs from 1 on, for this share of the training below 1
-        cutmix_uniform: bool = True, # One box for all samples of a batch that are cut, as in fastai; False: one per sample
+        augment_finetune: float | None = None, # Augment all, mix none at the end: epochs, or a share below 1
+        cutmix_uniform: bool = True, # One box for all samples that are cut, as in fastai; False: one per sample
         cutmixup_augs=None, # Augmentations of the samples to be mixed, usually milder; without `Normalize`
         element: bool = True, # Decide for every sample by itself; False: once per batch, as the blog did
         interp_label: bool | None = None, # Mix the labels (True) or the losses (False); None asks the loss' `y_int`
-        seed: int | None = None, # Of the draws, the same in every fit; None takes one from torch at the start of each fit
+        seed: int | None = None, # Of the draws, the same in every fit; None takes one from torch at each start
     ):
         self.augment_ratio = _ratio('augment_ratio', augment_ratio)
         self.augment_finetune = None if augment_finetune is None else _ratio('augment_finetune', augment_finetune)
         self.cutmixup_augs = Pipeline([] if cutmixup_augs is None else cutmixup_augs).fs
         if any(isinstance(t, Normalize) for t in self.cutmixup_augs):
-            raise ValueError("cutmixup_augs: there is a Normalize among them, which would act twice. Leave it in batch_tfms only.")
+            raise BadInput("cutmixup_augs: there is a Normalize among them, which would act twice. "
+                           "Leave it in batch_tfms only.")
         super().__init__(mix_alpha, cut_alpha, mixup_ratio, cutmix_ratio, cutmix_uniform, element, interp_label, seed)
 
     @property
@@ -251,60 +305,31 @@ class CutMixUpAugment(CutMixUp):
     def before_fit(self):
         "Check that mixing may end before the training does."
         super().before_fit()
-        finding = hasattr(self.learn, 'lr_finder')   # a few epochs at most, all of them with mixing
-        last = 0 if self.augment_finetune is None or finding else self.augment_finetune
+        last = 0 if hasattr(self.learn, 'lr_finder') else self.augment_finetune or 0   # it may take a few epochs only
         if last >= 1 and last > self.n_epoch:
-            raise ValueError(f"augment_finetune: {last} epochs do not fit into a training of {self.n_epoch}. Use at most {self.n_epoch}, or a share below 1.")
+            raise BadInput(f"augment_finetune: {last} epochs do not fit into a training of {self.n_epoch}. "
+                           f"Use at most {self.n_epoch}, or a share below 1.")
         self.mixing_epochs = self.n_epoch - (last if last >= 1 else last * self.n_epoch)
 
     def before_train(self):
         "Train from batches without the DataLoader's transforms, where it has any."
-        self.learn.dl = self._raw(self.learn.dl)
-
-    def _raw(self, dl):
-        "The batches before their transforms, and two lists of these, for augmented and for mixed samples, each with the `split_idx` to be called with."
-        inner, self.tfms = _inner(dl), None
-        if not isinstance(getattr(inner, 'after_batch', None), Pipeline): return dl
-        fs, split_idx = inner.after_batch.fs, getattr(inner.dataset, 'split_idx', None)
-        def random(t): return isinstance(t, RandTransform) or t.split_idx == 0
-        def sized(t): return getattr(t, 'size', None) is not None
-        resize = [] if any(map(sized, self.cutmixup_augs)) else [(t, 1) for t in fs if random(t) and sized(t)]   # 1: as in validation
-        mixed = [(t, split_idx) for t in fs if not random(t)] + [(t, 0) for t in self.cutmixup_augs] + resize
-        self.tfms = [(t, split_idx) for t in fs], sorted(mixed, key=lambda o: o[0].order)
-        return RawBatches(dl)
-
-    def _transform(self, b, kinds):
-        "Each sample's own transforms; the order of the samples stays."
-        if self.tfms is None: return b
-        def run(b, fs):
-            for t, split_idx in fs: b = t(b, split_idx=split_idx)
-            return b
-        rest = kinds == REST
-        if rest.all() or not rest.any(): return run(b, self.tfms[0 if rest.all() else 1])
-        def at(t, places): return t[send_array(places, t.device)]
-        places = np.flatnonzero(rest), np.flatnonzero(~rest)
-        def join(one, two):
-            if one.shape[1:] != two.shape[1:] or one.dtype != two.dtype:
-                raise ValueError(f"dls: augmented samples are {tuple(one.shape[1:])} {one.dtype}, the others {tuple(two.shape[1:])} {two.dtype}. "
-                                 "A random transform that changes the size has to tell it by an attribute `size`.")
-            return at(torch.cat([one, two]), np.argsort(np.concatenate(places)))
-        return tuple(map(join, *(run(apply(at, b, p), fs) for p, fs in zip(places, self.tfms))))
+        self.pipelines = _pipelines(self.learn.dl, self.cutmixup_augs)
+        if self.pipelines is not None: self.learn.dl = RawBatches(self.learn.dl)
 
     def before_batch(self):
         "Augment some samples, mix the others."
-        self.yb1 = self.lam = None
-        if not self.checked: self._check_targets(self.yb)
-        kinds = self._draw_kinds(self.xb)
+        if not self.checked: _check_targets(self.yb)
+        kinds, n, self.yb1, self.lam = self._draw_kinds(self.xb), len(self.xb), None, None
         if self.epoch + self.iter / self.n_iter >= self.mixing_epochs: kinds = np.full_like(kinds, REST)
-        b, n = self._transform(self.xb + self.yb, kinds), len(self.xb)
+        b = _transform(self.xb + self.yb, kinds == REST, self.pipelines)
         self.learn.xb, self.learn.yb = b[:n], b[n:]
-        if not self.checked: self._check_pictures(self.xb)
+        self.checked = self.checked or _check_pictures(self.xb)
         if (kinds != REST).any(): self.learn.xb, self.yb1, self.lam = self.mix_batch(self.xb, self.yb, kinds)
 
     def _example(self, dls):
-        dl, n = self._raw(dls.train), dls.n_inp
-        with _inner(dls.train).fake_l.no_multiproc(): b = tuple(next(iter(dl)))
-        self._check_targets(b[n:])
+        pipelines, n = _pipelines(dls.train, self.cutmixup_augs), dls.n_inp
+        b = tuple((dls.train if pipelines is None else RawBatches(dls.train)).one_batch())
+        _check_targets(b[n:])
         kinds = self._draw_kinds(b)
-        b = self._transform(b, kinds)
+        b = _transform(b, kinds == REST, pipelines)
         return b[n:], self.mix_batch(b[:n], b[n:], kinds)

@@ -15,6 +15,8 @@ from fastcore.meta import delegates
 from torch import Tensor
 from torch.amp import GradScaler, autocast
 
+from ..registry import BadInput
+
 # %% ../../nbs/41_callback.precision.ipynb #bf0f8417
 def best_amp(
     device: torch.device | str, # Where the data is
@@ -22,9 +24,11 @@ def best_amp(
     "The mixed precision that suits a device."
     device = torch.device(device)
     if not torch.amp.is_autocast_available(device.type):
-        raise ValueError(f"device: torch has no mixed precision for {device.type!r}. Train in float32, or use another device.")
-    if device.type == 'cuda': return AMPMode.BF16 if torch.cuda.get_device_capability(device)[0] >= 8 or torch.version.hip else AMPMode.FP16
-    return AMPMode.BF16 if torch.get_autocast_dtype(device.type) == torch.bfloat16 else AMPMode.FP16   # torch's own choice
+        raise BadInput(f"device: torch has no mixed precision for {device.type!r}. "
+                       "Train in float32, or use another device.")
+    if device.type == 'cuda': bf16 = torch.cuda.get_device_capability(device)[0] >= 8 or torch.version.hip
+    else: bf16 = torch.get_autocast_dtype(device.type) == torch.bfloat16   # torch's own choice
+    return AMPMode.BF16 if bf16 else AMPMode.FP16
 
 # %% ../../nbs/41_callback.precision.ipynb #e332dbcd
 @delegates(GradScaler)
@@ -35,7 +39,7 @@ class MixedPrecision(FastaiMixedPrecision):
         **kwargs
     ):
         if amp_mode is not None and amp_mode not in (*AMPMode, *(m.value for m in AMPMode)):
-            raise ValueError(f"amp_mode: expected 'fp16', 'bf16' or None, got {amp_mode!r}.")
+            raise BadInput(f"amp_mode: expected 'fp16', 'bf16' or None, got {amp_mode!r}.")
         super().__init__(AMPMode.FP16 if amp_mode is None else amp_mode, **kwargs)
         self.auto, self.entered = amp_mode is None, False
 
@@ -46,7 +50,7 @@ class MixedPrecision(FastaiMixedPrecision):
         mode = best_amp(device)   # refuses a device without autocast
         if not self.auto: mode = self.amp_mode
         if mode == AMPMode.BF16 and device.type == 'cuda' and not torch.cuda.is_bf16_supported():
-            raise ValueError("amp_mode: this GPU has no bf16. Use amp_mode='fp16', learn.to_fp16(), or None.")
+            raise BadInput("amp_mode: this GPU has no bf16. Use amp_mode='fp16', or None.")
         self.amp_mode, fp16 = mode, mode == AMPMode.FP16
         self.autocast = autocast(device.type, dtype=torch.float16 if fp16 else torch.bfloat16)
         self.learn.scaler, self.scales = GradScaler(device.type, **{**self.kwargs, 'enabled': fp16}), L()
@@ -71,15 +75,14 @@ class MixedPrecision(FastaiMixedPrecision):
         self.entered = False
 
 @patch
-@delegates(GradScaler)
-def to_fp16(self: Learner, **kwargs):
-    "Train in float16 mixed precision, with a gradient scaler, on the device of the data."
-    return self.remove_cb(FastaiMixedPrecision).add_cb(MixedPrecision(AMPMode.FP16, **kwargs))
-
-@patch
-def to_bf16(self: Learner):
-    "Train in bfloat16 mixed precision on the device of the data."
-    return self.remove_cb(FastaiMixedPrecision).add_cb(MixedPrecision(AMPMode.BF16))
+@delegates(MixedPrecision)
+def to_amp(
+    self: Learner,
+    amp_mode: str | AMPMode | None = None, # 'fp16', 'bf16', or None for what suits the device
+    **kwargs
+) -> Learner: # The same, which trains in mixed precision from now on, until `to_fp32()`
+    "Train in mixed precision on the device of the data, fp16 with a gradient scaler."
+    return self.remove_cb(FastaiMixedPrecision).add_cb(MixedPrecision(amp_mode, **kwargs))
 
 # %% ../../nbs/41_callback.precision.ipynb #4fa63779
 class ChannelsLast(Callback):
@@ -88,12 +91,14 @@ class ChannelsLast(Callback):
 
     def before_fit(self):
         "Turn the weights that are not yet turned."
-        self.turned = [p for p in self.model.parameters() if p.ndim == 4 and not p.is_contiguous(memory_format=torch.channels_last)]
+        self.turned = [p for p in self.model.parameters()
+                       if p.ndim == 4 and not p.is_contiguous(memory_format=torch.channels_last)]
         self._turn(torch.channels_last)
 
     def before_batch(self):
         "Turn the pictures."
-        self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim == 4 else x for x in self.xb)
+        def is_map(x): return isinstance(x, Tensor) and x.ndim == 4
+        self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if is_map(x) else x for x in self.xb)
 
     def after_fit(self):
         "Turn the weights back."

@@ -45,7 +45,7 @@ def get_dls(
 class DataId:
     "The identity of a data set: its name, and a fingerprint of its pictures. Where they lie is no part of it."
     name: str # Short name, for tables and folders
-    family: str = '' # 'imagenette', 'imagewoof', 'petals', 'digits', or '' for others
+    family: str = field(default='', compare=False) # 'imagenette', 'imagewoof', 'petals', 'digits', or '' for others
     fingerprint: str = '' # Of names, labels, splits and bytes; '' where pictures are made, or it is not known
     path: str = field(default='', compare=False) # What the user typed: a name in `DATASETS`, or a path
 

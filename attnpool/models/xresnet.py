@@ -15,7 +15,7 @@ from torch import nn
 
 from ..heads import build_head, check_n_out
 from ..layers import Mish
-from ..registry import Registry
+from ..registry import BadInput, Registry
 
 # %% ../../nbs/20_models.xresnet.ipynb #28125826
 def build_xresnet(
@@ -34,21 +34,23 @@ def build_xresnet(
     pretrained: bool = False, # There are no pretrained weights: True is an error
 ) -> nn.Sequential:
     "An XResNet: stem, stages, and a head, which with `custom_head` is the last module as a whole."
-    if pretrained: raise ValueError("pretrained: there are no pretrained weights for this network. Use pretrained=False.")
+    if pretrained:
+        raise BadInput("pretrained: there are no pretrained weights for this network. Use pretrained=False.")
     check_n_out(n_out)
     if stem_pool is None: stem_pool = lambda **kwargs: nn.Identity()
     if len(layers) != len(block_szs):
-        raise ValueError(f"layers: expected {len(block_szs)} numbers of blocks, one per stage, got {list(layers)}.")
+        raise BadInput(f"layers: expected {len(block_szs)} numbers of blocks, one per stage, got {list(layers)}.")
     narrow = int(min(block_szs) * widen)
     if narrow < 16:   # 32 groups of floor(width * 4/64) channels
-        raise ValueError(f"widen: {widen} leaves {narrow} channels in the narrowest stage; a ResNeXt block needs 16. "
-                         f"Use widen >= {16 / min(block_szs):g}.")
-    # a plain nn.Sequential can be sliced, XResNet cannot
-    model = nn.Sequential(*XResNet(block, 4, list(layers), n_out=n_out, block_szs=list(block_szs), c_in=c_in, widen=widen, act_cls=act_cls,
-                                   stem_szs=list(stem_szs), stem_pool=stem_pool, block_pool=block_pool, stoch_depth=stoch_depth))
+        raise BadInput(f"widen: {widen} leaves {narrow} channels in the narrowest stage; a ResNeXt block needs 16. "
+                       f"Use widen >= {16 / min(block_szs):g}.")
+    net = XResNet(block, 4, list(layers), n_out=n_out, block_szs=list(block_szs), c_in=c_in, widen=widen,
+                  act_cls=act_cls, stem_szs=list(stem_szs), stem_pool=stem_pool, block_pool=block_pool,
+                  stoch_depth=stoch_depth)
+    model = nn.Sequential(*net)   # which can be sliced, as XResNet cannot
     if custom_head is None: return model
-    *_, last = model
-    return model[:-4].append(build_head(custom_head, last.in_features, n_out))   # without pool, flatten, dropout, linear
+    *body, _, _, _, last = model   # pool, flatten, dropout, linear
+    return nn.Sequential(*body, build_head(custom_head, last.in_features, n_out))
 
 # %% ../../nbs/20_models.xresnet.ipynb #6904509c
 ARCHS = Registry('arch')

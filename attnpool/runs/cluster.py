@@ -134,8 +134,8 @@ def submit(
     options = dict(timeout_min=timeout_min, gpus_per_node=gpus, **options)
     if gpus > 1: options['tasks_per_node'] = gpus
     if cpus: options['cpus_per_task'] = cpus
-    if cluster == 'slurm': options['slurm_array_parallelism'] = array_parallelism or 256
-    if cluster == 'slurm' and partition: options['slurm_partition'] = partition
+    if cluster == 'slurm': options |= dict(slurm_array_parallelism=array_parallelism or 256)
+    if cluster == 'slurm' and partition: options |= dict(slurm_partition=partition)
     console, grid, shown = console or Console(), _Grid(specs, Path(out).resolve(), cluster, retries, options), None
     def show(text): console.print(text, markup=False, highlight=False)
     try: lock = FileLock(grid.jobs/'.lock', timeout=0).acquire()
@@ -155,8 +155,7 @@ def submit(
             else: groups = [new] if new else []
             for group in groups: grid.send(group)
             progress.update(bar, completed=len(grid.results), description=text)
-            if not console.is_terminal and text != shown: show(text)
-            shown = text
+            if not console.is_terminal and text != shown: show(shown := text)
             if not wait or len(grid.results) + len(grid.failed) == len(grid.todo) and not grid.live: break
             time.sleep(1 if cluster == 'local' else 5)
     if grid.failed:

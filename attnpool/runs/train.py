@@ -37,7 +37,7 @@ from safetensors.torch import save as safetensors_bytes
 from ..data.cache import write_file
 from ..data.listing import differences, digests, fingerprint, read_digests, write_digests
 from ..data.pictures import find_pictures, valid_dl
-from ..distributed import distributed, is_first, join_processes, once as on_first_process, processes
+from ..distributed import distributed, is_first, join_processes, on_first_process, processes
 from ..recipe import learner_for
 from ..registry import BadInput
 from .spec import Spec
