@@ -83,7 +83,7 @@ def attention_scores(
     k: Affine, # `(weight, bias)` of the keys' linear map
     norm: Callable | None = None, # Norm of the positions; LayerNorm and RMSNorm are folded
     scale: float = 1., # Factor on the scores
-    num_heads: int = 1, # Heads
+    num_heads: int = 1, # Heads, each with its own softmax
 ) -> Tensor: # `(b, queries*num_heads, n)`, query-major
     "Scores before the softmax, `scale * q·(W_k norm(x)_i + b_k)`, without computing keys where the norm can be folded."
     _check(x, query, q, k, num_heads)

@@ -32,7 +32,7 @@ from .registry import BadInput, Registry
 HEADS = Registry('head')
 
 def check_n_out(
-    n_out: int # Outputs
+    n_out: int # Outputs, one per class
 ) -> int:
     "`n_out`, if it is at least 1."
     if n_out < 1: raise BadInput(f"n_out: expected at least 1 output, got {n_out}. Pass the number of classes.")
@@ -57,7 +57,7 @@ class PoolHead(nn.Sequential):
 
     def __init__(self,
         ni: int, # Channels of the map
-        n_out: int, # Outputs
+        n_out: int, # Outputs, one per class
         norm: Callable[[int], nn.Module] | None = None, # Norm in the pool, and after it in heads that have one there
         final_act: Callable[[], nn.Module] | None = None, # Activation before the linear layer
         **options # Of the pool
@@ -93,7 +93,7 @@ class AvgPoolHead(PoolHead):
     start = 'xresnet'
     def __init__(self,
         ni: int, # Channels of the map
-        n_out: int, # Outputs
+        n_out: int, # Outputs, one per class
     ):
         last = start_linear(nn.Linear(ni, check_n_out(n_out)), self.start)
         nn.Sequential.__init__(self, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
@@ -137,7 +137,7 @@ class ClassQueryPoolHead(PoolHead):
     start = 'xresnet'
     def __init__(self,
         ni: int, # Channels of the map
-        n_out: int, # Outputs
+        n_out: int, # Outputs, one per class
     ):
         nn.Sequential.__init__(self, ClassQueryPooling2d(ni, check_n_out(n_out)))
         start_linear(self[0].linear, self.start)
@@ -256,7 +256,7 @@ def fold(
 def build_head(
     head: Callable | nn.Module, # Class or callable `(ni, n_out)` that makes a module or a list of them; or a module
     ni: int, # Channels of the map
-    n_out: int, # Outputs
+    n_out: int, # Outputs, one per class
 ) -> nn.Module:
     "The module that `custom_head` stands for."
     if isinstance(head, nn.Module): return head

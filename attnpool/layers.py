@@ -77,7 +77,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
 # %% ../nbs/10_layers.ipynb #686abc91
 def make_norm(
     norm: Callable[[int], nn.Module], # Builds a norm of so many channels: `nn.LayerNorm`, `TokenBatchNorm`, ...
-    ni: int, # Channels
+    ni: int, # Channels of what it normalises
 ) -> nn.Module:
     "`norm(ni)`, refusing torch's own BatchNorm, which would normalise the wrong axis of `(b, n, c)`."
     if not callable(norm):

@@ -48,7 +48,7 @@ class PatchConvBlock(nn.Module):
     def __init__(self,
         ni: int, # Channels in and out
         norm: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6), # Norm over the channels of `(b, h, w, c)`
-        act_cls: Callable[[], nn.Module] = nn.GELU, # Activation
+        act_cls: Callable[[], nn.Module] = nn.GELU, # Activation between its linear layers
         gamma_init: float = 1e-4, # LayerScale at the start
         drop_path_rate: float = 0., # Stochastic depth
     ):
@@ -180,7 +180,7 @@ class PatchConvNet(_Head, _Column, nn.Module):
     "Convolutional stem, a column of equal blocks, Learned Aggregation (paper, section 3)."
     def __init__(self,
         embed_dim: int = 384, # Channels of the map: 384 (S), 768 (B), 1024 (L) in the paper
-        depth: int = 60, # Blocks
+        depth: int = 60, # Blocks in the column
         patch_size: int = 16, # Pixels per position
         in_chans: int = 3, # Channels of the picture
         num_classes: int = 1000, # Outputs; 0 for features
@@ -190,7 +190,7 @@ class PatchConvNet(_Head, _Column, nn.Module):
         num_heads: int = 1, # Heads of the aggregation
         ffn_expand: float = 3, # Width of the aggregation's feed-forward part over `embed_dim`
         norm: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6), # Or `TokenBatchNorm` (table B.3)
-        act_cls: Callable[[], nn.Module] = nn.GELU, # Activation
+        act_cls: Callable[[], nn.Module] = nn.GELU, # Activation between its linear layers
         gamma_init: float = 1e-4, # LayerScale at the start
         drop_rate: float = 0., # Dropout before the classifier
         proj_drop_rate: float = 0., # Dropout in the aggregation

@@ -22,7 +22,7 @@ def build_xresnet(
     block: Callable, # fastxtend block: `ResNeXtBlock`, `ECAResNeXtBlock`, ...
     layers: Sequence[int], # Blocks per stage
     block_szs: Sequence[int], # Width of each stage before the blocks' expansion by 4
-    n_out: int = 1000, # Outputs
+    n_out: int = 1000, # Outputs, one per class
     custom_head=None, # Class or callable `(ni, n_out)`, or module; None keeps average pooling and a linear layer
     c_in: int = 3, # Channels of the pictures
     widen: float = 1., # Factor on `block_szs`
@@ -60,7 +60,7 @@ def _stage_options(f): return delegates(build_xresnet, but=['block', 'layers', '
 @ARCHS.register('xresnext50')
 @_stage_options
 def xresnext50(
-    n_out: int = 1000, # Outputs
+    n_out: int = 1000, # Outputs, one per class
     layers: Sequence[int] = (3, 4, 6, 3), # Blocks per stage
     **kwargs
 ) -> nn.Sequential:
@@ -70,7 +70,7 @@ def xresnext50(
 @ARCHS.register('xresnext50s')
 @_stage_options
 def xresnext50s(
-    n_out: int = 1000, # Outputs
+    n_out: int = 1000, # Outputs, one per class
     layers: Sequence[int] = (3, 4, 9), # Blocks per stage
     **kwargs
 ) -> nn.Sequential:
@@ -80,7 +80,7 @@ def xresnext50s(
 @ARCHS.register('xeca_resnext50')
 @_stage_options
 def xeca_resnext50(
-    n_out: int = 1000, # Outputs
+    n_out: int = 1000, # Outputs, one per class
     layers: Sequence[int] = (3, 4, 6, 3), # Blocks per stage
     **kwargs
 ) -> nn.Sequential:
@@ -90,7 +90,7 @@ def xeca_resnext50(
 @ARCHS.register('xeca_resnext50s')
 @_stage_options
 def xeca_resnext50s(
-    n_out: int = 1000, # Outputs
+    n_out: int = 1000, # Outputs, one per class
     layers: Sequence[int] = (3, 4, 9), # Blocks per stage
     **kwargs
 ) -> nn.Sequential:
@@ -101,7 +101,7 @@ def xeca_resnext50s(
 @ARCHS.register('xeca_resnext_tiny')
 @delegates(xeca_resnext50s, but=['layers', 'widen', 'stem_szs', 'stem_pool'])
 def xeca_resnext_tiny(
-    n_out: int = 1000, # Outputs
+    n_out: int = 1000, # Outputs, one per class
     **kwargs
 ) -> nn.Sequential:
     "XECA-XResNeXt50S for small pictures and two CPU cores: a map of 256 channels at 1/8 of the picture."

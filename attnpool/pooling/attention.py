@@ -86,7 +86,7 @@ def learned_query(
 def feed_forward(
     ni: int, # Channels in and out
     ffn_expand: float, # Width in between, over `ni`
-    act_cls: Callable[[], nn.Module], # Activation
+    act_cls: Callable[[], nn.Module], # Activation between its linear layers
     norm: Callable[[int], nn.Module] | None = None, # Norm of the wide vectors (sandwich); None for none
 ) -> nn.Sequential:
     "Linear, activation, (norm,) linear, with the initial weights of the attention."

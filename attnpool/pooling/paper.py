@@ -32,7 +32,7 @@ class PaperAggregation(nn.Module):
         ni: int, # Channels of the map, and of the result
         queries: int = 1, # Learned vectors that look
         sees_itself: bool = True, # The query is one of the positions; needs `queries=1`
-        num_heads: int = 1, # Heads
+        num_heads: int = 1, # Heads, each with its own softmax
         ffn_expand: float = 3, # Width of the feed-forward part over `ni`
         norm: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6), # Norm of positions, queries and vectors
         act_cls: Callable[[], nn.Module] = nn.GELU, # Activation of the feed-forward part
