@@ -310,5 +310,5 @@ def gather_own(
     with no_autocast(x):
         u, v = (None if t is None else t.to(wide(x.dtype)) for t in (u, v))
         if asked == 'plain' or not in_chunks(x): return gather_own_plain(x, u, v, share, eps)
-        if isinstance(share, (int, float)): share = u.new_full((), share).expand(len(x), 1, 1)
+        if share is not None and not isinstance(share, Tensor): share = u.new_full((len(x), 1, 1), share)
         return _run(_OWN, dict(eps=eps), x, u, v, share)[0]
