@@ -242,8 +242,8 @@ def speed(
     """Measure what pooling costs: every head, the blog's layer as printed, and the pools of timm and torch, in turns in
     one process.
 
-    Prints ratios to average pooling (medians, quartiles in brackets): forward, training step, memory, parameters,
-    multiply-adds; and which form of attention pooling ran.
+    Prints ratios to average pooling (medians, quartiles in brackets): forward, training step; memory in copies of the
+    map, parameters, multiply-adds, and which form of attention pooling ran.
     """
     import pandas as pd
     from attnpool.cost import pools, timing

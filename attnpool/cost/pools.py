@@ -107,15 +107,15 @@ def measure_pools(
 def pool_tables(
     table: pd.DataFrame, # From `measure_pools`
 ) -> list[Table]: # One for each setting
-    "The tables for the terminal, within 80 columns: ratios to average pooling, quartiles in brackets."
+    "Within 80 columns: ratios to average pooling, quartiles in brackets; `maps` is the memory in copies of the map."
     def number(v): return f'{v:.1f}' if v < 10 else f'{v:.0f}'
     def ratio(r, which):
         middle, low, high = (number(r[f'{which}_{k}']) for k in ('ratio', 'low', 'high'))
         return f'{middle} [{low}, {high}]'
     tables = []
     for setting, rows in table.groupby(['map', 'batch', 'dtype', 'format'], sort=False):
-        out = Table(title=' '.join(map(str, setting)), box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
-        for name in ('layer', 'forward', 'training', 'memory', 'Mparams', 'MMACs', 'form'):
+        out = Table(title=' '.join(map(str, setting)), box=SIMPLE, padding=0, show_edge=False, collapse_padding=True)
+        for name in ('layer', 'forward', 'training', 'maps', 'Mparams', 'MMACs', 'form'):
             out.add_column(name, justify='left' if name in ('layer', 'form') else 'right')
         for _, r in rows.iterrows():
             out.add_row(r.layer, ratio(r, 'forward'), ratio(r, 'training'), f'{r.memory_maps:.2f}',
