@@ -103,7 +103,7 @@ def run(path, flags):
 
     sys.path.insert(0, str(ROOT))
     os.chdir(path.parent)
-    shell = CaptureShell(path)
+    shell = CaptureShell(path, mpl_format='png')   # retina doubles the size of a page
     try: shell.run_all(nb, exc_stop=True, preproc=skipped)
     except BaseException as e:
         shell.exc = shell.exc or e

@@ -168,8 +168,10 @@ def long_modules(root):
 def long_lines(root):
     sources = [(file.relative_to(root), file.read_text()) for file in modules(root).values()] + list(code_cells(root))
     for where, source in sources:
+        listed = False   # nbdev breaks the lines of `__all__` as it likes
         for i, line in enumerate(source.splitlines(), 1):
-            if len(line) > 120: yield f"{where}:{i}: {len(line)} characters"
+            listed = line.startswith("__all__ = [") or listed and line.startswith(" ")
+            if len(line) > 120 and not listed: yield f"{where}:{i}: {len(line)} characters"
 
 
 def long_cells(root):
@@ -242,6 +244,7 @@ HOUSES = [
     (stars_and_strangers, {"00_a": "import fastxtend.vision.models.xresnet"}, {}, "attnpool/a.py:1: fastxtend's models"),
     (long_modules, {"00_a": "x = 1\n" * 321}, {}, "attnpool/a.py:320: 321 lines"),
     (long_lines, {"00_a": "\nx = " + "1" * 117}, {}, "attnpool/a.py:2: 121 characters"),
+    (long_lines, {"00_a": f"__all__ = ['{'a' * 120}',\n           '{'b' * 120}']\n{'c' * 121}"}, {}, "attnpool/a.py:3: 121"),
     (long_lines, {}, {"00_a": ["x", "# " + "y" * 119]}, "nbs/00_a.ipynb:cell 1:1: 121 characters"),
     (long_cells, {}, {"00_a": ["#| export\n" + "x = 1\n" * 61]}, "nbs/00_a.ipynb:cell 0: an exported cell of 61 lines"),
     (on_no_floor, {}, {"extra": ["#| default_exp extra"]}, "nbs/extra.ipynb: on no floor"),

@@ -87,10 +87,10 @@ def undocumented(text):
         arguments = [a for a in f.args.posonlyargs + f.args.args + f.args.kwonlyargs if a.arg not in ("self", "cls")]
         if len(arguments) == 1 and arguments[0].arg == "x": continue   # forward(x): the docstring gives the shapes
         for a in arguments:
-            line = lines[a.lineno - 1]
-            docment = re.search(r"\s# (.+)", line)
+            written = "\n".join(lines[a.lineno - 1:a.end_lineno])   # with its annotation
+            docment = re.search(r"\s# (.+)", written)
             says = docment and re.search(r"\w\W+\w|\d", docment[1])
-            if "help=" not in line and not says: yield f"{name}({a.arg})"
+            if "help=" not in written and not says: yield f"{name}({a.arg})"
 
 
 def test_parameters_of_public_functions_are_documented():
@@ -102,6 +102,7 @@ def test_parameters_of_public_functions_are_documented():
 def test_the_docment_rule_sees_what_it_should():
     function = "def f(\n  a,  # `(b, c)` map\n  b=1,  # Where\n  c=2,\n  d=3,  # in [0, 1]\n  *,\n  e,  # `What`.\n): pass"
     assert list(undocumented(function)) == ["f(b)", "f(c)", "f(e)"]
+    assert not list(undocumented("def f(a: Annotated[int, Option(\n  help='b')] = 1): pass"))
     assert list(undocumented("class A:\n  def __init__(self, x): pass\n  def g(self, y): pass\n  def _h(self, z): pass")) == ["A.g(y)"]
 
 
