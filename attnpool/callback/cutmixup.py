@@ -7,7 +7,7 @@ __all__ = ['knows_reduction', 'stacked_loss', 'RawBatches', 'CutMixUp', 'CutMixU
 
 # %% ../../nbs/40_callback.cutmixup.ipynb #933c1112
 import math
-from functools import cache
+from functools import cache, reduce
 from inspect import signature
 
 import matplotlib.pyplot as plt
@@ -17,12 +17,11 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import reduce_loss
 from fastai.data.all import DataLoader, Normalize, Pipeline, get_c
 from fastai.layers import NoneReduce
-from fastai.torch_core import apply, rank_distrib
+from fastai.torch_core import apply, noop, rank_distrib
 from fastai.vision.augment import RandTransform
 from torch import Tensor, nn
 
-from ..mixing import (
-    check_target, draw_kinds, draw_mix, is_index, mix_labels, mix_pictures, REST, send_array)
+from ..mixing import check_target, draw_kinds, draw_mix, is_index, mix_labels, mix_pictures, REST, send_array
 from ..registry import BadInput
 
 # %% ../../nbs/40_callback.cutmixup.ipynb #936e914f
@@ -53,32 +52,27 @@ def stacked_loss(
     return reduce_loss(loss, getattr(loss_func, 'reduction', 'mean'))
 
 # %% ../../nbs/40_callback.cutmixup.ipynb #2d6f19cb
+def _inner(dl):
+    "The DataLoader that holds the transforms: fastai's distributed one wraps another."
+    return _inner(dl.dl) if isinstance(vars(dl).get('dl'), DataLoader) else dl
+
 @cache
 def _view_class(cls, wraps):
     "A subclass of a DataLoader's class without transforms of batches."
     if wraps: own = dict(dl=property(lambda self: RawBatches(self.whole.dl)))
-    else: own = dict(after_batch=property(lambda self: _as_they_are))
+    else: own = dict(after_batch=property(lambda self: noop))
     return type(f'Raw{cls.__name__}', (RawBatches, cls), own)
-
-def _as_they_are(b): return b
 
 class RawBatches:
     "A view of a fastai DataLoader, of a subclass of its class, whose batches come without `after_batch`."
     __slots__ = ('whole',)   # the DataLoader; everything else is its own state
-
     def __new__(cls, dl):
-        view = object.__new__(_view_class(type(dl), isinstance(vars(dl).get('dl'), DataLoader)))
+        view = object.__new__(_view_class(type(dl), _inner(dl) is not dl))
         view.__dict__, view.whole = vars(dl), dl
         return view
 
-    def __init__(self,
-        dl: DataLoader # Also one that wraps another, as fastai's distributed one
-    ): pass   # nothing to set up
-
-    def new(self, *args, **kwargs):
-        "Another loader like the one that this is a view of, with its transforms."
-        return self.whole.new(*args, **kwargs)
-
+    def __init__(self, dl: DataLoader): pass   # also one that wraps another; there is nothing to set up
+    def new(self, *args, **kwargs): return self.whole.new(*args, **kwargs)   # with its transforms
     def __reduce__(self): return RawBatches, (self.whole,)
 
 # %% ../../nbs/40_callback.cutmixup.ipynb #913a2329
@@ -101,9 +95,8 @@ def _check_pictures(xb) -> bool:
     if len(sizes := {tuple(x.shape[-2:]) for x in pictures}) > 1:
         came = ' and '.join(f'{h}x{w}' for h, w in sorted(sizes))
         raise BadInput(f"dls: expected pictures of one size in a batch, got {came}. Resize them in item_tfms.")
-    for x in pictures:
-        if not x.is_floating_point():
-            raise TypeError(f"dls: expected float pictures, got {x.dtype}. Add IntToFloatTensor() to batch_tfms.")
+    if ints := [x.dtype for x in pictures if not x.is_floating_point()]:
+        raise TypeError(f"dls: expected float pictures, got {ints[0]}. Add IntToFloatTensor() to batch_tfms.")
     return True
 
 # %% ../../nbs/40_callback.cutmixup.ipynb #c0ffee59
@@ -114,8 +107,7 @@ class _MixedLoss(Callback):
     def before_fit(self):
         "Which of the two the loss wants, as far as it tells before the first batch."
         self.checked = self.tried = False
-        ints = getattr(self.learn.loss_func, 'y_int', False)
-        self.stack_y = ints if self.interp_label is None else not self.interp_label
+        self.stack_y = getattr(self.loss_func, 'y_int', False) if self.interp_label is None else not self.interp_label
         if self.stack_y: self._check_reduction()
 
     def _check_reduction(self):
@@ -173,13 +165,13 @@ class _ShowsBatch:
         vocab, nrows = getattr(dls, 'vocab', None), -(-len(x) // ncols)
         def title(weights):
             if not weights.ndim: return f'{weights:.2f}'
-            named = [(w, i if vocab is None else vocab[i]) for i, w in enumerate(weights.tolist()) if w >= .005]
-            named.sort(key=lambda o: -o[0])
-            return '\n'.join(f'{name}' if w > .995 else f'{w:.2f} {name}' for w, name in named)
+            order = weights.argsort(descending=True).tolist()
+            named = [(weights[i].item(), i if vocab is None else vocab[i]) for i in order]
+            return '\n'.join(f'{name}' if w > .995 else f'{w:.2f} {name}' for w, name in named if w >= .005)
         pics = dls.train.after_batch.decode((x,))[0].as_subclass(Tensor).cpu()
         if not pics.is_floating_point(): pics = pics / 255
-        size = cell * ncols, (cell + .3) * nrows
-        fig, axs = plt.subplots(nrows, ncols, figsize=size, squeeze=False, dpi=72, layout='constrained')
+        fig, axs = plt.subplots(nrows, ncols, figsize=(cell * ncols, (cell + .3) * nrows), squeeze=False, dpi=72,
+                                layout='constrained')
         for ax in axs.flat: ax.axis('off')
         for ax, pic, weights in zip(axs.flat, pics, soft):
             ax.imshow(pic.float().clamp(0, 1).permute(1, 2, 0), cmap='gray')
@@ -240,11 +232,6 @@ class CutMixUp(_ShowsBatch, _MixedLoss):
         self.learn.xb, self.yb1, self.lam = self.mix_batch(self.xb, self.yb, self._draw_kinds(self.xb))
 
 # %% ../../nbs/40_callback.cutmixup.ipynb #c0ffee55
-def _inner(dl):
-    "The DataLoader that holds the transforms: fastai's distributed one wraps another."
-    while isinstance(vars(dl).get('dl'), DataLoader): dl = vars(dl)['dl']
-    return dl
-
 def _pipelines(dl, augs):
     "Transforms of augmented and of mixed samples, each with the `split_idx` to call it with; None if there are none."
     inner = _inner(dl)
@@ -259,9 +246,7 @@ def _pipelines(dl, augs):
 def _transform(b, rest, pipelines):
     "Each sample's own transforms, the first pipeline for those of `rest`; the order of the samples stays."
     if pipelines is None: return b
-    def run(b, fs):
-        for t, split_idx in fs: b = t(b, split_idx=split_idx)
-        return b
+    def run(b, fs): return reduce(lambda b, f: f[0](b, split_idx=f[1]), fs, b)
     if rest.all() or not rest.any(): return run(b, pipelines[0 if rest.all() else 1])
     def at(t, places): return t[send_array(places, t.device)]
     places = np.flatnonzero(rest), np.flatnonzero(~rest)
