@@ -230,6 +230,7 @@ def scratch_network(
         raise BadInput(f"{name}: the network {arch} has no such option. Leave it out, or take another.") from None
     return network.model, dict(splitter=network.splitter)
 
+# %% ../nbs/43_recipe.ipynb #d28e9f6b
 def _name_of(head):
     "Short name of a head, or None."
     if isinstance(head, str): return head

@@ -66,7 +66,11 @@ class LateCommands(typer.core.TyperGroup):
     "A group whose commands may learn their options when they are called, see `late_options`."
     made = {}   # name of a command: makes its signature
 
-    def resolve_command(self, ctx, args):
+    def resolve_command(self,
+        ctx, # Of the group, as click calls it
+        args: list[str], # Words from the command's name on
+    ):
+        "The command that was typed, with all its options."
         name, command, rest = super().resolve_command(ctx, args)
         warnings.filterwarnings('ignore', category=FutureWarning)   # other packages'
         if name in self.made: command = self.made[name]()
@@ -143,6 +147,7 @@ def fail(
     if os.environ.get('RANK', '0') == '0': sys.stderr.write(f'attnpool: {" ".join(str(message).split())}\n')
     return 2
 
+# %% ../../nbs/55_runs.options.ipynb #0b6d4c2d
 def make_runs(
     specs: list, # From `read_specs`
     out: Path, # Folder of run folders

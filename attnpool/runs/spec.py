@@ -59,6 +59,7 @@ def data_for(
     "The identity of the data that a recipe trains on: the recipe `blog` takes the blog's version of them."
     return identify(blog_version(data) if getattr(recipe, 'name', recipe) == 'blog' else data)
 
+# %% ../../nbs/51_runs.spec.ipynb #ab4c8d2e
 BLOG_SIZES = 256, 384   # pixels
 
 def make_spec(
