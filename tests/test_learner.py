@@ -12,7 +12,7 @@ from torch import nn
 
 from attnpool.heads import AvgAttnConcatPoolHead, HEADS, LearnedAggregationHead
 from attnpool.learner import vision_learner
-from attnpool.recipe import get_recipe, Recipe, recipe_learner, RECIPES
+from attnpool.recipe import get_recipe, rates_of, Recipe, recipe_learner, RECIPES
 from attnpool.models.surgery import map_width, TimmMap
 from attnpool.models.xresnet import xeca_resnext_tiny
 
@@ -247,7 +247,7 @@ def test_recipes_train(dls, recipe, head):
 
 def test_recipes_hold_what_their_sources_say():
     blog = get_recipe("blog", "avg", "imagenette")
-    assert (blog.epochs, blog.size, blog.bs, blog.lr, blog.opt, blog.schedule, blog.mix) == (80, 224, 64, 8e-3, "ranger", "flat_cos", "cutmixup")
+    assert (blog.epochs, blog.size, blog.bs, blog.lr, blog.opt, blog.schedule, blog.mix) == (80, 224, 64, 8e-3, "ranger", "flat_cos", "cutmixup-batch")
     rates = {(d, h): get_recipe("blog", h, d).lr for d in ("imagenette", "imagewoof", "petals") for h in (*HEADS, "avgattn-act")}
     from attnpool.report.published import published
     facts = published()
@@ -269,13 +269,13 @@ def test_a_recipe_reaches_the_learner(dls):
 
 def test_a_partial_trains_at_its_heads_rate(dls):
     head = partial(AvgAttnConcatPoolHead, ffn_expand=1)
-    assert recipe_learner(dls, "xeca_resnext_tiny", head).recipe.lr == RECIPES["quick"].lr["concat"]
+    assert recipe_learner(dls, "xeca_resnext_tiny", head).recipe.lr == rates_of("quick")["concat"]
 
 
 def test_every_head_has_its_learning_rate():
     for name, recipe in RECIPES.items():
-        if isinstance(recipe.lr, dict): assert set(HEADS) | {"*"} == {k for k in recipe.lr if "/" not in k}, name
-    assert get_recipe("quick", "avg").lr == RECIPES["quick"].lr["avg"]
+        if recipe.lr is None: assert set(HEADS) | {"*"} == {k for k in rates_of(name) if "/" not in k}, name
+    assert get_recipe("quick", "avg").lr == rates_of("quick")["avg"]
     assert Recipe(1, 40, 32, lr={"avg": 1e-2}).for_head("avg").lr == 1e-2
-    assert get_recipe("quick", "somebody's").lr == RECIPES["quick"].lr["*"]
+    assert get_recipe("quick", "somebody's").lr == rates_of("quick")["*"]
 
