@@ -213,7 +213,7 @@ class CutMixUp(_ShowsBatch, _MixedLoss):
 
     def mix_batch(self,
         xb: tuple, # Inputs; all pictures `(b, ..., h, w)` among them are mixed alike, others stay
-        yb: tuple, # Targets
+        yb: tuple, # Targets of the batch
         kinds: np.ndarray, # `(b,)`: what happens to each sample
     ) -> tuple: # Mixed inputs, the partners' targets, weight of the samples' own targets `(b,)`
         "Mix a batch as `kinds` say. Nothing is written to it."

@@ -242,7 +242,7 @@ def read_digests(
 
 def differences(
     old: dict, # From `digests` or `read_digests`
-    new: dict, # 〃
+    new: dict, # The same, of the data as they are now
     n: int = 3, # How many pictures of a kind to name
 ) -> str: # '' if they are the same
     "Which pictures were added, removed, changed, relabelled, or moved between training and validation."
