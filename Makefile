@@ -1,12 +1,13 @@
 # One command each, on a fresh machine with Python 3.10 or newer: the environment is made first, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: help bench test in-step docs readme prepare newest clean
+.PHONY: help bench test in-step pages docs readme prepare newest clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make bench    train the heads on cluttered digits, show the table, write runs/report.html (ARGS='--heads all' to change it)"
-	@echo "make test     notebooks, tests, and whether the modules and README.md are in step with the notebooks"
+	@echo "make test     whether modules, README.md and what the pages show are in step with the notebooks; the tests"
+	@echo "make pages    run every page, write those that show something else than before (ARGS=--all: every one)"
 	@echo "make docs     build the site: site/index.html"
 	@echo "make prepare  after editing a notebook: export, clean, rebuild README.md"
 	@echo "make newest   the tests with the newest fastai and fastcore, as a user may have them"
@@ -49,10 +50,14 @@ in-step: .venv/.dev
 	  diff -r -q -x __pycache__ -x .ipynb_checkpoints -x .last_checked .venv/before/$$f $$f \
 	  || { echo "The modules, notebooks or README.md were not in step. They are now: look at git diff and commit."; exit 1; }; done
 
+# A page is written where its outputs differ in more than numbers and pictures. ARGS may name pages: ARGS='heads fold'.
+pages: .venv/.dev
+	$(BIN)/python -W ignore::FutureWarning docs/pages.py $(ARGS)
+
 # One thread for each of several workers: two workers with two threads each take four times as long on two cores.
 test: export OMP_NUM_THREADS = 1
 test: .venv/.dev in-step
-	$(BIN)/nbdev_test
+	$(BIN)/python -W ignore::FutureWarning docs/pages.py --check
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 # nbdev_proc_nbs would first install quarto with sudo, and this package into whatever pip is on the PATH; the function

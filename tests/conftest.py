@@ -19,5 +19,5 @@ def seeded(): torch.manual_seed(0)
 @pytest.fixture(scope="session")
 def dls():
     "Few small pictures, quick to train on."
-    from attnpool.bench.data import digits_dls
+    from attnpool.data.digits import digits_dls
     return digits_dls(size=64, bs=16, n_train=48, n_valid=16)

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnpool.bench.runs import make_spec
-from attnpool.heads import ABLATIONS, HEADS, LearnedAggregationHead, fold, get_head
+from attnpool.runs.spec import make_spec
+from attnpool.heads import ABLATIONS, fold, get_head, HEADS, LearnedAggregationHead
 from attnpool.layers import TokenBatchNorm
-from attnpool.learner import get_recipe, recipe_learner
-from attnpool.pooling import (AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation, LearnedAggregationSandwich)
+from attnpool.recipe import get_recipe, recipe_learner
+from attnpool.pooling.attention import (
+    AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation, LearnedAggregationSandwich)
+from attnpool.registry import BadInput
 
 C = 16
 WITH_FFN = [LearnedAggregation, LearnedAggregationSandwich, AvgAttnPooling2d, AvgAttnConcatPooling2d]
@@ -92,7 +94,7 @@ def test_options_are_in_the_heads_signatures():
     (lambda: LearnedAggregation(C, init_std=0), "init_std: expected a standard deviation above 0, got 0"),
 ])
 def test_bad_input(make, words):
-    with pytest.raises(ValueError) as e: make()
+    with pytest.raises(BadInput) as e: make()
     assert words in str(e.value)
 
 
@@ -132,4 +134,4 @@ def test_frozen_queries_stay():
 
 
 def test_unknown_ablation():
-    with pytest.raises(ValueError, match="head: 'learned-gama1' is unknown. Did you mean 'learned-gamma1'"): get_head("learned-gama1")
+    with pytest.raises(BadInput, match="head: 'learned-gama1' is unknown. Did you mean 'learned-gamma1'"): get_head("learned-gama1")

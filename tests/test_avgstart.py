@@ -6,9 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attnpool import chunks
+from attnpool.fold import gather_own
+from attnpool.forms import form, forms_used
 from attnpool.heads import AvgPoolHead, AvgStartAttnPoolHead, ClassQueryPoolHead, fold
-from attnpool.interpret import find_pools
-from attnpool.pooling import AvgStartAttnPooling2d, ClassQueryPooling2d
+from attnpool.maps.compute import find_pools
+from attnpool.pooling.start import AvgStartAttnPooling2d, ClassQueryPooling2d
+from attnpool.registry import BadInput
 
 STARTS = [AvgStartAttnPoolHead, ClassQueryPoolHead]
 
@@ -73,15 +77,30 @@ def test_avgstart_equals_the_loop_with_gradients(queries, layout, offset, b):
 
 
 def test_gradgradcheck_in_chunks(monkeypatch):
-    from attnpool import pooling
-    monkeypatch.setattr(pooling, "_START_CHUNK", 4 * 8 * 6 * 2)   # two pictures
+    monkeypatch.setattr(chunks, "CHUNK", 4 * 8 * 6 * 2)   # two pictures
+    monkeypatch.setattr(chunks, "SMALL", 0)
     u = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     x = torch.randn(5, 8, 6, dtype=torch.float64, requires_grad=True)
     for m in (None, .3, torch.tensor([0., 1, 0, 1, 0], dtype=torch.float64).view(5, 1, 1)):
         for v in (None, torch.randn(2, 8, dtype=torch.float64, requires_grad=True)):
-            def f(x, u, v=None): return pooling._Start.apply(x, u, v, m, 1e-5)
+            def f(x, u, v=None): return gather_own(x, u, v, m, 1e-5)
             inputs = (x, u) if v is None else (x, u, v)
             assert torch.autograd.gradcheck(f, inputs) and torch.autograd.gradgradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("head", STARTS)
+def test_forward_mode_and_forms(head):
+    pool, x = seeded(head, 128, 10)[0], torch.randn(40, 128, 6, 5)   # large enough for chunks
+    nn.init.normal_(pool.query, std=.1)
+    exact, dx = copy.deepcopy(pool).double(), torch.randn_like(x)
+    with form("plain"), forms_used() as used: out, tangent = torch.func.jvp(exact, (x.double(),), (dx.double(),))
+    assert used == {"plain"} and (pool(x) - out).abs().max() <= 3e-6 * out.abs().max()
+    with torch.autograd.forward_ad.dual_level():
+        dual = pool(torch.autograd.forward_ad.make_dual(x, dx))
+        ours = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    for t in (ours, torch.func.jvp(pool, (x,), (dx,))[1]): assert (t - tangent).abs().max() <= 1e-5 * tangent.abs().max()
+    with forms_used() as used: pool(x)
+    assert used == {"folded"}
 
 
 @pytest.mark.parametrize("dtype, tol", [(torch.bfloat16, .01), (torch.float16, .002)])
@@ -158,5 +177,5 @@ def test_found_and_folded(head):
     (lambda: ClassQueryPoolHead(16, 0), "n_out: expected at least 1 output, got 0"),
 ])
 def test_bad_input(make, words):
-    with pytest.raises(ValueError) as e: make()
+    with pytest.raises(BadInput) as e: make()
     assert words in str(e.value)

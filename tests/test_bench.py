@@ -7,57 +7,30 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
-from sklearn.datasets import load_digits
 
-from attnpool.bench.data import cluttered_digits, digits_dls
-from attnpool.bench.report import format_table, paired_difference, summarize, write_report
-from attnpool.bench.runs import load_run, make_spec, run, sweep
 from attnpool.cli import main
+from attnpool.data.digits import digits_dls
 from attnpool.heads import HEADS
-from attnpool.learner import RECIPES, recipe_learner
+from attnpool.recipe import recipe_learner, RECIPES
+from attnpool.registry import BadInput
+from attnpool.report.page import write_report
+from attnpool.report.stats import format_table, paired_difference, summarize
+from attnpool.runs.spec import make_spec
+from attnpool.runs.store import load_run, Result
+from attnpool.runs.train import open_run, run, sweep
 
 SMALL = dict(epochs=1, size=20, bs=128)
 FLAGS = ["--epochs", "1", "--size", "20", "--bs", "128", "--device", "cpu"]
-
-
-def test_digits_are_pasted_whole_and_split_by_original():
-    d, originals = cluttered_digits(size=40, n_train=300, n_valid=100), load_digits()
-    assert d.images.dtype == torch.uint8 and d.images.shape == (400, 40, 40)
-    assert not set(d.sources[:300].tolist()) & set(d.sources[300:].tolist())
-    assert torch.equal(d.labels, torch.tensor(originals.target)[d.sources])
-    for image, (l, t, r, b), source in zip(d.images, d.boxes.tolist(), d.sources.tolist()):
-        assert 0 <= l < r <= 40 and 0 <= t < b <= 40 and r - l == b - t
-        digit = torch.nn.functional.interpolate(torch.tensor(originals.images[source] / 16)[None, None], size=(b - t, r - l), mode="bilinear")[0, 0]
-        assert (image[t:b, l:r] >= (digit * 255).round() - 1).all()   # the digit shines through everything
-    assert torch.equal(d.images, cluttered_digits.__wrapped__(size=40, n_train=300, n_valid=100).images)
-    assert not torch.equal(d.images, cluttered_digits(size=40, n_train=300, n_valid=100, seed=1).images)
-
-
-def test_dataloaders_are_normalised_and_keep_the_boxes_in_order():
-    dls = digits_dls(size=24, bs=50, n_train=200, n_valid=70)
-    assert dls.c == 10 and len(dls.boxes) == 70 and (len(dls.train_ds), len(dls.valid_ds)) == (200, 70)
-    x = torch.cat([xb for xb, _ in dls.train])
-    assert x.shape[1:] == (3, 24, 24) and x.mean().abs() < .05 and (x.std() - 1).abs() < .05
-    data = cluttered_digits(24, 200, 70)
-    labels = torch.cat([yb for _, yb in dls.valid])
-    assert torch.equal(labels.as_subclass(torch.Tensor), data.labels[200:]) and torch.equal(dls.boxes, data.boxes[200:])
-
-
-def test_a_spec_is_its_values():
-    with pytest.raises(ValueError, match="arch: 'resnet19' is unknown"): make_spec(arch="resnet19")
-    a = make_spec(head="concat", seed=1)
-    assert a == make_spec(head="concat", seed=1, lr=RECIPES["quick"].lr["concat"]) and a.id == make_spec(head="concat", seed=1).id
-    others = [make_spec(head="slim", seed=1), make_spec(head="concat", seed=2), make_spec(head="concat", epochs=9), make_spec(head="concat", lr=1e-5)]
-    assert len({s.id for s in [a, *others]}) == 5
-    assert a.lr == RECIPES["quick"].lr["concat"]
 
 
 @pytest.fixture(scope="module")
@@ -68,34 +41,34 @@ def finished(tmp_path_factory):
 
 def test_a_run_folder_holds_what_it_says(finished):
     result, out = finished
-    folder = Path(result["folder"])
-    assert set(result["files"]) == {"spec.json", "history.csv", "maps.npz", "weights.safetensors"}
-    assert {f.name for f in folder.iterdir()} == set(result["files"]) | {"result.json"}
+    folder = result.folder
+    assert set(result.files) == {"spec.json", "history.csv", "maps.npz", "weights.safetensors"}
+    assert {f.name for f in folder.iterdir()} == set(result.files) | {"result.json"}
     rows = list(csv.DictReader((folder / "history.csv").open()))
-    assert len(rows) == 1 and float(rows[-1]["accuracy"]) == result["accuracy"]
+    assert len(rows) == 1 and float(rows[-1]["accuracy"]) == result.value
     spec = make_spec(head="concat", **SMALL)
     model = recipe_learner(digits_dls(size=20), spec.arch, spec.head).model
     model.load_state_dict(load_file(folder / "weights.safetensors"))
     model.eval()
     dls = digits_dls(size=20)
     with torch.no_grad(): right = torch.cat([model(xb).argmax(1) == yb for xb, yb in dls.valid])
-    assert right.float().mean().item() == pytest.approx(result["accuracy"], abs=.002)
+    assert right.float().mean().item() == pytest.approx(result.value, abs=.002)
     with np.load(folder / "maps.npz") as f:
         assert f["images"].shape == (8, 3, 20, 20) and f["maps"].shape[:2] == (8, 1) and f["boxes"].shape == (8, 4)
         assert np.allclose(f["maps"].sum((2, 3)), 1, atol=1e-5)
-    assert 0 < result["peak_in_box"] < 1
+    assert 0 < result.metrics["peak_in_box"] < 1
 
 
 def test_the_same_spec_gives_the_same_history(finished, tmp_path):
-    def history(r): return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in csv.DictReader((Path(r["folder"]) / "history.csv").open())]
+    def history(r): return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in csv.DictReader((r.folder / "history.csv").open())]
     assert history(run(make_spec(head="concat", **SMALL), tmp_path)) == history(finished[0])
 
 
 def test_what_is_there_is_not_made_again(finished):
     result, out = finished
-    before = {f: f.stat().st_mtime_ns for f in Path(result["folder"]).iterdir()}
+    before = {f: f.stat().st_mtime_ns for f in result.folder.iterdir()}
     assert run(make_spec(head="concat", **SMALL), out) == result
-    assert before == {f: f.stat().st_mtime_ns for f in Path(result["folder"]).iterdir()}
+    assert before == {f: f.stat().st_mtime_ns for f in result.folder.iterdir()}
 
 
 @pytest.mark.parametrize("harm, words", [
@@ -107,8 +80,8 @@ def test_what_is_there_is_not_made_again(finished):
 ])
 def test_half_written_folders_are_made_again_and_said(finished, tmp_path, capsys, harm, words):
     import shutil
-    folder = tmp_path / Path(finished[0]["folder"]).name
-    shutil.copytree(finished[0]["folder"], folder)
+    folder = tmp_path / finished[0].folder.name
+    shutil.copytree(finished[0].folder, folder)
     (folder / "weights.safetensors.77.tmp").write_bytes(b"left by a killed process")
     (folder / "old.npz").write_bytes(b"of a run that did not finish")
     harm(folder)
@@ -116,13 +89,13 @@ def test_half_written_folders_are_made_again_and_said(finished, tmp_path, capsys
     result, = sweep([make_spec(head="concat", **SMALL)], tmp_path)
     said = " ".join(capsys.readouterr().out.split())
     assert words in said and "It is made again" in said
-    assert result["accuracy"] == finished[0]["accuracy"] and {f.name for f in folder.iterdir()} == set(result["files"]) | {"result.json"}
+    assert result.value == finished[0].value and {f.name for f in folder.iterdir()} == set(result.files) | {"result.json"}
 
 
 def test_runs_of_another_version_are_told(finished, tmp_path, capsys):
     import shutil
-    folder = tmp_path / Path(finished[0]["folder"]).name
-    shutil.copytree(finished[0]["folder"], folder)
+    folder = tmp_path / finished[0].folder.name
+    shutil.copytree(finished[0].folder, folder)
     result = json.loads((folder / "result.json").read_text())
     result["versions"]["torch"] = "1.2.3"
     (folder / "result.json").write_text(json.dumps(result))
@@ -135,15 +108,16 @@ def test_a_diverged_run_is_a_result(tmp_path):
     spec = make_spec(head="learned", **SMALL | dict(lr=1e30))
     good = make_spec(head="learned", seed=2, **SMALL)
     bad, ok = sweep([spec, good], tmp_path)
-    assert bad["status"] == "diverged" and bad["diverged_epoch"] == 0 and ok["status"] == "complete"
+    assert (bad.status, bad.diverged_epoch, bad.value, ok.status) == ("diverged", 0, None, "complete")
     assert sweep([spec, good], tmp_path) == [bad, ok]
-    text = format_table(summarize([bad, ok]))
+    text = format_table(summarize([bad, replace(ok, spec=replace(ok.spec, recipe=bad.spec.recipe))]))   # at one rate
     assert "(1 diverged)" in text["accuracy %"][0] and text.n[0] == 1
     write_report([bad, ok], tmp_path / "report.html")
     write_report([bad], tmp_path / "only.html")
 
 
-def result(head, seed, accuracy): return dict(spec=dict(head=head, seed=seed, lr=.01), status="complete", accuracy=accuracy, parameters=10**6, seconds_per_epoch=1., peak_in_box=None)
+def result(head, seed, accuracy):
+    return Result(make_spec(head=head, seed=seed, lr=.01), "complete", dict(accuracy=accuracy), "accuracy", parameters=10**6, seconds_per_epoch=1.)
 
 
 def test_paired_difference_equals_scipys():
@@ -178,9 +152,9 @@ def test_the_report_is_one_file_with_everything(finished, tmp_path):
     page = write_report([other, finished[0]], tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in re.sub(r'data:[^"]+', "", page)
     assert page.count("data:image/png") == 2 and page.count("data:image/svg") == 2   # maps; learning curves and cost
-    assert f"{100 * finished[0]['accuracy']:.1f}" in page and "xeca_resnext_tiny" in page
+    assert f"{100 * finished[0].value:.1f}" in page and "xeca_resnext_tiny" in page
     table = list(csv.DictReader((tmp_path / "report.csv").open()))
-    assert [r["head"] for r in table] == ["avg", "concat"] and float(table[1]["accuracy"]) == pytest.approx(finished[0]["accuracy"])
+    assert [r["head"] for r in table] == ["avg", "concat"] and float(table[1]["accuracy"]) == pytest.approx(finished[0].value)
     with pytest.raises(ValueError, match="results: there is nothing to report"): write_report([], tmp_path / "x.html")
 
 
@@ -198,8 +172,16 @@ def test_the_report_is_one_file_with_everything(finished, tmp_path):
     (["bench", "digits", "--device", "cuda:99"], "--device: 'cuda:99' is not available here"),
     (["bench", "digits", "--out", "/proc/attnpool"], "--out: cannot write to /proc/attnpool (No such file or directory). Choose another folder"),
     (["bench", "digits", "--out", __file__], "--out: cannot write to"),
-    (["bench", "digits", "--bs", "5000"], "bs: expected 1 to 1500, the number of training pictures, got 5000"),
+    (["bench", "digits", "--bs", "5000"], "bs: expected 1 to 1500, the training pictures, got 5000"),
     (["bench", "digits", "--nonsense"], "--nonsense"),
+    (["bench", "digits", "--epocs", "3"], "--epocs: no such option. Did you mean --epochs?"),
+    (["lr", "digits", "--schedul", "cosine"], "--schedul: no such option. Did you mean --schedule?"),
+    (["bench", "digits", "--schedule", "cosin"], "schedule: 'cosin' is unknown. Did you mean 'cosine'?"),
+    (["bench", "digits", "--task", "clasify"], "task: 'clasify' is unknown. Did you mean 'classify'?"),
+    (["bench", "digits", "--augment", "petal"], "augment: 'petal' is unknown. Did you mean 'petals'?"),
+    (["bench", "digits", "--augment", "blog"], "augment: digits are at random places as it is"),
+    (["bench", "digits", "--heads", "avg,learned", "--options", "num_head=2"], "options: 'num_head' is unknown. Did you mean 'num_heads'?"),
+    (["bench", "digits", "--options", "num_heads"], "--options: expected name=value, got 'num_heads'"),
     (["banch"], "banch"),
 ])
 def test_a_users_mistake_is_one_line_and_status_2(args, words, capsys, tmp_path, monkeypatch):
@@ -221,35 +203,38 @@ def test_help_names_everything_that_is_registered(capsys):
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
-    import attnpool.bench.runs
+    import attnpool.runs.spec
     def broken(*args, **kwargs): raise ValueError("could not broadcast")
-    monkeypatch.setattr(attnpool.bench.runs, "make_spec", broken)
+    monkeypatch.setattr(attnpool.runs.spec, "make_spec", broken)
     with pytest.raises(ValueError, match="could not broadcast"): main(["bench", "digits"])
 
 
-def test_other_sizes_are_validated_after_training(tmp_path):
-    import numpy as np
-    from PIL import Image
+def pictures(root):
+    "A folder of dark and light noise."
     g = np.random.default_rng(0)
     for split, n in (("train", 12), ("val", 6)):
         for c, level in (("dark", 40), ("light", 200)):
-            (tmp_path / "pics" / split / c).mkdir(parents=True)
-            for i in range(n):
-                Image.fromarray((level + g.integers(-30, 30, (48, 48, 3))).astype("uint8")).save(tmp_path / "pics" / split / c / f"{i}.png")
-    spec = make_spec(str(tmp_path / "pics"), "concat", epochs=1, size=32, bs=8, eval_sizes=[40, 48])
+            (root / split / c).mkdir(parents=True)
+            for i in range(n): Image.fromarray((level + g.integers(-30, 30, (48, 48, 3))).astype("uint8")).save(root / split / c / f"{i}.png")
+    return str(root)
+
+
+def test_other_sizes_are_validated_after_training(tmp_path):
+    spec = make_spec(pictures(tmp_path / "pics"), "concat", epochs=1, size=32, bs=8, eval_sizes=[40, 48])
     assert spec.name.startswith("pics-concat-1-")
     r = run(spec, tmp_path / "runs", device="cpu")
-    assert set(r["sizes"]) == {"40", "48"} and set(r["sizes"]["40"]) == {"valid_loss", "accuracy", "balanced_accuracy_score", "f1_score", "matthews_corrcoef"}
-    assert {"accuracy", "balanced_accuracy_score", "f1_score", "train_loss", "valid_loss"} <= r.keys() and r["status"] == "complete"
+    validated = {"valid_loss", "accuracy", "balanced_accuracy_score", "f1_score", "matthews_corrcoef"}
+    assert set(r.sizes) == {"40", "48"} and set(r.sizes["40"]) == validated
+    assert {"accuracy", "balanced_accuracy_score", "f1_score", "train_loss", "valid_loss"} <= r.metrics.keys() and r.status == "complete"
     history = pd.read_csv(tmp_path / "runs" / spec.name / "history.csv")
-    assert len(history) == 1 and (history.iloc[0][["epoch", "valid_loss", "accuracy"]] == [0, r["valid_loss"], r["accuracy"]]).all()   # of the training, not of another size
-    assert len({r["valid_loss"], *(m["valid_loss"] for m in r["sizes"].values())}) == 3
+    assert len(history) == 1 and (history.iloc[0][["epoch", "valid_loss", "accuracy"]] == [0, r.metrics["valid_loss"], r.value]).all()   # of the training, not of another size
+    assert len({r.metrics["valid_loss"], *(m["valid_loss"] for m in r.sizes.values())}) == 3
     assert set(np.load(tmp_path / "runs" / spec.name / "maps.npz")["labels"]) == {0, 1}   # files stand in the order of their classes
-    assert r["pictures"] == [24, 12] and r["images_per_second"] > 0 and r["peak_memory_mb"] > 0
+    assert r.pictures == [24, 12] and r.images_per_second > 0 and r.peak_memory_mb > 0
     with pytest.raises(ValueError, match="these pictures have one size"): run(make_spec(head="avg", eval_sizes=[48], **SMALL), tmp_path / "runs", device="cpu")
     (tmp_path / "pics/train/dark/broken.png").touch()
     with pytest.raises(ValueError, match="1 of 37 pictures"): run(make_spec(str(tmp_path / "pics"), "avg", epochs=1, size=32, bs=8), tmp_path / "runs", device="cpu")
-    assert run(make_spec(str(tmp_path / "pics"), "avg", epochs=1, size=32, bs=8, skip_broken=True), tmp_path / "runs", device="cpu")["pictures"] == [24, 12]
+    assert run(make_spec(str(tmp_path / "pics"), "avg", epochs=1, size=32, bs=8, skip_broken=True), tmp_path / "runs", device="cpu").pictures == [24, 12]
 
 
 def test_two_processes_on_one_folder_make_each_run_once(tmp_path):
@@ -259,7 +244,7 @@ def test_two_processes_on_one_folder_make_each_run_once(tmp_path):
     assert [p.returncode for p in processes] == [0, 0], said
     made = re.findall(r"avg seed (\d): accuracy", "".join(out for out, _ in said))
     specs = [make_spec(head="avg", seed=s, **SMALL) for s in (1, 2, 3, 4)]
-    assert len({load_run(tmp_path / s.name)["accuracy"] for s in specs}) > 1
+    assert len({load_run(tmp_path / s.name).value for s in specs}) > 1
     histories = "".join(out for out, _ in said).count("1/1 epochs")
     assert histories == 4, said   # each run trained once; the other process only reads it
 
@@ -297,7 +282,7 @@ def test_killed_and_interrupted_sweeps_go_on(tmp_path, sig):
     assert process.returncode == 0, err
     assert "It is made again" in out and "1 of 3 runs are in" in out and "run 2/2" in out and "Report: file://" in out
     assert (tmp_path / specs[0].name / "result.json").stat().st_mtime_ns == made
-    assert [load_run(tmp_path / s.name)["spec"]["seed"] for s in specs] == [1, 2, 3] and first["status"] == "complete"
+    assert [load_run(tmp_path / s.name).spec.seed for s in specs] == [1, 2, 3] and first.status == "complete"
     assert json.loads((second / "result.json").read_text())["status"] == "complete"
     assert (tmp_path / "report.html").exists() and not list(tmp_path.rglob("*.tmp"))
 
@@ -333,6 +318,87 @@ def test_kills_at_random_moments(tmp_path):
     print(f"{KILLS} kills, {len(specs)} runs, each made once")
 
 
-def test_petals_have_their_rates_under_the_name_of_their_folder(tmp_path):
-    (tmp_path / "tfrecords-jpeg-224x224").mkdir()
-    assert make_spec(str(tmp_path / "tfrecords-jpeg-224x224"), "learned", recipe="blog").lr == make_spec("petals", "learned", recipe="blog").lr == 6e-4
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    "A finished run of a folder of pictures."
+    root = tmp_path_factory.mktemp("photos")
+    return run(make_spec(pictures(root / "pics"), "avg", epochs=1, size=32, bs=8), root / "runs", device="cpu"), root / "pics"
+
+
+def test_a_run_opens_where_its_pictures_lie_now(photos, tmp_path):
+    import shutil
+    result, pics = photos
+    assert "pictures.csv" in result.files
+    shutil.copytree(pics, tmp_path / "moved")
+    for data in (None, tmp_path / "moved"):
+        learn = open_run(result.folder, "cpu", data)
+        with learn.no_bar(): assert learn.validate()[1] == pytest.approx(result.value, abs=1e-6)
+        assert learn.dls.listing.root == (data or pics)
+
+
+def test_a_run_whose_pictures_have_changed_says_which(photos, tmp_path):
+    import shutil
+    result, pics = photos
+    shutil.copytree(pics, now := tmp_path / "pics")
+    shutil.copy(now / "train/dark/0.png", now / "train/dark/new.png")
+    (now / "val/light/3.png").unlink()
+    with pytest.raises(BadInput) as e: open_run(result.folder, "cpu", now)
+    message = str(e.value)
+    assert message.startswith(f"data: {now} has changed since {result.folder.name} was trained") and "check=False" in message
+    assert "1 added: train/dark/new.png" in message and "1 removed: val/light/3.png" in message
+    assert len(open_run(result.folder, "cpu", now, check=False).dls.train_ds) == 25
+    again = make_spec(str(now), "avg", epochs=1, size=32, bs=8)
+    assert again.name != result.spec.name   # bench trains on them and keeps the old run
+
+
+def flat(result):
+    "As a result was written until 0.1."
+    values, spec = result.to_json(), result.spec.to_json()
+    recipe = spec.pop("recipe")
+    for name in ("task", "options", "start"): spec.pop(name)
+    kept = {k: recipe[k] for k in ("epochs", "size", "bs", "lr", "opt", "schedule", "label_smoothing", "wd", "precision")}
+    mix = "" if recipe["mix"] == "none" else recipe["mix"]
+    values["spec"] = spec | kept | dict(data=spec["data"]["path"], recipe=recipe["name"], mix=mix)
+    return {k: v for k, v in values.items() if k not in ("metrics", "primary")} | result.metrics
+
+
+def test_a_run_of_an_earlier_version_reads_reports_and_opens(finished, tmp_path):
+    import shutil
+    new = finished[0]
+    folder = tmp_path / "digits-concat-1-0123456789"
+    shutil.copytree(new.folder, folder)
+    (folder / "result.json").write_text(json.dumps(flat(new)))
+    old = load_run(folder)
+    assert old.spec.recipe == new.spec.recipe and old.metrics == new.metrics and old.value == new.value and old.spec.data.fingerprint == ""
+    assert len(old.history()) == 1
+    write_report([old], tmp_path / "report.html")
+    assert "concat" in (tmp_path / "report.html").read_text()
+    learn = open_run(folder, "cpu")
+    with learn.no_bar(): assert learn.validate()[1] == pytest.approx(new.value, abs=1e-6)
+
+
+def test_weights_that_fit_no_longer_are_told(finished, tmp_path):
+    import shutil
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0].folder, folder)
+    values = json.loads((folder / "result.json").read_text())
+    values["spec"]["head"] = "avg"
+    (folder / "result.json").write_text(json.dumps(values))
+    with pytest.raises(BadInput, match="the weights of .* do not fit today's xeca_resnext_tiny with the head avg"): open_run(folder, "cpu")
+
+
+def test_a_sweep_speaks_of_its_tasks_metric(tmp_path, monkeypatch, capsys):
+    from attnpool.tasks import TASKS
+    monkeypatch.setitem(TASKS.data, "toy", replace(TASKS["classify"], primary="valid_loss", look=lambda learn: ({}, {})))
+    result, = sweep([make_spec(task="toy", **SMALL)], tmp_path, "cpu")
+    said = capsys.readouterr().out
+    assert result.primary == "valid_loss" and result.value == result.metrics["valid_loss"] and "maps.npz" not in result.files
+    assert "accuracy" not in said and f"valid_loss {result.value:.4g}" in said
+
+
+def test_options_reach_the_heads_that_have_them(monkeypatch):
+    import attnpool.runs.train as train
+    asked = []
+    monkeypatch.setattr(train, "sweep", lambda specs, *args: asked.extend(specs) or [])
+    with pytest.raises(SystemExit): main(["bench", "digits", "--heads", "avg,learned", "--seeds", "1", "--options", "num_heads=2,ffn_expand=3", "--device", "cpu"])
+    assert [dict(s.options) for s in asked] == [{}, {"num_heads": 2}]   # ffn_expand stands at its default

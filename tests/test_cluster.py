@@ -14,9 +14,9 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from attnpool.bench import runs
-from attnpool.bench.cluster import RunJob, queued, submit
-from attnpool.bench.runs import load_run, make_spec
+from attnpool.runs.cluster import queued, RunJob, submit
+from attnpool.runs.spec import make_spec
+from attnpool.runs.store import load_run
 
 psutil, submitit = pytest.importorskip("psutil"), pytest.importorskip("submitit")
 ROOT = Path(__file__).parent.parent
@@ -40,8 +40,13 @@ def until(f, seconds=200):
 
 def submit_elsewhere(specs, out, call):
     "A submitter in a process of its own, to be killed."
-    code = f"from attnpool.bench.cluster import submit; from attnpool.bench.runs import Spec; submit([Spec(**s) for s in {[vars(s) for s in specs]!r}], {str(out)!r}, {call})"
+    code = f"""from attnpool.runs.cluster import submit
+from attnpool.runs.spec import read_spec
+submit([read_spec(s) for s in {[s.to_json() for s in specs]!r}], {str(out)!r}, {call})"""
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def too_small(spec): return replace(spec, recipe=replace(spec.recipe, size=10))
 
 
 def book(out): return json.loads((out / ".jobs/jobs.json").read_text()) if (out / ".jobs/jobs.json").exists() else {}
@@ -63,7 +68,7 @@ def test_a_killed_submitter_and_a_preempted_job(tmp_path):
     task.send_signal(signal.SIGUSR2)   # what Slurm sends before it takes a machine away
     shown = StringIO()
     results = submit([*specs, specs[0]], tmp_path, "local", array_parallelism=2, console=Console(file=shown, width=200))
-    assert [r["status"] for r in results] == ["complete"] * 3 and results[0]["spec"]["head"] == "avg"
+    assert [r.status for r in results] == ["complete"] * 3 and results[0].spec == specs[0]
     assert book(tmp_path) == before   # nothing was submitted again
     assert "2 of 2 runs complete" in shown.getvalue()
     text = logs(tmp_path)
@@ -73,12 +78,12 @@ def test_a_killed_submitter_and_a_preempted_job(tmp_path):
 
 def test_a_failing_job_is_named_with_its_log_and_the_others_are_made(tmp_path):
     good = make_spec(head="avg", **SMALL)
-    bad = replace(good, size=10)
+    bad = too_small(good)
     shown = StringIO()
     with pytest.raises(RuntimeError, match=f"1 of 2 runs failed: {bad.name}"):
         submit([bad, good], tmp_path, "local", array_parallelism=2, console=Console(file=shown, width=200))
-    assert f"{bad.name} failed." in shown.getvalue() and "ValueError: size: a canvas needs at least 20 pixels, got 10" in shown.getvalue()
-    assert load_run(tmp_path / good.name)["status"] == "complete"
+    assert f"{bad.name} failed." in shown.getvalue() and "BadInput: size: a canvas needs at least 20 pixels, got 10" in shown.getvalue()
+    assert load_run(tmp_path / good.name).status == "complete"
     made = book(tmp_path)
     assert len(submit([good], tmp_path, "local")) == 1 and book(tmp_path) == made
 
@@ -139,7 +144,7 @@ def test_a_job_comes_back_as_it_was():
 
 def test_the_tasks_of_a_job_share_the_run(tmp_path):
     (result,) = submit([make_spec(**SMALL)], tmp_path, "local", tasks_per_node=2)
-    assert result["processes"] == 2 and result["spec"]["bs"] == 128
+    assert result.processes == 2 and result.spec.recipe.bs == 128
 
 
 def slurm_answers():
@@ -150,7 +155,7 @@ def slurm_answers():
 @pytest.mark.skipif(not slurm_answers(), reason="no Slurm answers here")
 def test_a_grid_on_slurm(tmp_path):
     specs = [make_spec(head=head, **SMALL) for head in ("avg", "slim")]
-    bad = replace(specs[0], size=10)
+    bad = too_small(specs[0])
     submitter = submit_elsewhere([*specs, bad], tmp_path, "cluster='slurm', array_parallelism=2")
     until(lambda: len(set(queued("slurm")) & {tuple(v) for v in book(tmp_path).values()}) == 3)
     submitter.send_signal(signal.SIGKILL)
@@ -164,5 +169,5 @@ def test_a_grid_on_slurm(tmp_path):
     shown = StringIO()
     with pytest.raises(RuntimeError, match=f"1 of 3 runs failed: {bad.name}"): submit([*specs, bad], tmp_path, "slurm", console=Console(file=shown, width=200))
     assert "a canvas needs at least 20 pixels" in shown.getvalue()
-    assert all(load_run(tmp_path / s.name)["status"] == "complete" for s in specs)
+    assert all(load_run(tmp_path / s.name).status == "complete" for s in specs)
     assert book(tmp_path) == before and logs(tmp_path).count("Requeued job") == 1

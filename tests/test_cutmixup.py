@@ -20,8 +20,9 @@ from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CancelBatchExcep
 from scipy import stats
 from torch import nn
 
-from attnpool.callback.cutmixup import CutMixUp, CutMixUpAugment, RawBatches, knows_reduction, stacked_loss
+from attnpool.callback.cutmixup import CutMixUp, CutMixUpAugment, knows_reduction, RawBatches, stacked_loss
 from attnpool.callback.precision import MixedPrecision
+from attnpool.mixing import REST
 from test_mixing import NoAsking, NoSync
 
 C = 4   # classes; the picture of class i is 1 in channel i and 0 in the others, so its mean over the pixels is its label
@@ -220,6 +221,42 @@ def test_only_the_rest_is_augmented(element):
     assert all(a is b for a, b in zip(before, dls.train.after_batch.fs)) and len(before) == len(dls.train.after_batch.fs)
     assert probe.valid and (dls.valid.one_batch()[0] * 2 + .5).max() < 12   # validation: kept and normalised, not marked
     assert (dls.train.one_batch()[0] * 2 + .5).min() > 100                  # outside of a fit the DataLoader augments as ever
+
+
+@pytest.mark.parametrize("element", [True, False])
+def test_kinds_are_drawn_per_sample_or_per_batch(element):
+    seen, cb = [], CutMixUpAugment(element=element, seed=0)
+    class Kinds(Probe):
+        def before_batch(self):
+            if self.training: seen.append(set((self.x.as_subclass(torch.Tensor).amin((1, 2, 3)) >= 100).tolist()))
+    dls = make_dls(480, 8, tfms=[Mark()])
+    draws, real = [], cb._draw_kinds
+    def spy(xb): draws.append(real(xb)); return draws[-1]
+    cb._draw_kinds = spy
+    with (learn := make_learn(dls)).no_logging(): learn.fit(1, .1, cbs=[cb, Kinds()])
+    assert len(seen) == len(draws) == 60
+    for marked, kinds in zip(seen, draws): assert marked == {k == REST for k in kinds.tolist()}   # what is drawn is done
+    kinds_per_batch = [len(set(k.tolist())) for k in draws]
+    assert max(kinds_per_batch) == (3 if element else 1)
+    if not element: assert stats.chisquare(np.bincount([k[0] for k in draws], minlength=3)).pvalue > .01
+
+
+def test_raw_batches_is_what_it_says():
+    dls = make_dls(24, 8, tfms=[Mark(), NORM])
+    dl, view = dls.train, RawBatches(dls.train)
+    assert type(view).__mro__[:3] == (type(view), RawBatches, TfmdDL) and view.__class__ is type(view) and isinstance(view, DataLoader)
+    assert len(view) == 3 and view.dataset is dl.dataset and view.bs == 8
+    random.seed(0)
+    dl.rng.seed(3)
+    raw = [x for x, _ in view]
+    state = dl.rng.getstate()
+    dl.rng.seed(3)
+    whole = [x for x, _ in dl]
+    assert dl.rng.getstate() == state   # the same order, and the loader goes on as if it had been asked itself
+    for r, w in zip(raw, whole): assert torch.allclose((r + 100 - .5) / 2, w, atol=1e-5)
+    for batch in iter(view): assert torch.equal(dl.after_batch(batch[:1])[0], dl.after_batch(batch[:1])[0]); break   # left in the middle
+    assert (dl.one_batch()[0] * 2 + .5).min() > 99 and view.one_batch()[0].max() == 1
+    assert type(view.new(shuffle=False)) is TfmdDL and pickle.loads(pickle.dumps(view)).one_batch()[0].max() == 1
 
 
 def test_shares_and_lambdas_in_a_fit():

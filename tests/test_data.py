@@ -27,12 +27,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from attnpool.bench import data as bench_data
-from attnpool.bench.data import (DATASETS, IMAGENETTE, IMAGEWOOF, OFFICIAL, STATS, PixelFile, check_pictures, data_name, describe, digits_dls, fetch,
-                                 find_pictures, get_dls, list_folder, loading_rate, made_once, make_pixels, open_picture, picture_dls,
-                                 unpack, unpack_tfrecords, valid_dl)
+from attnpool.data import describe, get_dls, identify, loading_rate
+from attnpool.data.augment import AUGMENTS, STATS, augment_name
+from attnpool.data.cache import made_once, unpack, write_file
+from attnpool.data.check import check_pictures, make_pixels, open_picture, PixelFile
+from attnpool.data.digits import cluttered_digits, digits_dls
+from attnpool.data.listing import (
+    differences, digests, family_of, fingerprint, list_csv, list_folder, OFFICIAL, read_digests, WORDNET, write_digests)
+from attnpool.data.petals import unpack_tfrecords
+from attnpool.data.pictures import (
+    blog_version, data_name, DATASETS, fetch, find_pictures, picture_dls, SOURCES, valid_dl, validation_pictures)
+from attnpool.registry import BadInput
 
 FORK = multiprocessing.get_context("fork")
+IMAGENETTE, IMAGEWOOF = WORDNET["imagenette"], WORDNET["imagewoof"]
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +138,16 @@ def test_known_classes_bring_their_names_and_statistics(family, names):
     assert STATS["imagewoof"] == ([.496, .461, .399], [.257, .249, .258])   # not Imagenette's, as printed
     assert find_pictures(pictures("mixed", [*ids, "cat"])).family == ""
     assert len(IMAGENETTE) == len(IMAGEWOOF) == 10 and not IMAGENETTE.keys() & IMAGEWOOF.keys()
+
+
+def test_a_family_is_told_by_its_classes_and_not_by_its_name(home):
+    assert find_pictures(pictures("imagenette-cats")).family == "" == identify("./imagenette-cats").family
+    dls = picture_dls("./imagenette-cats", 16, 4, "cpu")
+    assert dls.family == "" and digits_dls(20, n_train=40, n_valid=20).family == "digits" == identify("digits").family
+    ids = list(IMAGEWOOF)[:2]
+    Path("t.csv").write_text("path,label\n" + "".join(f"{i}.png,{ids[i % 2]}\n" for i in range(8)))
+    assert list_csv("t.csv").family == "imagewoof" and list_csv("t.csv", family="petals").family == "petals"
+    assert family_of(["0", "1"]) == "" and family_of([*ids, *list(IMAGENETTE)[:1]]) == ""
 
 
 def missing_split(root): pictures(root); [f.unlink() for f in (root / "val").rglob("*.png")]; [d.rmdir() for d in (root / "val").iterdir()]
@@ -287,12 +305,12 @@ def test_batches_are_those_of_the_printed_block():
 
 
 def test_petals_turn_and_flip_vertically_and_imagenette_does_not():
-    import attnpool.bench.data as d
-    turn = {f: {k: v for t in d._batch_tfms(f)[:1] for g in t.aff_fs for k, v in [(g.func.__name__, g.keywords)]} for f in ("petals", "imagenette")}
+    own = {f: AUGMENTS[augment_name("own", f)] for f in ("petals", "imagenette", "")}
+    turn = {f: {g.func.__name__: g.keywords for g in own[f].batch()[0].aff_fs} for f in ("petals", "imagenette")}
     assert turn["petals"]["rotate_mat"]["max_deg"] == 45 and "dihedral_mat" in turn["petals"] and "flip_mat" not in turn["petals"]
     assert turn["imagenette"]["rotate_mat"]["max_deg"] == 20 and "flip_mat" in turn["imagenette"]
-    assert [type(t).__name__ for t in d._item_tfms(16, "petals")] == ["RandomResizedCrop", "ToTensor"]
-    assert [type(t).__name__ for t in d._item_tfms(16, "")] == ["RandomResizedCrop", "FlipItem", "ToTensor"]
+    assert [type(t).__name__ for t in own["petals"].items(16)] == ["RandomResizedCrop", "ToTensor"]
+    assert [type(t).__name__ for t in own[""].items(16)] == ["RandomResizedCrop", "FlipItem", "ToTensor"]
 
 
 def test_the_same_seed_gives_the_same_batches_decoded_once_or_each_time():
@@ -327,6 +345,42 @@ def test_without_augmentation_only_crop_and_flip_are_left():
     assert x.std((2, 3)).max() < 1e-4   # one colour stays one colour
     x, _ = picture_dls("./pets", 16, 4, "cpu").train.one_batch()
     assert torch.isfinite(x).all()
+
+
+def test_augmentations_go_by_name():
+    pictures("pets", size=(40, 30))
+    def batches(**options):
+        set_seed(3)
+        return plain(picture_dls("./pets", 16, 4, "cpu", **options).train)
+    own, light = batches(), batches(augment="light")
+    assert same(own, batches(augment="own")) and same(own, batches(augment=True)) and same(own, batches(augment="blog"))
+    assert same(light, batches(augment=False)) and not same(own, light) and not same(own, batches(augment="petals"))
+    x, u = (plain(get_dls("./pets", 16, 4, "cpu", augment).valid)[0][0] for augment in ("own", "none"))
+    assert torch.allclose(x, u, atol=1e-4)   # validation pictures are the same but for fastai's rounding
+    for make in (partial(get_dls, "./pets"), partial(picture_dls, "./pets"), partial(picture_dls, "./nowhere")):
+        with pytest.raises(BadInput, match="^augment: 'blug' is unknown. Did you mean 'blog'?"): make(size=16, bs=4, augment="blug")
+
+
+def test_without_augmentation_training_pictures_are_read_as_validation_pictures():
+    root = pictures("pets", n_train=4, n_valid=1, size=(70, 45))
+    for c in ("cat", "dog"):
+        shutil.rmtree(root / "val" / c)
+        shutil.copytree(root / "train" / c, root / "val" / c)
+    for options in (dict(), dict(cache_gb=0), dict(num_workers=1)):
+        dls = get_dls(root, 24, 8, "cpu", augment="none", **options)
+        (x, y), (u, v) = plain(dls.train)[0], plain(dls.valid)[0]
+        def by_picture(x): return sorted(x.flatten(1).tolist())
+        assert by_picture(x) == by_picture(u) and sorted(y.tolist()) == sorted(v.tolist())
+        assert not torch.equal(y, plain(dls.train)[0][1]) or not torch.equal(x, plain(dls.train)[0][0])   # the order is drawn anew
+
+
+def test_digits_are_not_augmented():
+    def batch(augment):
+        set_seed(0)
+        return get_dls("digits", 20, 16, "cpu", augment=augment, n_train=32, n_valid=8).train.one_batch()[0]
+    assert torch.equal(batch("own"), batch("none")) and torch.equal(batch("own"), batch(True)) and augment_name("own", "digits") == "none"
+    for bad in ("blog", "light", False):
+        with pytest.raises(BadInput, match=f"^augment: digits are at random places.*got {bad!r}. Type 'own' or 'none'"): batch(bad)
 
 
 def test_large_pictures_are_kept_at_twice_the_size():
@@ -372,7 +426,7 @@ def test_bad_sizes_and_batches():
 
 
 def test_a_learner_trains_and_predicts_a_new_file():
-    from attnpool.learner import recipe_learner
+    from attnpool.recipe import recipe_learner
     root = pictures("pets", n_train=8)
     dls = get_dls(root, size=16, bs=8, device="cpu")
     learn = recipe_learner(dls, "xeca_resnext_tiny", "avg", epochs=1)
@@ -461,7 +515,7 @@ def test_a_file_that_cannot_grow_leaves_nothing(make, limit, whole, home):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return make()
     message = result(*started(limited))
-    assert message.startswith("ValueError: cache: no room left in ") and "FASTAI_HOME" in message
+    assert message.startswith("BadInput: cache: no room left in ") and "FASTAI_HOME" in message
     assert left_in(home) == []
     assert make() == whole   # with room it works
 
@@ -547,7 +601,9 @@ def test_records_keep_their_order(tfrecord):
     assert np.allclose(norm.mean.flatten(), STATS["petals"][0]) and list(dls.vocab) == ["0", "1", "2", "3"]
     x, y = plain(dls.valid)[0]
     assert y.tolist() == [0, 1, 2, 3] and np.allclose((x[:, 0, 8, 8] * .282 + .453) * 255, [12, 13, 14, 15], atol=1e-3)
-    assert find_pictures(tarred(root, "p.tar")).files == l.files
+    assert find_pictures(tarred(root, "p.tar")).files == l.files and dls.family == "petals"
+    turns = [g.keywords for t in get_dls(root, size=16, bs=4).train.after_batch.fs for g in getattr(t, "aff_fs", []) if g.func.__name__ == "rotate_mat"]
+    assert [t["max_deg"] for t in turns] == [45]
 
 
 @pytest.mark.slow
@@ -634,14 +690,14 @@ def test_names_download_once(server, monkeypatch, home):
     for k in ("http_proxy", "HTTP_PROXY"): monkeypatch.delenv(k, raising=False)
     pictures("imagenette2-160", list(IMAGENETTE)[:2])
     tarred("imagenette2-160", "imagenette2-160.tgz", "w:gz")
-    monkeypatch.setitem(bench_data.SOURCES, "imagenette-160", f"{server}/imagenette2-160.tgz")
+    monkeypatch.setitem(SOURCES, "imagenette-160", SOURCES["imagenette-160"]._replace(url=f"{server}/imagenette2-160.tgz"))
     dls = get_dls("imagenette-160", size=16, bs=4, device="cpu")
     assert list(dls.vocab) == ["tench", "English springer"] and len(dls.train_ds) == 12
     assert fetch("imagenette-160") == home.parent / "imagenette2-160" and left_in(home.parent) == ["attnpool", "imagenette2-160"]
     assert sorted(f.name for f in fetch("imagenette-160").iterdir()) == ["train", "val"] and fastai_path("data") == home.parent
     Path("imagenette2-160.tgz").unlink()
     assert len(get_dls("imagenette-160", size=16, bs=4).train_ds) == 12   # from the disk
-    monkeypatch.setitem(bench_data.SOURCES, "imagewoof", f"{server}/imagewoof2.tgz")
+    monkeypatch.setitem(SOURCES, "imagewoof", SOURCES["imagewoof"]._replace(url=f"{server}/imagewoof2.tgz"))
     with pytest.raises(ValueError, match="^data: imagewoof could not be downloaded .*pass the path of the archive"): get_dls("imagewoof")
     assert left_in(home.parent) == ["attnpool", "imagenette2-160"]
 
@@ -651,6 +707,206 @@ def test_no_network(monkeypatch, home):
     with pytest.raises(ValueError, match="^data: imagenette could not be downloaded .*pass the path of the archive, or of its folder"): get_dls("imagenette")
     assert left_in(home.parent) == []
     with pytest.raises(ValueError, match="^data: Kaggle gives out petals only to its users.*tpu-getting-started"): get_dls("petals")
+
+
+# The blog's versions
+
+def versions(folder, n_valid=2, small="imagenette2-320", large="imagenette2"):
+    "Two versions of the same pictures, as JPEG at 40 pixels and as PNG at 400."
+    ids = list(IMAGENETTE)[:2]
+    pictures(folder / small, ids, 3, n_valid, size=(50, 40), ext="jpg")
+    pictures(folder / large, ids, 3, n_valid, size=(500, 400))
+    return folder / small
+
+
+def test_the_blog_trained_on_smaller_files():
+    assert [blog_version(d) for d in ("imagenette", "imagewoof", "petals-512")] == ["imagenette-320", "imagewoof-320", "petals"]
+    for other in ("imagenette-320", "imagenette-160", "petals", "digits", "./imagenette", Path("imagenette")): assert blog_version(other) == other
+    assert all(s.larger in ("", *SOURCES) for s in SOURCES.values()) and set(SOURCES) < set(DATASETS)
+
+
+@pytest.mark.parametrize("by", ["name", "path", "archive"])
+def test_larger_validation_pictures_come_from_the_full_size_version(by, home, capfd):
+    root = versions(home.parent)
+    if by == "archive":
+        with tarfile.open(home.parent / "imagenette2.tgz", "w:gz") as tar: tar.add(home.parent / "imagenette2", "imagenette2")
+        shutil.rmtree(home.parent / "imagenette2")
+    dls = get_dls("imagenette-320" if by == "name" else root, size=224, bs=4, device="cpu")
+    full = picture_dls(home.parent / ("imagenette2.tgz" if by == "archive" else "imagenette2"), 256, 4, "cpu", cache_gb=0)
+    (x, y), (u, v) = plain(valid_dl(dls, 256, bs=4))[0], plain(full.valid)[0]
+    assert torch.equal(x, u) and torch.equal(y, v) and len(y) == 4
+    small = plain(valid_dl(dls, 248, bs=4))[0][0]
+    own = plain(picture_dls(root, 248, 4, "cpu", cache_gb=0).valid)[0][0]
+    assert torch.equal(small, own) and dls.listing.root == Path(root) and capfd.readouterr().err == ""
+
+
+def test_versions_must_show_the_same_pictures(home):
+    root = versions(home.parent, n_valid=3)
+    larger = root.with_name("imagenette2")
+    for f in larger.glob("val/*/2.png"): f.rename(f.with_name("9.png"))
+    dls = get_dls("imagenette-320", size=32, bs=4, device="cpu")
+    with pytest.raises(BadInput, match="^data: .*imagenette2 should hold the validation pictures .* but 2 are not there .*val/n01440764/2,"): valid_dl(dls, 256)
+    for f in larger.glob("val/*/9.png"): f.rename(f.with_name("2.png"))
+    assert len(valid_dl(dls, 256).dataset) == 6
+    (larger / "val/n01440764/2.png").write_bytes(b"")
+    with pytest.raises(BadInput, match="^data: broken pictures in .*imagenette2: val/n01440764/2.png"): valid_dl(dls, 256)
+
+
+def test_without_the_full_size_version_its_own_files_are_used_and_it_is_said(home, monkeypatch, capfd):
+    for k in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"): monkeypatch.setenv(k, "http://127.0.0.1:9")
+    shutil.rmtree(versions(home.parent).with_name("imagenette2"))
+    dls = get_dls("imagenette-320", size=32, bs=4, device="cpu")
+    x = plain(valid_dl(dls, 256, bs=4))[0][0]
+    assert torch.equal(x, plain(picture_dls("imagenette-320", 256, 4, "cpu", cache_gb=0).valid)[0][0])
+    assert "attnpool: the larger pictures of imagenette-320 are not at hand, its own files are used. data: imagenette could not" in capfd.readouterr().err
+
+
+def test_petals_have_larger_records_beside_them(tfrecord, capfd):
+    def change(size):
+        def change(i, fields):
+            Image.new("RGB", (size, size), (20 * i, 0, size // 4)).save(b := io.BytesIO(), "PNG")
+            return fields | dict(image=(b.getvalue(), "byte"))
+        return change
+    for size in (224, 512): records(f"kaggle/tfrecords-jpeg-{size}x{size}", dict(train=[4], val=[4]), change=change(size), name="{i:02}-9x9-{n}.tfrec")
+    dls = get_dls("kaggle/tfrecords-jpeg-224x224", size=32, bs=4, device="cpu")
+    def channels(dl): return plain(dl)[0][0][:, :, 9, 9] * torch.tensor([.282, .245, .272]) + torch.tensor([.453, .415, .306])
+    assert np.allclose(channels(valid_dl(dls, 256, bs=4))[:, 2] * 255, 128, atol=.1) and np.allclose(channels(dls.valid)[:, 2] * 255, 56, atol=.1)
+    assert np.allclose(channels(valid_dl(dls, 256, bs=4))[:, 0] * 255, [80, 100, 120, 140], atol=.1)
+    shutil.rmtree("kaggle/tfrecords-jpeg-512x512")
+    assert np.allclose(channels(valid_dl(dls, 256, bs=4))[:, 2] * 255, 56, atol=.1)
+    assert "not at hand" in (said := capfd.readouterr().err) and "tfrecords-jpeg-512x512" in said
+
+
+# Identity
+
+def test_the_same_pictures_have_one_fingerprint_wherever_they_lie(home, monkeypatch):
+    root = pictures("photos")
+    a = identify("./photos")
+    assert len(a.fingerprint) == 16 and identify("photos/") == a == identify(root.resolve()) == identify(tarred("photos", "photos.tar"))
+    shutil.copytree("photos", "else/where/photos")
+    for f in Path("else").rglob("*.png"): os.utime(f, (1, 1))
+    assert identify("else/where/photos") == a and identify("else/where/photos").path == "else/where/photos"
+    monkeypatch.chdir("else")
+    assert identify("where/photos") == a
+    monkeypatch.chdir("..")
+    shutil.copytree("photos", "other")
+    b = identify("./other")
+    assert b.fingerprint == a.fingerprint and b != a   # of another name
+    assert identify("digits").fingerprint == ""
+
+
+@pytest.mark.parametrize("change", [
+    lambda r: picture(r / "train/cat/0.png", seed=77), lambda r: (r / "train/cat/0.png").unlink(), lambda r: picture(r / "val/dog/9.png"),
+    lambda r: (r / "train/cat/0.png").rename(r / "train/dog/new.png"), lambda r: (r / "train/cat/5.png").rename(r / "val/cat/5.png"),
+    lambda r: (r / "train/cat/0.png").rename(r / "train/cat/zero.png"), lambda r: [(r / s / "cat").rename(r / s / "a_cat") for s in ("train", "val")]])
+def test_whatever_changes_a_data_set_changes_its_fingerprint(change):
+    root = pictures("photos")
+    before = identify(root)
+    change(root)
+    assert identify(root).name == before.name and identify(root).fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("size,at,seen", [(60_000, 30_000, True), (65_536, 20_000, True), (200_000, 100, True), (200_000, 100_000, True),
+                                          (200_000, 199_990, True), (200_000, 40_000, False)])
+def test_large_files_are_read_at_head_middle_and_tail(size, at, seen):
+    listing = list_folder(pictures("photos"))
+    file = listing.root / listing.files[0]
+    content = bytearray(np.random.default_rng(0).bytes(size))
+    file.write_bytes(content)
+    before = digests(listing)
+    content[at] ^= 1
+    file.write_bytes(content)
+    assert (digests(listing) != before) == seen
+    file.write_bytes(bytes(content[:at]) + b"x" + bytes(content[at:]))   # of another length
+    assert digests(listing) != before
+
+
+def test_a_table_has_the_same_digests_with_relative_and_absolute_paths():
+    for place in ("a", "b/c"):
+        pictures(f"{place}/pets")
+        files = sorted(Path(place).rglob("*.png"))
+        for name, paths in (("near", [f.relative_to(place) for f in files]), ("far", [f.resolve() for f in files])):
+            Path(place, f"{name}.csv").write_text("path,label,split\n" + "".join(f"{p},{f.parent.name},{f.parts[-3]}\n" for p, f in zip(paths, files)))
+    near, far = (digests(list_csv(f"a/{n}.csv")) for n in ("near", "far"))
+    assert near == digests(list_csv("b/c/near.csv")) and far == digests(list_csv("b/c/far.csv"))
+    assert list(near.values()) == list(far.values()) and "pets/train/cat/0.png" in near and "train/cat/0.png" in far
+    Path("a/gone.csv").write_text("path,label,split\nnope.png,x,train\n./pets/train/cat/0.png,x,val\n")
+    gone = digests(list_csv("a/gone.csv"))
+    assert gone["nope.png"] == ("x", "train", "") and gone["pets/train/cat/0.png"][1:] == ("val", near["pets/train/cat/0.png"][2])
+
+
+def test_digests_are_kept_as_a_table_and_compared():
+    root = pictures("photos", ("cat", 'a "dog", or two'), ext="png")
+    old = digests(list_folder(root))
+    write_digests(list_folder(root), "p.csv")
+    assert read_digests("p.csv") == old and fingerprint(read_digests("p.csv")) == identify(root).fingerprint
+    assert list_csv("p.csv").labels == list_folder(root).labels and differences(old, old) == ""
+    picture(root / "val/cat/new.png")
+    (root / "train/cat/0.png").unlink()
+    for i in range(1, 6): picture(root / f"train/cat/{i}.png", seed=100 + i)
+    said = differences(old, digests(list_folder(root)))
+    assert said == "1 added: val/cat/new.png; 1 removed: train/cat/0.png; 5 changed: train/cat/1.png, train/cat/2.png, train/cat/3.png and 2 more"
+    new = {f: (l if f != "val/cat/0.png" else "dog", s if f != "val/cat/1.png" else "train", d) for f, (l, s, d) in old.items()}
+    assert differences(old, new) == "1 relabelled: val/cat/0.png (cat, now dog); 1 moved between training and validation: val/cat/1.png"
+    many = list_folder(root)
+    many = type(many)("many", many.root, [f"{i}.png" for i in range(50_001)], ["x"] * 50_001, 40_000)
+    write_digests(many, "many.csv")
+    assert not Path("many.csv").exists()
+
+
+# Pictures to look at
+
+def test_pictures_to_look_at_come_from_all_classes_or_in_the_order_of_their_boxes():
+    pictures("pets", ("ant", "bee", "cat"), n_valid=4)
+    dls = get_dls("./pets", 16, 4, "cpu")
+    x, y, boxes = validation_pictures(dls, 3)
+    rows = torch.cat([x for x, _ in plain(dls.valid)])
+    assert boxes is None and y.tolist() == [0, 1, 2] and torch.equal(x, rows[[0, 6, 11]]) and type(x) is torch.Tensor
+    x, y, _ = validation_pictures(dls, 99)
+    assert torch.equal(x, rows) and y.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    d = digits_dls(20, 16, "cpu", n_train=32, n_valid=12)
+    x, y, boxes = validation_pictures(d, 5)
+    assert torch.equal(x, plain(d.valid)[0][0][:5]) and torch.equal(boxes, d.boxes[:5]) and y.tolist() == plain(d.valid)[0][1][:5].tolist()
+    assert all(len(o) == 12 for o in validation_pictures(d, 13))
+    with pytest.raises(BadInput, match="^n: expected 1 picture or more, got 0"): validation_pictures(d, 0)
+
+
+def test_data_without_labels_or_without_pictures_to_look_at():
+    from fastai.data.all import DataLoaders, Datasets
+    from fastai.vision.all import ToTensor
+    files = sorted(pictures("pets").rglob("*.png"))
+    dls = Datasets(files, [[PILImage.create]], splits=(range(8), range(8, 16))).dataloaders(bs=4, after_item=ToTensor(), device="cpu")
+    x, y, boxes = validation_pictures(dls, 4)
+    assert x.shape == (4, 3, 16, 20) and y is None and boxes is None
+    for empty in (get_dls("./pets", 16, 4, "cpu").new_empty(), DataLoaders(dls.train)):
+        with pytest.raises(BadInput, match="^dls: it holds no validation pictures; an exported Learner keeps none"): validation_pictures(empty, 4)
+
+
+# Digits
+
+def test_digits_are_pasted_whole_and_split_by_original():
+    from sklearn.datasets import load_digits
+    d, originals = cluttered_digits(size=40, n_train=300, n_valid=100), load_digits()
+    assert d.images.dtype == torch.uint8 and d.images.shape == (400, 40, 40)
+    assert not set(d.sources[:300].tolist()) & set(d.sources[300:].tolist())
+    assert torch.equal(d.labels, torch.tensor(originals.target)[d.sources])
+    for image, (l, t, r, b), source in zip(d.images, d.boxes.tolist(), d.sources.tolist()):
+        assert 0 <= l < r <= 40 and 0 <= t < b <= 40 and r - l == b - t
+        small = torch.tensor(originals.images[source] / 16)[None, None]
+        digit = torch.nn.functional.interpolate(small, size=(b - t, r - l), mode="bilinear")[0, 0]
+        assert (image[t:b, l:r] >= (digit * 255).round() - 1).all()   # the digit shines through everything
+    assert torch.equal(d.images, cluttered_digits.__wrapped__(size=40, n_train=300, n_valid=100).images)
+    assert not torch.equal(d.images, cluttered_digits(size=40, n_train=300, n_valid=100, seed=1).images)
+
+
+def test_digits_are_normalised_and_keep_their_boxes_in_order():
+    dls = digits_dls(size=24, bs=50, n_train=200, n_valid=70)
+    assert dls.c == 10 and len(dls.boxes) == 70 and (len(dls.train_ds), len(dls.valid_ds)) == (200, 70)
+    x = torch.cat([xb for xb, _ in dls.train])
+    assert x.shape[1:] == (3, 24, 24) and x.mean().abs() < .05 and (x.std() - 1).abs() < .05
+    data = cluttered_digits(24, 200, 70)
+    labels = torch.cat([yb for _, yb in dls.valid])
+    assert torch.equal(labels.as_subclass(torch.Tensor), data.labels[200:]) and torch.equal(dls.boxes, data.boxes[200:])
 
 
 # Describe
@@ -681,6 +937,16 @@ def test_digits_are_described_too():
     d = describe("digits", picture="b.png")
     assert sum(a for a, _ in d.counts.values()) == 1500 and sum(b for _, b in d.counts.values()) == 1000 and d.counts.keys() == set(range(10))
     assert d.broken == {} and Path("b.png").stat().st_size > 1000
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(monkeypatch):
+    write_file("a.txt", "one")
+    write_file(Path("a.txt"), b"two")
+    assert Path("a.txt").read_text() == "two" and os.listdir() == ["a.txt"]
+    def fail(fd): raise OSError("the power went off")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="power"): write_file("a.txt", "three")
+    assert Path("a.txt").read_text() == "two"
 
 
 def test_the_file_of_made_once_is_named_only_when_it_is_whole(home):

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, load_model
 from torch import nn
 
-from attnpool.bench import runs
-from attnpool.bench.data import digits_dls
-from attnpool.bench.runs import load_run, make_spec
-from attnpool.distributed import Distributed, _sync_norms, distributed, is_first, join_processes, once, processes, scale_up, share, share_dl
+from attnpool.runs import train as runs
+from attnpool.data.digits import digits_dls
+from attnpool.runs.spec import make_spec
+from attnpool.runs.store import load_run
+from attnpool.distributed import (
+    Distributed, distributed, is_first, join_processes, on_first_process, processes, scale_up, shard, shard_dl, _sync_norms)
 from attnpool.layers import TokenBatchNorm
-from attnpool.learner import get_recipe, recipe_learner
+from attnpool.recipe import get_recipe, recipe_learner
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +36,7 @@ def torchrun(*command, n=2, **kwargs):
 @given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 5), st.booleans())
 def test_shares_make_up_the_order(size, bs, n, drop_last):
     order = [7 * i % 61 for i in range(size)]
-    pieces = [share(order, bs, n, r, drop_last) for r in range(n)]
+    pieces = [shard(order, bs, n, r, drop_last) for r in range(n)]
     assert len({len(p) for p in pieces}) == 1
     whole = []
     for i in range(0, len(pieces[0]), bs): whole += sum((p[i:i + bs] for p in pieces), [])   # as _gather joins them
@@ -47,7 +49,7 @@ def test_one_process_is_left_alone(monkeypatch):
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 10)), loss_func=CrossEntropyLossFlat())
     cbs = list(learn.cbs)
     with distributed(learn) as same: assert same is learn and list(learn.cbs) == cbs
-    assert processes() == 1 and is_first() and join_processes("cpu") == torch.device("cpu") and once(max, 1, 2) == 2
+    assert processes() == 1 and is_first() and join_processes("cpu") == torch.device("cpu") and on_first_process(max, 1, 2) == 2
     recipe = get_recipe("quick", "avg")
     assert scale_up(recipe) is recipe
 
@@ -56,13 +58,13 @@ def test_larger_batches_get_the_square_root_of_the_rate():
     recipe = get_recipe("quick", "concat")
     assert scale_up(recipe, 4) == replace(recipe, bs=4 * recipe.bs, lr=2 * recipe.lr)
     spec = make_spec(head="concat")
-    assert scale_up(spec, 2).bs == 2 * spec.bs and scale_up(spec, 2).id != spec.id
+    assert scale_up(spec, 2).recipe == scale_up(spec.recipe, 2) and scale_up(spec, 2).id != spec.id
 
 
 def test_errors_say_what_to_do(monkeypatch):
     dls = digits_dls(24, 16, "cpu", n_train=20, n_valid=8)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="need 32 training pictures, got 20. Use a smaller --bs"): share_dl(dls.train)
+    with pytest.raises(ValueError, match="need 32 training pictures, got 20. Use a smaller --bs"): shard_dl(dls.train)
     with pytest.raises(ValueError, match="device: several processes work together on 'cpu' or 'cuda', got 'mps'"): join_processes("mps")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -112,8 +114,8 @@ import torch
 import torch.distributed as dist
 from fastai.vision.all import Callback
 from safetensors.torch import save_model
-from attnpool.bench.runs import RunLog
-from attnpool.distributed import distributed, is_first, join_processes, once
+from attnpool.runs.train import RunLog
+from attnpool.distributed import distributed, is_first, join_processes, on_first_process
 sys.path.insert(0, {tests!r})
 from test_distributed import metrics_learner, plain_learner
 
@@ -132,8 +134,8 @@ with distributed(learn), learn.no_bar(), learn.no_logging():
     found['preds'], found['labels'] = (t.tolist() for t in learn.get_preds())
 if is_first(): save_model(learn.model, {out!r} + '/model.safetensors')
 
-found['once'] = once(lambda: rank)
-try: once(lambda: 1 / 0)
+found['once'] = on_first_process(lambda: rank)
+try: on_first_process(lambda: 1 / 0)
 except ZeroDivisionError as e: found['error'] = str(e)
 
 class Poison(Callback):
@@ -212,13 +214,13 @@ def test_the_command_on_two_processes(tmp_path):
     assert len(re.findall("run 1/1  concat seed 1: accuracy", done.stdout)) == 1 and done.stdout.count("Report:") == 1
     spec = scale_up(make_spec(head="concat", epochs=1, size=20, bs=64), 2)
     result = load_run(tmp_path / "runs" / spec.name)
-    folder = Path(result["folder"])
-    assert {f.name for f in folder.iterdir()} == {"spec.json", "history.csv", "maps.npz", "weights.safetensors", "result.json"}
-    assert result["processes"] == 2 and result["spec"]["bs"] == 128
+    folder = Path(result.folder)
+    assert {f.name for f in folder.iterdir()} >= {"spec.json", "history.csv", "maps.npz", "weights.safetensors", "result.json"}
+    assert result.processes == 2 and result.spec.recipe.bs == 128
     learn = recipe_learner(digits_dls(20, 64, "cpu"), spec.arch, spec.head)
     learn.model.load_state_dict(load_file(folder / "weights.safetensors"))
     with learn.no_bar(): loss, right, *_ = learn.validate()
-    assert result["accuracy"] == pytest.approx(right) and result["valid_loss"] == pytest.approx(loss, rel=1e-4)
+    assert result.value == pytest.approx(right) and result.metrics["valid_loss"] == pytest.approx(loss, rel=1e-4)
     again = torchrun(*command)
     assert again.returncode == 0 and "1 of 1 runs are in" in again.stdout
     wrong = torchrun(*command[:-4], "--bs", "0", "--out", tmp_path / "runs")
@@ -227,9 +229,9 @@ def test_the_command_on_two_processes(tmp_path):
 
 MIXED = """
 import json, sys, torch
-from attnpool.bench.data import digits_dls
+from attnpool.data.digits import digits_dls
 from attnpool.distributed import distributed, is_first, join_processes
-from attnpool.learner import recipe_learner
+from attnpool.recipe import recipe_learner
 from fastai.vision.all import Callback
 
 class Watch(Callback):

@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from attnpool.heads import HEADS, AvgAttnConcatPoolHead, AvgPoolHead, LearnedAggregationHead, fold
+from attnpool.heads import AvgAttnConcatPoolHead, AvgPoolHead, fold, FoldedAttention, HEADS, LearnedAggregationHead
 from attnpool.layers import TokenBatchNorm
-from attnpool.pooling import AttentionPool2d
+from attnpool.pooling.attention import AttentionPool2d
+from attnpool.pooling.paper import PaperAggregation
+from attnpool.registry import BadInput
 
 ATTENTION = [name for name in HEADS if name != "avg"]
 PROJECTED = [name for name in ATTENTION if hasattr(HEADS[name](16, 2)[0], "attn")]   # the others own `u` itself
@@ -44,8 +46,9 @@ def test_the_original_stays_and_the_copy_has_no_gradients():
     folded = fold(head)
     assert all(torch.equal(v, before[k]) for k, v in head.state_dict().items()) and all(p.requires_grad for p in head.parameters())
     assert not any(p.requires_grad for p in folded.parameters()) and isinstance(head[0].attn, AttentionPool2d)
+    assert isinstance(folded[0].attn, FoldedAttention)
     assert sum(t.numel() for t in folded.state_dict().values()) < sum(t.numel() for t in before.values()) - 2 * 16 * 16
-    with pytest.raises(ValueError, match="mode: a folded model has nothing left to train"): folded.train()
+    with pytest.raises(BadInput, match="mode: a folded model has nothing left to train"): folded.train()
 
 
 def test_inside_a_network_and_saved(tmp_path):
@@ -102,9 +105,10 @@ def test_export_to_onnx_runs_elsewhere(name, tmp_path):
 
 
 @pytest.mark.parametrize("model, error, words", [
-    (lambda: LearnedAggregationHead(8, 2), ValueError, "model: it is in training mode"),
-    (lambda: LearnedAggregationHead(8, 2, norm=TokenBatchNorm).eval(), ValueError, "0.attn is a TokenBatchNorm, which cannot be folded"),
-    (lambda: AvgPoolHead(8, 2).eval(), ValueError, "no attention pool in it"),
+    (lambda: LearnedAggregationHead(8, 2), BadInput, "model: it is in training mode"),
+    (lambda: LearnedAggregationHead(8, 2, norm=TokenBatchNorm).eval(), BadInput, "0.attn is a TokenBatchNorm, which cannot be folded"),
+    (lambda: AvgPoolHead(8, 2).eval(), BadInput, "no attention pool in it"),
+    (lambda: nn.Sequential(PaperAggregation(8)).eval(), BadInput, "no attention pool in it"),
     (lambda: torch.randn(2), TypeError, "model: expected an nn.Module, got Tensor"),
 ])
 def test_bad_input(model, error, words):

@@ -1,6 +1,7 @@
 "The fold against the plain form, the plain form against torch's own attention in float64; Mish against torch's."
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -9,14 +10,26 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from attnpool import functional
-from attnpool.functional import attention_pool, attention_pool_plain, attention_scores, mish
-from attnpool.layers import TokenBatchNorm
+from attnpool import chunks, fold, layers
+from attnpool.chunks import clear_scratch
+from attnpool.fold import gather, gather_plain
+from attnpool.forms import form, form_asked_for, forms_used, is_traced
+from attnpool.functional import attention_pool, attention_pool_plain, attention_scores
+from attnpool.layers import Mish, mish, TokenBatchNorm
+from attnpool.registry import BadInput
 
 TOL = 1e-12
-functional._SMALL = 0   # these maps are small; the chunks are what is tested
-NORMS = dict(none=lambda c: None, layer=nn.LayerNorm, plain_layer=lambda c: nn.LayerNorm(c, elementwise_affine=False), unbiased_layer=lambda c: nn.LayerNorm(c, bias=False),
-             rms=nn.RMSNorm, rms_eps=lambda c: nn.RMSNorm(c, eps=1e-3), batch=TokenBatchNorm, group=lambda c: Tokens(nn.GroupNorm(4, c)))
+NORMS = dict(none=lambda c: None, layer=nn.LayerNorm, plain_layer=lambda c: nn.LayerNorm(c, elementwise_affine=False),
+             unbiased_layer=lambda c: nn.LayerNorm(c, bias=False), rms=nn.RMSNorm, rms_eps=lambda c: nn.RMSNorm(c, eps=1e-3),
+             batch=TokenBatchNorm, group=lambda c: Tokens(nn.GroupNorm(4, c)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def every_map_is_large():
+    "These maps are small; the chunks are what is tested."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "SMALL", 0)
+        yield
 
 
 class Tokens(nn.Module):
@@ -143,11 +156,11 @@ def test_second_derivatives(norm, options):
 
 def test_small_maps_take_the_short_way(monkeypatch):
     x, query, affine, layer = problem()
-    chunks, g1 = with_gradients(attention_pool, x, query, affine, layer)
-    monkeypatch.setattr(functional, "_SMALL", 1 << 16)
-    monkeypatch.setattr(functional, "_core_forward", None)
+    long, g1 = with_gradients(attention_pool, x, query, affine, layer)
+    monkeypatch.setattr(chunks, "SMALL", 1 << 16)
+    monkeypatch.setattr(fold, "read_chunk", None)
     short, g2 = with_gradients(attention_pool, x, query, affine, layer)
-    agree(short, chunks)
+    agree(short, long)
     assert max((i - j).abs().max() for i, j in zip(g1, g2)) <= TOL * max(g.abs().max() for g in g1)
 
 
@@ -164,14 +177,14 @@ def core_inputs(b=7, c=128, n=35, k=1, dtype=torch.float64, fmt="contiguous", of
 @pytest.mark.parametrize("mean, dropout", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("offset", [0., 50.])
 def test_core_in_chunks_equals_core(monkeypatch, fmt, k, centre, eps, mean, dropout, offset):
-    monkeypatch.setattr(functional, "_CHUNK", 3 * 128 * 35 * 4)   # three pictures at a time: the last chunk is smaller
+    monkeypatch.setattr(chunks, "CHUNK", 3 * 128 * 35 * 4)   # three pictures at a time: the last chunk is smaller
     x, u = core_inputs(k=k, fmt=fmt, offset=offset)
     if not centre: u = u / 10   # without the norm, scores of hundreds
     mask = torch.rand(7, k, 35, dtype=x.dtype) if dropout else None
     results = []
-    for f in (functional._Core.apply, functional._core_plain):
+    for f in (gather, gather_plain):
         X, U = x.clone().requires_grad_(), u.clone().requires_grad_()
-        outs = [o for o in f(X, U, mask, centre, eps, mean) if o is not None]
+        outs = [o for o in f(X, U, centre=centre, eps=eps, mask=mask, mean=mean) if o is not None]
         assert len(outs) == 1 + mean + dropout
         weights = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o) for o in outs]
         results.append([o.detach() for o in outs] + list(torch.autograd.grad(outs, (X, U), weights)))
@@ -188,9 +201,10 @@ def test_core_of_wide_maps(fmt, dtype, n):
     X, U = x.clone().requires_grad_(), u.clone().requires_grad_()
     exact = x.double().requires_grad_(), u.double().requires_grad_()
     g = torch.randn(9, 1, 512)
-    z, _, mean = functional._Core.apply(X, U, None, True, 1e-5, True)
-    z2, _, mean2 = functional._core_plain(*exact, None, True, 1e-5, True)
-    ours, plain = torch.autograd.grad((z, mean), (X, U), (g, g[:, 0])), torch.autograd.grad((z2, mean2), exact, (g.double(), g[:, 0].double()))
+    z, _, mean = gather(X, U, centre=True, eps=1e-5, mean=True)
+    z2, _, mean2 = gather_plain(*exact, centre=True, eps=1e-5, mean=True)
+    ours = torch.autograd.grad((z, mean), (X, U), (g, g[:, 0]))
+    plain = torch.autograd.grad((z2, mean2), exact, (g.double(), g[:, 0].double()))
     assert z.dtype == torch.float32 and ours[0].dtype == dtype
     agree(z.double(), z2, 3e-6)
     agree(mean.double(), mean2, 3e-6)
@@ -232,6 +246,53 @@ def test_torch_func_grad_and_vmap():
     agree(per_sample.sum(0), expected[1])
 
 
+def test_forward_mode():
+    x, query, affine, layer = problem(b=3, c=8)
+    def f(x, query): return attention_pool(x, query, *affine, norm=layer)
+    dx, dq, h = torch.randn_like(x), torch.randn_like(query), 1e-6
+    tangent = torch.func.jvp(f, (x, query), (dx, dq))[1]
+    agree(tangent, (f(x + h * dx, query + h * dq) - f(x - h * dx, query - h * dq)) / (2 * h), 1e-7)
+    with torch.autograd.forward_ad.dual_level():
+        assert is_traced(x)
+        dual = f(*(torch.autograd.forward_ad.make_dual(t, d) for t, d in ((x, dx), (query, dq))))
+        agree(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+    assert not is_traced(x)
+
+
+@pytest.mark.parametrize("queries", [1, 40])   # values behind the sum, and before it
+def test_forms_agree_and_say_what_ran(queries):
+    x, query, affine, layer = problem(queries=queries)
+    found = {}
+    for name in (None, "folded", "plain"):
+        with form(name) if name else nullcontext(), forms_used() as used:
+            assert form_asked_for() == name
+            ours, g = with_gradients(attention_pool, x, query, affine, layer)
+            scores = attention_scores(x, query, *affine[:2], layer)
+        assert used == {name or "folded"} and form_asked_for() is None
+        found[name] = ours, scores, *g
+    for a, b in zip(found[None], found["plain"]): agree(a, b, 1e-11) if b.abs().max() > 1e-12 else None
+    assert torch.equal(found["plain"][0], attention_pool_plain(x, query, *affine, norm=layer))
+    assert not torch.equal(found["plain"][0], found[None][0])   # other roundings: it was another form
+    with forms_used() as used: attention_pool(x, query, *affine, norm=TokenBatchNorm(12).double())
+    assert used == {"plain"}   # what cannot be folded
+    with pytest.raises(BadInput, match="name: 'plan' is unknown. Did you mean 'plain'"), form("plan"): pass
+
+
+def test_forms_belong_to_their_thread():
+    seen = []
+    def other():
+        with forms_used() as used: attention_pool(*args[:2], *args[2], norm=args[3])
+        seen.append((form_asked_for(), used))
+    args = problem()
+    with form("plain"), forms_used() as outer:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        with forms_used() as inner, form("folded"): attention_pool(*args[:2], *args[2], norm=args[3])
+        assert form_asked_for() == "plain"
+    assert seen == [(None, {"folded"})] and outer == inner == {"folded"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last])
 def test_compiles_into_one_graph(fmt):
@@ -264,7 +325,7 @@ def test_maps_of_any_strides():
 
 
 def test_inference_mode_and_scratch_memory_do_not_meet():
-    functional._kept.__dict__.clear()
+    clear_scratch()
     x, query, affine, layer = problem(b=4, c=64, dtype=torch.bfloat16)
     with torch.inference_mode(): first = attention_pool(x, query, *affine, norm=layer)
     X = x.clone().requires_grad_()
@@ -349,12 +410,12 @@ def test_export_with_any_batch_height_and_width():
 
 
 @pytest.mark.parametrize("change, error, words", [
-    (dict(x=torch.randn(12, 3, 5)), ValueError, "x: expected a map of shape (b, c, h, w), got (12, 3, 5)"),
-    (dict(x=torch.randn(2, 7, 3, 5)), ValueError, "x: expected 12 channels, got 7"),
-    (dict(x=torch.randn(2, 12, 0, 5)), ValueError, "no positions"),
-    (dict(query=torch.randn(12)), ValueError, "query: expected shape (queries, 12), got (12,)"),
-    (dict(query=torch.randn(1, 9)), ValueError, "query: expected shape (queries, 12), got (1, 9)"),
-    (dict(num_heads=5), ValueError, "num_heads: 5 does not divide the 12 channels"),
+    (dict(x=torch.randn(12, 3, 5)), BadInput, "x: expected a map of shape (b, c, h, w), got (12, 3, 5)"),
+    (dict(x=torch.randn(2, 7, 3, 5)), BadInput, "x: expected 12 channels, got 7"),
+    (dict(x=torch.randn(2, 12, 0, 5)), BadInput, "no positions"),
+    (dict(query=torch.randn(12)), BadInput, "query: expected shape (queries, 12), got (12,)"),
+    (dict(query=torch.randn(1, 9)), BadInput, "query: expected shape (queries, 12), got (1, 9)"),
+    (dict(num_heads=5), BadInput, "num_heads: 5 does not divide the 12 channels"),
     (dict(query=torch.randn(1, 12).half()), TypeError, "query: it is torch.float16, the weights are torch.float32"),
     (dict(x=torch.randn(2, 12, 3, 5).bfloat16()), TypeError, "x: the map is torch.bfloat16, the weights are torch.float32"),
     (dict(x=torch.randn(2, 12, 3, 5).double()), TypeError, "x: the map is torch.float64, the weights are torch.float32"),
@@ -386,7 +447,7 @@ def both(f, x, g):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 4, 5), (2, 3, 2, 4, 5)])
 def test_mish_equals_torch(monkeypatch, shape, dtype, chunk):
-    monkeypatch.setattr(functional, "_MISH_CHUNK", chunk)
+    monkeypatch.setattr(layers, "_MISH_CHUNK", chunk)
     x, g = (20 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
     y, dx = both(mish, x, g)
     y2, dx2 = both(F.mish, x.double(), g.double())
@@ -431,6 +492,16 @@ def test_mish_under_transforms():
 
 class Wrapped(nn.Module):
     def forward(self, x): return mish(x)
+
+
+@pytest.mark.parametrize("f", [mish, Mish()])
+def test_mish_in_forward_mode(f):
+    x, dx = torch.randn(3, 4), torch.randn(3, 4)
+    exact = torch.func.jvp(F.mish, (x.double(),), (dx.double(),))[1]
+    agree(torch.func.jvp(f, (x,), (dx,))[1].double(), exact, 1e-6)
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, dx))).tangent
+    agree(tangent.double(), exact, 1e-6)
 
 
 def test_functional_needs_torch_alone():

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnpool.heads import HEADS, AvgAttnPoolHead, AvgPoolHead
-from attnpool.layers import TokenBatchNorm, drop_path, make_norm
-from attnpool.pooling import AttentionPool2d
-from attnpool.registry import Registry
+from attnpool.heads import AvgAttnPoolHead, AvgPoolHead, HEADS, PoolHead, start_linear
+from attnpool.layers import drop_path, make_norm, TokenBatchNorm
+from attnpool.pooling.attention import AttentionPool2d
+from attnpool.registry import BadInput, Registry
 
 POOLS = list(dict.fromkeys(type(head(16, 2)[0]) for head in HEADS.values() if hasattr(head(16, 2)[0], "attn")))   # the blog's
 C = 16
@@ -154,25 +154,53 @@ def test_head_signature_is_complete(name):
     assert list(parameters)[:2] == ["ni", "n_out"]
     assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
     with pytest.raises(TypeError): HEADS[name](C, 5, no_such_option=1)
-    with pytest.raises(ValueError, match="n_out: expected at least 1 output, got 0"): HEADS[name](C, 0)
+    with pytest.raises(BadInput, match="n_out: expected at least 1 output, got 0"): HEADS[name](C, 0)
 
 
 def test_what_stands_after_the_pool():
     after = {n: [type(m).__name__ for m in list(HEADS[n](C, 5))[1:]] for n in HEADS}
     normed = ["LayerNorm", "Linear"]
-    assert after == dict(avg=["Flatten", "Linear"], learned=normed, sandwich=normed, avgattn=normed, slim=["Linear"], concat=["Linear"],
-                         avgstart=["Linear"], classquery=[])
+    seeds = dict(avg=["Flatten", "Linear"], learned=normed, sandwich=normed, avgattn=normed, slim=["Linear"],
+                 concat=["Linear"], avgstart=["Linear"], classquery=[])
+    assert {n: after[n] for n in seeds} == seeds
     assert [type(m).__name__ for m in AvgAttnPoolHead(C, 5, final_act=nn.GELU)][1:] == ["LayerNorm", "GELU", "Linear"]
 
 
-@pytest.mark.parametrize("name", ["learned", "sandwich", "avgattn", "slim", "concat"])
+@pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.start == "blog"])
 def test_last_linear_starts_as_in_the_authors_notebooks(name):
     last = HEADS[name](256, 1000)[-1]
     assert last.weight.std().item() == pytest.approx(.02, rel=.02) and last.weight.abs().max() <= 2 and last.bias.abs().max() == 0
     assert (last.weight.abs() > .04).float().mean().item() == pytest.approx(.0455, abs=.004)   # a normal distribution's tails
     if "final_act" in inspect.signature(HEADS[name]).parameters:   # there the notebooks keep PyTorch's own start, uniform
         last = HEADS[name](256, 1000, final_act=nn.GELU)[-1]
-        assert last.weight.abs().max() <= 256**-.5 and last.weight.std().item() == pytest.approx((256 * 3)**-.5, rel=.02) and last.bias.any()
+        ni = last.in_features
+        assert last.weight.abs().max() <= ni**-.5 and last.weight.std().item() == pytest.approx((3 * ni)**-.5, rel=.02)
+        assert last.bias.any()
+
+
+def test_a_head_is_a_row():
+    assert {"learned", "sandwich", "avgattn", "slim", "concat"} <= {n for n, head in HEADS.items() if head.start == "blog"}
+    class Max(nn.AdaptiveMaxPool2d):
+        def __init__(self, ni, power=1):
+            super().__init__(1)
+            self.c_out, self.power = ni, power
+        def forward(self, x): return super().forward(x).flatten(1)
+    class MaxHead(PoolHead): pool, norm_after, start = Max, True, "torch"
+    head, x = MaxHead(C, 5, power=3, final_act=nn.ReLU), torch.randn(2, C, 3, 4)
+    assert [type(m).__name__ for m in head] == ["Max", "LayerNorm", "ReLU", "Linear"] and head[0].power == 3
+    assert torch.equal(head(x), head[3](F.relu(F.layer_norm(x.amax((2, 3)), (C,)))))
+    assert list(inspect.signature(MaxHead).parameters) == ["ni", "n_out", "final_act", "power"]
+    for harm in (dict(norm=nn.RMSNorm), dict(strength=1)):
+        with pytest.raises(TypeError): MaxHead(C, 5, **harm)
+    class Mine(HEADS["learned"]):   # a head made from a head: its own signature
+        def __init__(self, ni, n_out): super().__init__(ni, n_out, gamma=1.)
+    assert list(inspect.signature(Mine).parameters) == ["ni", "n_out"] and Mine(C, 5)[0].gamma_1[0] == 1
+
+
+@pytest.mark.parametrize("start, std", [("blog", .02), ("xresnet", (2 / 256)**.5), ("torch", (3 * 256)**-.5)])
+def test_starts_of_a_linear_layer(start, std):
+    linear = start_linear(nn.Linear(256, 1000), start)
+    assert linear.weight.std().item() == pytest.approx(std, rel=.02) and linear.bias.any() == (start == "torch")
 
 
 def test_average_head_is_fastxtends():
@@ -192,20 +220,20 @@ def test_token_batchnorm_normalises_channels():
 
 
 @pytest.mark.parametrize("make, error, words", [
-    (lambda: AttentionPool2d(0), ValueError, "ni: expected the number of channels"),
-    (lambda: AttentionPool2d(C, num_heads=3), ValueError, "num_heads: 3 does not divide the 16 channels"),
-    (lambda: AttentionPool2d(C, attn_drop=1.5), ValueError, "attn_drop: expected a rate in [0, 1), got 1.5"),
-    (lambda: POOLS[0](C, ffn_expand=0), ValueError, "ffn_expand: expected a factor above 0"),
-    (lambda: POOLS[4](C, ffn_expand=-1), ValueError, "ffn_expand: expected a factor above 0"),
-    (lambda: POOLS[1](C, drop_path_rate=-.1), ValueError, "drop_path_rate: expected a rate in [0, 1), got -0.1"),
-    (lambda: make_norm(nn.BatchNorm1d, C), ValueError, "Use norm=attnpool.layers.TokenBatchNorm"),
+    (lambda: AttentionPool2d(0), BadInput, "ni: expected the number of channels"),
+    (lambda: AttentionPool2d(C, num_heads=3), BadInput, "num_heads: 3 does not divide the 16 channels"),
+    (lambda: AttentionPool2d(C, attn_drop=1.5), BadInput, "attn_drop: expected a rate in [0, 1), got 1.5"),
+    (lambda: POOLS[0](C, ffn_expand=0), BadInput, "ffn_expand: expected a factor above 0"),
+    (lambda: POOLS[4](C, ffn_expand=-1), BadInput, "ffn_expand: expected a factor above 0"),
+    (lambda: POOLS[1](C, drop_path_rate=-.1), BadInput, "drop_path_rate: expected a rate in [0, 1), got -0.1"),
+    (lambda: make_norm(nn.BatchNorm1d, C), BadInput, "Use norm=attnpool.layers.TokenBatchNorm"),
     (lambda: make_norm("layer", C), TypeError, "norm: expected a class or callable"),
-    (lambda: POOLS[0](C)(torch.randn(2, C, 4)), ValueError, "x: expected a map of shape (b, c, h, w), got (2, 16, 4)"),
-    (lambda: POOLS[0](C)(torch.randn(2, 8, 4, 4)), ValueError, "x: expected 16 channels, got 8"),
-    (lambda: AttentionPool2d(C)(torch.randn(2, C, 4, 4), torch.randn(C)), ValueError, "query: expected shape (queries, 16), got (16,)"),
-    (lambda: HEADS["conct"], ValueError, "head: 'conct' is unknown. Did you mean 'concat'?"),
-    (lambda: HEADS.register("avg")(AvgAttnPoolHead), ValueError, "head: 'avg' is taken"),
-    (lambda: Registry("thing")["x"], ValueError, "thing: 'x' is unknown."),
+    (lambda: POOLS[0](C)(torch.randn(2, C, 4)), BadInput, "x: expected a map of shape (b, c, h, w), got (2, 16, 4)"),
+    (lambda: POOLS[0](C)(torch.randn(2, 8, 4, 4)), BadInput, "x: expected 16 channels, got 8"),
+    (lambda: AttentionPool2d(C)(torch.randn(2, C, 4, 4), torch.randn(C)), BadInput, "query: expected shape (queries, 16), got (16,)"),
+    (lambda: HEADS["conct"], BadInput, "head: 'conct' is unknown. Did you mean 'concat'?"),
+    (lambda: HEADS.register("avg")(AvgAttnPoolHead), BadInput, "head: 'avg' is taken"),
+    (lambda: Registry("thing")["x"], BadInput, "thing: 'x' is unknown."),
 ])
 def test_bad_input(make, error, words):
     with pytest.raises(error) as e: make()
@@ -227,11 +255,11 @@ def test_registries_are_dicts_that_never_lose_a_name():
     table = Registry("thing")
     table["a"] = 1
     for harm in (lambda: table.update(a=2), lambda: table.__setitem__("a", 2)):
-        with pytest.raises(ValueError, match="thing: 'a' is taken by 1"): harm()
+        with pytest.raises(BadInput, match="thing: 'a' is taken by 1"): harm()
     assert table.setdefault("a", 2) == 1 and table.get("b") is None and table == {"a": 1} and "b" not in table
     assert HEADS.register("avg")(AvgPoolHead) is AvgPoolHead   # a cell that is run again
     table["f"] = lambda: 1
-    with pytest.raises(ValueError, match="taken"): table["f"] = lambda: 2
+    with pytest.raises(BadInput, match="taken"): table["f"] = lambda: 2
 
 
 def test_drop_path_keeps_the_mean():

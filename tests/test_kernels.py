@@ -3,12 +3,15 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
-from attnpool import functional
+from attnpool import chunks, forms
+from attnpool.fold import gather, gather_plain
+from attnpool.forms import form, forms_used
 from attnpool.functional import attention_pool, attention_pool_plain
 from attnpool.heads import HEADS
 
@@ -30,8 +33,8 @@ def test_in_the_interpreter():
 def calls(monkeypatch):
     "Which kernels were called, in order."
     from attnpool import kernels
-    functional._kernels(torch.empty(0, device=DEVICE).device)   # with its number; checked once, here
-    monkeypatch.setattr(functional, "_SMALL", 0)
+    forms._kernels_on(torch.empty(0, device=DEVICE).device)   # with its number; checked once, here
+    monkeypatch.setattr(chunks, "SMALL", 0)
     calls = []
     for name in ("pool_forward", "pool_backward"):
         f = getattr(kernels, name)
@@ -44,7 +47,7 @@ def layout(x, last): return x.to(memory_format=torch.channels_last if last else 
 
 def core(x, u, centre, eps, mean):
     "In float64, by autograd."
-    return [o for o in functional._core_plain(x, u, None, centre, eps, mean) if o is not None]
+    return [o for o in gather_plain(x, u, centre=centre, eps=eps, mean=mean) if o is not None]
 
 
 def agree(a, b, tol):
@@ -63,7 +66,7 @@ def test_the_numbers_of_the_core(calls, dtype, last, b, c, h, w, k, centre, eps,
     u = (torch.randn(k, c) / c**.5).to(DEVICE).requires_grad_()
     xs, us = x.detach().double().requires_grad_(), u.detach().double().requires_grad_()
     exact = core(xs.flatten(2), us, centre, eps, mean)
-    ours = [o for o in functional._core(x.flatten(2), u, None, centre, eps, mean) if o is not None]
+    ours = [o for o in gather(x.flatten(2), u, centre=centre, eps=eps, mean=mean) if o is not None]
     assert calls == ["pool_forward"] and all(o.dtype == torch.float32 for o in ours)
     for a, e in zip(ours, exact): agree(a, e, 2e-6 * (1 + offset))
     gs = [torch.randn_like(o) for o in ours]
@@ -84,7 +87,7 @@ def test_any_cut_of_the_positions_and_channels(calls, monkeypatch, positions):
     monkeypatch.setattr(kernels, "_plan", lambda x: (*(p := plan(x))[:2], p[2] | dict(BC=16, EVEN=False)))
     x, u = torch.randn(2, 50, 9, 9, device=DEVICE, requires_grad=True), torch.randn(2, 50, device=DEVICE, requires_grad=True)
     exact = core(x.double().flatten(2), u.double(), True, 1e-5, True)
-    z, _, mean = functional._core(x.flatten(2), u, None, True, 1e-5, True)
+    z, _, mean = gather(x.flatten(2), u, centre=True, eps=1e-5, mean=True)
     for a, e in zip((z, mean), exact): agree(a, e, 1e-5)
     for a, e in zip(torch.autograd.grad(z.square().sum(), (x, u)), torch.autograd.grad(exact[0].square().sum(), (x, u))): agree(a, e, 1e-5)
 
@@ -94,12 +97,12 @@ def test_any_cut_of_the_positions_and_channels(calls, monkeypatch, positions):
 def test_fp16_of_any_size_stays_finite(calls, x):
     x = x.to(DEVICE, torch.float16).requires_grad_()
     u = torch.randn(1, 32, device=DEVICE, requires_grad=True)
-    z, *_ = functional._core(x.flatten(2), u, None, True, 1e-5, False)
+    z, *_ = gather(x.flatten(2), u, centre=True, eps=1e-5)
     assert all(g.isfinite().all() for g in (z, *torch.autograd.grad(z.sum(), (x, u)))) and calls == ["pool_forward", "pool_backward"]
 
 
 @runs
-@pytest.mark.parametrize("head", [h for h in HEADS if h not in ("avg", "avgstart", "classquery")])
+@pytest.mark.parametrize("head", [h for h in HEADS if hasattr(HEADS[h](8, 2)[0], "attn")])
 def test_heads_run_through_the_kernels(calls, head):
     torch.manual_seed(0)
     model = HEADS[head](32, 5).to(DEVICE).eval()
@@ -120,29 +123,29 @@ def test_heads_run_through_the_kernels(calls, head):
 def test_results_may_be_changed_in_place(calls):
     x, u = torch.randn(2, 12, 3, 3, device=DEVICE, requires_grad=True), torch.randn(1, 12, device=DEVICE)
     for centre in (True, False):
-        z, _, mean = functional._core(x.flatten(2), u, None, centre, 1e-5, True)
+        z, _, mean = gather(x.flatten(2), u, centre=centre, eps=1e-5, mean=True)
         torch.autograd.grad(z.sum() + mean.relu_().sum(), x)
 
 
 @runs
 def test_the_default_dtype_is_not_theirs(calls):
     x, u = torch.randn(2, 12, 3, 3, device=DEVICE), torch.randn(1, 12, device=DEVICE)
-    expected = functional._core(x.flatten(2), u, None, True, 1e-5, False)[0]
+    expected = gather(x.flatten(2), u, centre=True, eps=1e-5)[0]
     torch.set_default_dtype(torch.bfloat16)
     try:
-        functional._kernels.cache_clear()
-        out = functional._core(x.flatten(2), u, None, True, 1e-5, False)[0]
+        forms._kernels_on.cache_clear()
+        out = gather(x.flatten(2), u, centre=True, eps=1e-5)[0]
     finally: torch.set_default_dtype(torch.float32)
-    assert out.dtype == torch.float32 and torch.equal(out, expected) and functional._kernels(x.device)
+    assert out.dtype == torch.float32 and torch.equal(out, expected) and forms._kernels_on(x.device)
 
 
 @runs
 def test_forward_mode(calls):
     x, u, dx = torch.randn(2, 12, 3, 3, device=DEVICE), torch.randn(1, 12, device=DEVICE), torch.randn(2, 12, 3, 3, device=DEVICE)
     with torch.autograd.forward_ad.dual_level():
-        out = functional._core(torch.autograd.forward_ad.make_dual(x, dx).flatten(2), u, None, True, 1e-5, False)[0]
+        out = gather(torch.autograd.forward_ad.make_dual(x, dx).flatten(2), u, centre=True, eps=1e-5)[0]
         tangent = torch.autograd.forward_ad.unpack_dual(out).tangent
-    exact = torch.func.jvp(lambda x: functional._core_plain(x.flatten(2), u.double(), None, True, 1e-5, False)[0], (x.double(),), (dx.double(),))[1]
+    exact = torch.func.jvp(lambda x: gather_plain(x.flatten(2), u.double(), centre=True, eps=1e-5)[0], (x.double(),), (dx.double(),))[1]
     agree(tangent, exact, 1e-4)
 
 
@@ -150,9 +153,9 @@ def test_forward_mode(calls):
 def test_second_derivatives(calls):
     x, u = torch.randn(2, 12, 3, 3, device=DEVICE, requires_grad=True), torch.randn(1, 12, device=DEVICE, requires_grad=True)
     def curvature(x, u, f):
-        g, = torch.autograd.grad(f(x.flatten(2), u, None, True, 1e-5, False)[0].square().sum(), x, create_graph=True)
+        g, = torch.autograd.grad(f(x.flatten(2), u, centre=True, eps=1e-5)[0].square().sum(), x, create_graph=True)
         return torch.autograd.grad(g.square().sum(), (x, u))
-    for a, e in zip(curvature(x, u, functional._core), curvature(x.double(), u.double(), functional._core_plain)): agree(a, e.double(), 1e-4)
+    for a, e in zip(curvature(x, u, gather), curvature(x.double(), u.double(), gather_plain)): agree(a, e.double(), 1e-4)
     assert calls[0] == "pool_forward"
 
 
@@ -160,7 +163,7 @@ def test_second_derivatives(calls):
 def test_it_saves_the_map_and_little_else(calls):
     x, saved = torch.randn(2, 64, 6, 6, device=DEVICE, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        functional._core(x.flatten(2), torch.randn(1, 64, device=DEVICE, requires_grad=True), None, True, 1e-5, False)
+        gather(x.flatten(2), torch.randn(1, 64, device=DEVICE, requires_grad=True), centre=True, eps=1e-5)
     assert sum(t.numel() for t in saved if t.data_ptr() != x.data_ptr()) == 64 + 2 * (3 * 36 + 64)
 
 
@@ -193,26 +196,35 @@ def test_kernels_that_do_not_work_here_are_left_out_with_a_warning(calls, monkey
     args, x = layer(), torch.randn(2, 16, 4, 4, device=DEVICE)
     expected = attention_pool(x, **args)
     monkeypatch.setattr(kernels, "pool_forward", broken)
-    functional._kernels.cache_clear()
+    forms._kernels_on.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=words): out = attention_pool(x, **args)
-    finally: functional._kernels.cache_clear()
+        with pytest.warns(kernels.KernelWarning, match=words): out = attention_pool(x, **args)
+    finally: forms._kernels_on.cache_clear()
     agree(out, expected.double(), 1e-5)
     assert calls.count("pool_forward") == 1   # the first call only
 
 
 @runs
+def test_forms(calls):
+    args, x, outs = layer(), torch.randn(2, 16, 4, 4, device=DEVICE), []
+    for name in (None, "folded", "plain"):
+        with form(name) if name else nullcontext(), forms_used() as used: outs.append(attention_pool(x, **args))
+        assert used == {name or "kernels"} and calls == ["pool_forward"]
+    for out in outs[1:]: agree(out, outs[0].double(), 1e-5)
+
+
+@runs
 def test_switched_off(calls, monkeypatch):
     monkeypatch.setenv("ATTNPOOL_KERNELS", "0")
-    functional._kernels.cache_clear()
+    forms._kernels_on.cache_clear()
     try: attention_pool(torch.randn(2, 16, 4, 4, device=DEVICE), **layer())
-    finally: functional._kernels.cache_clear()
+    finally: forms._kernels_on.cache_clear()
     assert not calls
 
 
 def test_without_triton_nothing_changes():
-    code = ("import sys; sys.modules['triton'] = None; import torch; from attnpool import functional; functional._INTERPRETED, functional._SMALL = True, 0\n"
-            "from attnpool.heads import LearnedAggregationHead; print(functional._kernels(torch.device('cpu')), LearnedAggregationHead(16, 3)(torch.randn(2, 16, 4, 4)).shape[1])")
+    code = ("import sys; sys.modules['triton'] = None; import torch; from attnpool import chunks, forms; forms.INTERPRETED, chunks.SMALL = True, 0\n"
+            "from attnpool.heads import LearnedAggregationHead; print(forms._kernels_on(torch.device('cpu')), LearnedAggregationHead(16, 3)(torch.randn(2, 16, 4, 4)).shape[1])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["None", "3"]
 
 

@@ -1,15 +1,19 @@
 "vision_learner and recipes with real Learners."
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
-from fastai.vision.all import (Learner, accuracy, load_learner, mobilenet_v2, resnet18, shufflenet_v2_x0_5, squeezenet1_0, trainable_params,
-                               vgg11_bn, xresnet18)
+from fastai.data.all import DataLoaders, TfmdDL
+from fastai.vision.all import (Learner, Normalize, TensorCategory, accuracy, load_learner, mobilenet_v2, resnet18, shufflenet_v2_x0_5, squeezenet1_0,
+                               trainable_params, vgg11_bn, xresnet18)
 from torch import nn
 
-from attnpool.heads import HEADS, AvgAttnConcatPoolHead, LearnedAggregationHead
-from attnpool.learner import RECIPES, Recipe, get_recipe, map_width, recipe_learner, vision_learner
-from attnpool.models.surgery import TimmMap
+from attnpool.heads import AvgAttnConcatPoolHead, HEADS, LearnedAggregationHead
+from attnpool.learner import vision_learner
+from attnpool.recipe import get_recipe, rates_of, Recipe, recipe_learner, RECIPES
+from attnpool.models.surgery import map_width, TimmMap
 from attnpool.models.xresnet import xeca_resnext_tiny
 
 quiet = dict(pretrained=False)
@@ -102,6 +106,82 @@ def test_without_a_custom_head_it_is_fastais(dls):
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), theirs.model.parameters()))
 
 
+@pytest.mark.parametrize("cut, head", [(-3, dict()), (-2, dict(ps=.1, lin_ftrs=[32], concat_pool=False))])
+def test_cut_holds_for_fastais_own_head_too(dls, cut, head):
+    from fastai.vision.learner import create_body, create_head
+    learn = vision_learner(dls, resnet18, cut=cut, **head, **quiet)
+    ni = 256 if cut == -3 else 512
+    assert str(learn.model) == str(nn.Sequential(create_body(resnet18(), cut=cut), create_head(ni, 10, **head)))
+
+
+def statistics(dls): return [[round(v, 3) for v in t.mean.flatten().tolist()] for t in dls.after_batch.fs if isinstance(t, Normalize)]
+
+
+def fresh(n_in=3):
+    class Pictures(list): split_idx = 0
+    items = Pictures((torch.rand(n_in, 64, 64), TensorCategory(i % 3)) for i in range(4))
+    dls = DataLoaders(TfmdDL(items, bs=2, num_workers=0), TfmdDL(items, bs=2, num_workers=0), device=torch.device("cpu"))
+    dls.c = 3
+    return dls
+
+
+@pytest.mark.parametrize("head", [None, LearnedAggregationHead])
+def test_the_pictures_get_the_statistics_of_the_weights(head, monkeypatch):
+    import timm
+    from fastai.vision.learner import default_split, model_meta
+    quietly = dict(loss_func=nn.CrossEntropyLoss(), custom_head=head, lr=1e-4, moms=(.9, .8, .9), wd=.1)
+    known = partial(pretrained_arch)   # a function whose statistics fastai knows
+    monkeypatch.setitem(model_meta, known, dict(cut=-4, split=default_split, stats=([.1, .2, .3], [1., 1., 1.])))
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, pretrained, **kwargs: make(*args, **kwargs))   # needs no file
+    for arch, expected in ((known, [.1, .2, .3]), ("resnet10t", [.485, .456, .406])):
+        dls = fresh()
+        learn = vision_learner(dls, arch, **quietly)
+        assert statistics(dls) == [expected] and (learn.lr, learn.moms, learn.wd) == (1e-4, (.9, .8, .9), .1)
+        vision_learner(dls, arch, **quietly)
+        assert statistics(dls) == [expected]   # not a second time
+        for options in (dict(normalize=False), dict(pretrained=False)):
+            dls = fresh()
+            vision_learner(dls, arch, **quietly, **options)
+            assert not statistics(dls)
+    dls = fresh(1)
+    learn = vision_learner(dls, "resnet10t", n_in=1, **quietly)
+    assert not statistics(dls) and learn.model(dls.one_batch()[0]).shape == (2, 3)
+
+
+def test_attributes_are_those_that_fastai_sets(dls):
+    for arch in (resnet18, "resnet10t"):
+        learn = vision_learner(dls, arch, custom_head=LearnedAggregationHead, n_out=7, **quiet)
+        assert (learn.arch, learn.normalize, learn.n_out, learn.pretrained) == (arch, True, 7, False)
+        assert len(learn.splitter(learn.model)) == (3 if arch is resnet18 else 2)
+        own = vision_learner(dls, arch, custom_head=LearnedAggregationHead, splitter=trainable_params, **quiet)
+        assert own.splitter is trainable_params
+
+
+def test_importing_replaces_nothing_of_others():
+    code = """
+import sys, warnings
+warnings.filterwarnings('ignore')
+import fastai.callback.all, fastai.vision.all, fastxtend.vision.models.xresnet, timm, torch, torchvision
+def callables():
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.split('.')[0] not in ('fastai', 'fastcore', 'fasttransform', 'fastxtend', 'timm', 'torch', 'torchvision'): continue
+        for key, value in list(vars(module).items()):
+            if callable(value): found[name, key] = value
+            if isinstance(value, type): found |= {(name, key, k): v for k, v in list(vars(value).items()) if callable(v) or isinstance(v, property)}
+    return found
+before = callables()
+import attnpool.all
+after = callables()
+print(len(before) > 10_000, *sorted('.'.join(k) for k, v in before.items() if after.get(k) is not v))
+print(*sorted(k[2] for k in after.keys() - before.keys() if k[:2] == ('fastai.learner', 'Learner')))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert done[0] == "True", done[0][:2000]
+    assert {"fit_recipe", "show_attention", "to_amp"} <= set(done[1].split())
+
+
 def test_exports_and_loads(dls, tmp_path):
     for arch in (resnet18, "resnet10t"):
         learn = vision_learner(dls, arch, custom_head=AvgAttnConcatPoolHead, path=tmp_path, **quiet)
@@ -135,7 +215,7 @@ def test_our_networks_in_a_plain_learner(dls):
     (lambda dls: vision_learner(dls, xeca_resnext_tiny, custom_head=LearnedAggregationHead), ValueError, "Use pretrained=False"),
     (lambda dls: recipe_learner(dls, "xeca_resnext_tny"), ValueError, "arch: 'xeca_resnext_tny' is unknown. Did you mean 'xeca_resnext_tiny'?"),
     (lambda dls: recipe_learner(dls, recipe="quik"), ValueError, "recipe: 'quik' is unknown. Did you mean 'quick'?"),
-    (lambda dls: get_recipe("quick", epocs=3), ValueError, "recipe: no such field epocs"),
+    (lambda dls: get_recipe("quick", epocs=3), ValueError, "'epocs' is unknown. Did you mean 'epochs'?"),
     (lambda dls: get_recipe("quick", epochs=0), ValueError, "epochs: expected a number above 0, got 0"),
     (lambda dls: get_recipe("quick", opt="sdg"), ValueError, "opt: 'sdg' is unknown"),
     (lambda dls: get_recipe("quick", mix="cutmixp"), ValueError, "mix: 'cutmixp' is unknown. Did you mean 'cutmixup'?"),
@@ -167,9 +247,9 @@ def test_recipes_train(dls, recipe, head):
 
 def test_recipes_hold_what_their_sources_say():
     blog = get_recipe("blog", "avg", "imagenette")
-    assert (blog.epochs, blog.size, blog.bs, blog.lr, blog.opt, blog.schedule, blog.mix) == (80, 224, 64, 8e-3, "ranger", "flat_cos", "cutmixup")
-    rates = {(d, h): get_recipe("blog", h, d).lr for d in ("imagenette", "imagewoof", "petals") for h in HEADS}
-    from attnpool.bench.report import published
+    assert (blog.epochs, blog.size, blog.bs, blog.lr, blog.opt, blog.schedule, blog.mix) == (80, 224, 64, 8e-3, "ranger", "flat_cos", "cutmixup-batch")
+    rates = {(d, h): get_recipe("blog", h, d).lr for d in ("imagenette", "imagewoof", "petals") for h in (*HEADS, "avgattn-act")}
+    from attnpool.report.published import published
     facts = published()
     facts = facts[(facts["size"] == 224) & (facts.metric == "valid_loss") & (facts["head"] != "avg")]
     for r in facts.itertuples(): assert rates[r.data, r.head] == (4e-3 if "4e-3" in str(r.note) else r.lr), (r.data, r.head)
@@ -189,13 +269,13 @@ def test_a_recipe_reaches_the_learner(dls):
 
 def test_a_partial_trains_at_its_heads_rate(dls):
     head = partial(AvgAttnConcatPoolHead, ffn_expand=1)
-    assert recipe_learner(dls, "xeca_resnext_tiny", head).recipe.lr == RECIPES["quick"].lr["concat"]
+    assert recipe_learner(dls, "xeca_resnext_tiny", head).recipe.lr == rates_of("quick")["concat"]
 
 
 def test_every_head_has_its_learning_rate():
     for name, recipe in RECIPES.items():
-        if isinstance(recipe.lr, dict): assert set(HEADS) | {"*"} == {k for k in recipe.lr if "/" not in k}, name
-    assert get_recipe("quick", "avg").lr == RECIPES["quick"].lr["avg"]
+        if recipe.lr is None: assert set(HEADS) | {"*"} == {k for k in rates_of(name) if "/" not in k}, name
+    assert get_recipe("quick", "avg").lr == rates_of("quick")["avg"]
     assert Recipe(1, 40, 32, lr={"avg": 1e-2}).for_head("avg").lr == 1e-2
-    assert get_recipe("quick", "somebody's").lr == RECIPES["quick"].lr["*"]
+    assert get_recipe("quick", "somebody's").lr == rates_of("quick")["*"]
 

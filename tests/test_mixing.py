@@ -10,8 +10,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnpool import mixing
-from attnpool.mixing import (CUTMIX, MIXUP, REST, Mix, apply_mix, check_target, cutmix, cutmix_box, cutmixup, draw_kinds, draw_mix, mix_labels,
-                             mix_pictures, mixup, pixel_weights)
+from attnpool.mixing import (
+    apply_mix, check_target, CUTMIX, cutmix, cutmix_box, cutmixup, draw_kinds, draw_mix, Mix, mix_labels,
+    mix_pictures, MIXUP, mixup, pixel_weights, REST)
+from attnpool.registry import BadInput
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 MODES = dict(mixup=mixup, mixup_batch=lambda x, y, **kw: mixup(x, y, per_sample=False, **kw), mixup_larger=lambda x, y, **kw: mixup(x, y, larger=True, **kw),
@@ -270,21 +272,21 @@ x8, y8 = torch.randn(8, 3, 4, 4), torch.arange(8)
 
 
 @pytest.mark.parametrize("call, error, words", [
-    (lambda: mixup(x8, y8, alpha=-1), ValueError, "mix_alpha: expected a number of 0 or more, got -1"),
-    (lambda: cutmix(x8, y8, alpha=float("nan")), ValueError, "cut_alpha"),
-    (lambda: cutmixup(x8, y8, mixup_ratio=-1), ValueError, "mixup_ratio"),
-    (lambda: cutmixup(x8, y8, mixup_ratio=0, cutmix_ratio=0), ValueError, "all ratios are 0"),
-    (lambda: cutmixup(x8, y8, rest_ratio=float("inf")), ValueError, "rest_ratio"),
+    (lambda: mixup(x8, y8, alpha=-1), BadInput, "mix_alpha: expected a number of 0 or more, got -1"),
+    (lambda: cutmix(x8, y8, alpha=float("nan")), BadInput, "cut_alpha"),
+    (lambda: cutmixup(x8, y8, mixup_ratio=-1), BadInput, "mixup_ratio"),
+    (lambda: cutmixup(x8, y8, mixup_ratio=0, cutmix_ratio=0), BadInput, "all ratios are 0"),
+    (lambda: cutmixup(x8, y8, rest_ratio=float("inf")), BadInput, "rest_ratio"),
     (lambda: mixup(x8.byte(), y8), TypeError, "torch.uint8"),
-    (lambda: mixup(x8[0, 0], y8), ValueError, r"One picture: x\[None\]"),
-    (lambda: mixup([1, 2], y8), ValueError, "list"),
+    (lambda: mixup(x8[0, 0], y8), BadInput, r"One picture: x\[None\]"),
+    (lambda: mixup([1, 2], y8), BadInput, "list"),
     (lambda: mixup(x8, list("abcdefgh")), TypeError, "got list"),
-    (lambda: mixup(x8, torch.zeros(8, 4, 4)), ValueError, "cannot be mixed"),
-    (lambda: mixup(x8, y8[:5]), ValueError, "one target for each of the 8"),
-    (lambda: mixup(x8, y8).soft(), ValueError, "num_classes"),
-    (lambda: mix_pictures(x8, draw_mix(np.zeros(8), (5, 5))), ValueError, "5x5"),
-    (lambda: mix_pictures(x8, draw_mix(np.zeros(7), (4, 4))), ValueError, "expected 7 pictures"),
-    (lambda: cutmix_box(1.5, (4, 4)), ValueError, "lam"),
+    (lambda: mixup(x8, torch.zeros(8, 4, 4)), BadInput, "cannot be mixed"),
+    (lambda: mixup(x8, y8[:5]), BadInput, "one target for each of the 8"),
+    (lambda: mixup(x8, y8).soft(), BadInput, "num_classes"),
+    (lambda: mix_pictures(x8, draw_mix(np.zeros(8), (5, 5))), BadInput, "5x5"),
+    (lambda: mix_pictures(x8, draw_mix(np.zeros(7), (4, 4))), BadInput, "expected 7 pictures"),
+    (lambda: cutmix_box(1.5, (4, 4)), BadInput, "lam"),
     (lambda: check_target("cat"), TypeError, "got str"),
 ])
 def test_errors_say_what_to_do(call, error, words):

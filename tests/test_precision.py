@@ -9,7 +9,7 @@ from fastai.vision.all import Callback, CancelBatchException, CrossEntropyLossFl
 from fastai.data.all import DataLoader, DataLoaders
 from torch import nn
 
-from attnpool.callback.precision import ChannelsLast, MixedPrecision, best_amp
+from attnpool.callback.precision import best_amp, ChannelsLast, MixedPrecision
 
 DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
@@ -46,11 +46,11 @@ def test_dtype_on_the_device_of_the_data(mode):
     assert not torch.is_autocast_enabled('cpu')
 
 
-@pytest.mark.parametrize("name", ['fp16', 'bf16'])
-def test_habits(name):
-    learn = getattr(make_learn(), f'to_{name}')()
-    assert isinstance(learn.mixed_precision, MixedPrecision) and set(fit(learn).preds) == {DTYPES[name]}
-    getattr(learn, f'to_{name}')()
+@pytest.mark.parametrize("name", ['fp16', 'bf16', None])
+def test_to_amp(name):
+    learn = make_learn().to_amp(name)
+    assert isinstance(learn.mixed_precision, MixedPrecision) and set(fit(learn).preds) == {DTYPES[name or 'bf16']}
+    learn.to_amp(name)
     assert len([cb for cb in learn.cbs if isinstance(cb, FastaiMixedPrecision)]) == 1
     learn.to_fp32()
     assert set(fit(learn).preds) == {torch.float32} and not hasattr(learn, 'mixed_precision')
@@ -61,7 +61,7 @@ def test_arguments_of_the_scaler():
     class Scale(Callback):
         order = 9
         def before_step(self): scales.append(self.learn.scaler.get_scale())
-    learn = make_learn().to_fp16(init_scale=8., growth_interval=2)
+    learn = make_learn().to_amp('fp16', init_scale=8., growth_interval=2)
     fit(learn, [Scale()])
     assert scales == [8, 8, 16, 16] and learn.scaler is None
 

@@ -1,5 +1,7 @@
-"swap_pool leaves the outputs of trained classifiers as they are, trains from there, and can be undone."
+"Networks as body and head; and swap_pool, which leaves the outputs of trained classifiers as they are and can be undone."
 import copy
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -7,9 +9,9 @@ import torch
 import torchvision
 from torch import nn
 
-from attnpool.heads import HEADS, AvgPoolHead, LearnedAggregationHead, fold
-from attnpool.interpret import attention_maps
-from attnpool.models.surgery import SwappedPool, restore_pool, swap_pool
+from attnpool.heads import AvgPoolHead, fold, HEADS, LearnedAggregationHead
+from attnpool.maps.compute import attention_maps
+from attnpool.models.surgery import body_of, build_network, restore_pool, swap_pool, SwappedPool
 
 FITTING = [n for n in HEADS if n not in ("avg", "classquery")]
 
@@ -102,7 +104,7 @@ def test_options_and_callables():
 
 def test_in_a_pretrained_learner(tmp_path):
     pytest.importorskip("fastai")
-    from attnpool.bench.data import digits_dls
+    from attnpool.data.digits import digits_dls
     from attnpool.learner import vision_learner
     from attnpool.models.xresnet import xeca_resnext_tiny
     def arch(pretrained): return xeca_resnext_tiny(10)
@@ -117,7 +119,54 @@ def test_in_a_pretrained_learner(tmp_path):
     assert attention_maps(learn.model, x).shape[:2] == (2, 8)
 
 
+# Any network as body and head
+
+@pytest.mark.parametrize("arch, ni, groups", [("resnet18", 512, 2), ("patchconvnet_s20", 384, 3), ("xeca_resnext_tiny", 256, 2),
+                                              (torchvision.models.resnet18, 512, 3), (torchvision.models.squeezenet1_0, 512, 3)])
+def test_build_network(arch, ni, groups):
+    torch.manual_seed(4)
+    network = build_network(arch, 7, "slim")
+    *_, head = network.model
+    assert type(head) is HEADS["slim"] and network.stats is None
+    assert network.model.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+    parts = network.splitter(network.model)
+    assert len(parts) == groups and sum(map(len, parts)) == len(list(network.model.parameters()))
+    assert {id(p) for p in head.parameters()} <= {id(p) for p in parts[-1]}
+    body = body_of(arch)
+    assert body.ni == ni and body.model.eval()(torch.randn(1, 3, 64, 64)).shape[:2] == (1, ni)
+    ready = AvgPoolHead(ni, 7)
+    assert build_network(arch, 7, ready).model[-1] is ready
+
+
+def test_our_networks_by_name_are_what_their_function_builds():
+    from attnpool.models.xresnet import xeca_resnext_tiny
+    torch.manual_seed(4)
+    expected = xeca_resnext_tiny(7, custom_head=HEADS["avg"], stoch_depth=.1).state_dict()
+    torch.manual_seed(4)
+    network = build_network("xeca_resnext_tiny", 7, "avg", stoch_depth=.1)
+    assert network.arch is xeca_resnext_tiny and network.model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in network.model.state_dict().items())
+
+
+def test_other_channels_and_cuts():
+    assert body_of("resnet18", n_in=5).model(torch.randn(1, 5, 64, 64)).shape[1] == 512
+    assert body_of(torchvision.models.resnet18, n_in=1, cut=-3).ni == 256
+    assert build_network("xeca_resnext_tiny", 3, "avg", n_in=1).model(torch.randn(2, 1, 40, 40)).shape == (2, 3)
+
+
+def test_importing_surgery_loads_no_fastai():
+    code = "import sys, attnpool.models.surgery; print(*[m for m in ('fastai', 'fastxtend') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
 @pytest.mark.parametrize("make, error, words", [
+    (lambda: build_network("resnet18", 3, "slimm"), ValueError, "head: 'slimm' is unknown. Did you mean 'slim'"),
+    (lambda: build_network("resnet18", 3, 3), TypeError, "head: expected a name"),
+    (lambda: build_network("resnet18", 0, "slim"), ValueError, "n_out: expected at least 1 output"),
+    (lambda: build_network("xeca_resnext_tiny", 3, "slim", pretrained=True), ValueError, "pretrained: there are no pretrained weights"),
+    (lambda: body_of("resnet18", cut=-2), ValueError, "cut: a timm network is used whole"),
+    (lambda: body_of("resnet_18"), ValueError, "arch: 'resnet_18' is unknown. Did you mean 'resnet18'"),
+    (lambda: body_of(torchvision.models.shufflenet_v2_x0_5), ValueError, "of its 56 convolutions"),
     (lambda: swap_pool(swap_pool(timm_net("resnet18"))), ValueError, "model: its pool 'global_pool' is swapped already. Use restore_pool"),
     (lambda: restore_pool(timm_net("resnet18")), ValueError, "model: no pool in it is swapped"),
     (lambda: swap_pool(timm.create_model("deit_tiny_patch16_224")), ValueError, "model: the average pooling of this VisionTransformer cannot be found"),

@@ -5,8 +5,9 @@ from fastxtend.vision.models.attention_modules import ECA
 from fastxtend.vision.models.pooling import BlurPool, MaxBlurPool
 from torch import nn
 
-from attnpool.heads import HEADS, AvgPoolHead, LearnedAggregationHead
-from attnpool.models.xresnet import ARCHS, build_head, xeca_resnext50, xeca_resnext50s, xeca_resnext_tiny, xresnext50, xresnext50s
+from attnpool.heads import AvgPoolHead, HEADS, LearnedAggregationHead
+from attnpool.heads import build_head
+from attnpool.models.xresnet import ARCHS, xeca_resnext50, xeca_resnext50s, xeca_resnext_tiny, xresnext50, xresnext50s
 
 
 def n_params(m): return sum(p.numel() for p in m.parameters())
