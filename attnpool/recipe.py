@@ -106,7 +106,7 @@ class Recipe:
     "Every setting of a training. Frozen: `dataclasses.replace`, or `get_recipe` with overrides, makes another."
     epochs: int # Passes over the training pictures
     size: int # Side of the pictures, in pixels
-    bs: int # Batch size, of all processes together
+    bs: int # Batch size, of all processes together; attnpool bench multiplies it by their number
     lr: float | dict | None = None # Peak learning rate, for all heads; if none is given, each head's own
     opt: str = 'ranger' # Optimizer: `OPTIMIZERS`; adamw is torch's fused one
     schedule: str = 'flat_cos' # Course of the learning rate: `SCHEDULES`
