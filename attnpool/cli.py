@@ -192,6 +192,8 @@ def maps(
     n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.')] = 8,
     measure: Annotated[bool, typer.Option(
         '--measure', help='Measure the maps of the runs on their validation pictures instead.')] = False,
+    data: Annotated[str | None, typer.Option(help="Where the run's pictures are.  [default: where they were]")] = None,
+    check: Annotated[bool, typer.Option(help='Stop if pictures have changed since the run.')] = True,
     device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
     out: Annotated[Path, typer.Option(
         help='The page; with --measure, the table is OUT with the ending .csv.')] = Path('maps.html'),
@@ -213,7 +215,8 @@ def maps(
         from attnpool.report.stats import measure_maps, plain_table
         results, problems = collect(runs)
         for line in problems: sys.stderr.write(f'attnpool: left out: {line}\n')
-        table = measure_maps([r for r in results if r.status == 'complete'], check_device(device), console)
+        done = [r for r in results if r.status == 'complete']
+        table = measure_maps(done, check_device(device), console, data=data, check=check)
         table.to_csv(out.with_suffix('.csv'), index=False)
         console.print(plain_table(table))
         text = f'Table: {out.with_suffix(".csv")}'
@@ -222,7 +225,7 @@ def maps(
         from attnpool.runs.train import open_run
         run, *pictures = runs
         further = read_list('classes', classes) if classes else ()
-        page = maps_page(open_run(run, check_device(device)), out, pictures or None, top, further, n)
+        page = maps_page(open_run(run, check_device(device), data, check), out, pictures or None, top, further, n)
         text = f'Page: {page.resolve().as_uri()}'
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 

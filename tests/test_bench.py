@@ -336,7 +336,7 @@ def test_a_run_opens_where_its_pictures_lie_now(photos, tmp_path):
         assert learn.dls.listing.root == (data or pics)
 
 
-def test_a_run_whose_pictures_have_changed_says_which(photos, tmp_path):
+def test_a_run_whose_pictures_have_changed_says_which(photos, tmp_path, capsys):
     import shutil
     result, pics = photos
     shutil.copytree(pics, now := tmp_path / "pics")
@@ -347,6 +347,11 @@ def test_a_run_whose_pictures_have_changed_says_which(photos, tmp_path):
     assert message.startswith(f"data: {now} has changed since {result.folder.name} was trained") and "check=False" in message
     assert "1 added: train/dark/new.png" in message and "1 removed: val/light/3.png" in message
     assert len(open_run(result.folder, "cpu", now, check=False).dls.train_ds) == 25
+    maps = ["maps", str(result.folder), "--data", str(now), "--device", "cpu", "--out", str(tmp_path / "maps.html")]
+    with pytest.raises(SystemExit, match="^2$"): main(maps)
+    assert message in capsys.readouterr().err and "--no-check" in message
+    with pytest.raises(SystemExit, match="^0$"): main([*maps, "--no-check"])
+    assert (tmp_path / "maps.html").exists()
     again = make_spec(str(now), "avg", epochs=1, size=32, bs=8)
     assert again.name != result.spec.name   # bench trains on them and keeps the old run
 

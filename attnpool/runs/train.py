@@ -207,7 +207,7 @@ def _check_data(spec, folder):
     if fingerprint(now) == spec.data.fingerprint: return
     what = f': {differences(read_digests(file), now)}' if file.exists() else ''
     raise BadInput(f"data: {spec.data.path} has changed since {folder.name} was trained{what}. Put the pictures back, "
-                   "give data= for where they are, or check=False to open it with these as they are; "
+                   "give data= (--data) for where they are, or check=False (--no-check) to take these as they are; "
                    "attnpool bench trains on these and keeps the old run.")
 
 # %% ../../nbs/53_runs.train.ipynb #9b56d158
