@@ -401,6 +401,13 @@ def test_a_sweep_speaks_of_its_tasks_metric(tmp_path, monkeypatch, capsys):
     assert "accuracy" not in said and f"valid_loss {result.value:.4g}" in said
 
 
+@pytest.mark.parametrize("words", ["--heads lerned", "--recipe blogg", "--seeds one", "--arch resnet500", "--opt adamm", "--options num_head=2"])
+def test_a_mistake_is_told_before_the_data_are_read(words, monkeypatch):
+    import attnpool.runs.spec as spec
+    monkeypatch.setattr(spec, "identify", lambda data: pytest.fail("the data were read"))
+    with pytest.raises(SystemExit, match="^2$"): main(["bench", "imagenette", *words.split()])
+
+
 def test_options_reach_the_heads_that_have_them(monkeypatch):
     import attnpool.runs.train as train
     asked = []
