@@ -414,3 +414,14 @@ def test_options_reach_the_heads_that_have_them(monkeypatch):
     monkeypatch.setattr(train, "sweep", lambda specs, *args: asked.extend(specs) or [])
     with pytest.raises(SystemExit): main(["bench", "digits", "--heads", "avg,learned", "--seeds", "1", "--options", "num_heads=2,ffn_expand=3", "--device", "cpu"])
     assert [dict(s.options) for s in asked] == [{}, {"num_heads": 2}]   # ffn_expand stands at its default
+
+
+def test_a_run_of_a_newer_version_is_not_overwritten(finished, tmp_path):
+    import shutil
+    folder = tmp_path / finished[0].folder.name
+    shutil.copytree(finished[0].folder, folder)
+    values = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(values | dict(spec=values["spec"] | dict(views=1))))
+    for make in (lambda: sweep([make_spec(head="concat", **SMALL)], tmp_path, "cpu"), lambda: run(make_spec(head="concat", **SMALL), tmp_path, "cpu")):
+        with pytest.raises(BadInput, match="spec: this version knows no views. The run was made by a newer one"): make()
+    assert (folder / "weights.safetensors").exists()
