@@ -65,15 +65,15 @@ class PoolHead(nn.Sequential):
         check_n_out(n_out)
         if norm is not None: options['norm'] = norm
         def linear(width): return start_linear(nn.Linear(width, n_out), self.start if final_act is None else 'torch')
-        if self.norm_after: last = linear(ni)   # drawn before the pool: a seed gives the weights that it always gave
+        last = linear(ni) if self.norm_after else None   # before the pool: a seed gives the weights that it always gave
         pool = self.pool(ni, **options)
         after = [make_norm(nn.LayerNorm if norm is None else norm, pool.c_out)] if self.norm_after else []
         if final_act is not None: after.append(final_act())
-        super().__init__(pool, *after, last if self.norm_after else linear(pool.c_out))
+        super().__init__(pool, *after, last if last is not None and pool.c_out == ni else linear(pool.c_out))
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if 'pool' not in vars(cls): return
+        if 'pool' not in vars(cls) or '__init__' in vars(cls): return
         cls.__init__ = copy_func(PoolHead.__init__)   # with a signature of its own: the pool's options, by name
         options = dict(inspect.signature(cls.pool).parameters) | {'ni': None}
         first = [options.get(n) or p for n, p in inspect.signature(PoolHead.__init__).parameters.items()
