@@ -242,7 +242,8 @@ def fold(
     model = deepcopy(model).requires_grad_(False)
     pools = {name: m for name, m in model.named_modules() if hasattr(m, 'query')
              and isinstance(getattr(m, 'attn', None), AttentionPool2d) and not isinstance(m, PaperAggregation)}
-    if not pools and not any(isinstance(m, (AvgStartAttnPooling2d, ClassQueryPooling2d)) for m in model.modules()):
+    def owns_u(m): return hasattr(m, 'query') and hasattr(m, 'attention_map') and not hasattr(m, 'attn')
+    if not pools and not any(map(owns_u, model.modules())):
         raise BadInput("model: there is no attention pool in it that folds. "
                        "Give it a head that has one, for example AvgAttnConcatPoolHead.")
     for name, pool in pools.items():
