@@ -104,6 +104,17 @@ def test_export_to_onnx_runs_elsewhere(name, tmp_path):
         assert relative(torch.from_numpy(logits), head(x).detach()) <= 1e-5
 
 
+def test_a_pool_of_somebody_elses_that_owns_its_query_passes():
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(1, 8))
+        def attention_map(self, x): return torch.einsum("kc,bchw->bkhw", self.query, x).flatten(2).softmax(-1).unflatten(2, x.shape[2:])
+        def forward(self, x): return (x * self.attention_map(x)).sum((2, 3))
+    pool, x = Pool().eval(), torch.randn(2, 8, 3, 4)
+    assert torch.equal(fold(pool)(x), pool(x).detach())
+
+
 @pytest.mark.parametrize("model, error, words", [
     (lambda: LearnedAggregationHead(8, 2), BadInput, "model: it is in training mode"),
     (lambda: LearnedAggregationHead(8, 2, norm=TokenBatchNorm).eval(), BadInput, "0.attn is a TokenBatchNorm, which cannot be folded"),

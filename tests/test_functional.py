@@ -154,6 +154,23 @@ def test_second_derivatives(norm, options):
     assert torch.autograd.gradgradcheck(f, leaves)
 
 
+def test_second_derivatives_of_a_layer_on_a_frozen_body():
+    x, query, affine, norm = problem()   # the map, and so the mean, has no gradient
+    out, mean = attention_pool(x, query.requires_grad_(), *affine, norm=norm, return_mean=True)
+    g, = torch.autograd.grad((out.squeeze(1) + mean).square().sum(), query, create_graph=True)
+    with form("plain"): plain, mean = attention_pool(x, query, *affine, norm=norm, return_mean=True)
+    exact, = torch.autograd.grad((plain.squeeze(1) + mean).square().sum(), query, create_graph=True)
+    second, wanted = (torch.autograd.grad(t.square().sum(), query)[0] for t in (g, exact))
+    assert (second - wanted).abs().max() <= TOL * wanted.abs().max()
+
+
+def test_scores_with_a_norm_in_float32_beside_half_precision():
+    x, query, affine, norm = problem(dtype=torch.bfloat16)
+    found = attention_scores(x, query, *affine[:2], norm=norm.float()).softmax(-1)
+    exact = attention_scores(x.double(), query.double(), *[(w.double(), b.double()) for w, b in affine[:2]], norm=norm.double()).softmax(-1)
+    assert (found - exact).abs().max() <= .05
+
+
 def test_small_maps_take_the_short_way(monkeypatch):
     x, query, affine, layer = problem()
     long, g1 = with_gradients(attention_pool, x, query, affine, layer)

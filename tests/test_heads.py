@@ -192,6 +192,17 @@ def test_a_head_is_a_row():
     assert list(inspect.signature(MaxHead).parameters) == ["ni", "n_out", "final_act", "power"]
     for harm in (dict(norm=nn.RMSNorm), dict(strength=1)):
         with pytest.raises(TypeError): MaxHead(C, 5, **harm)
+    class Both(Max):   # a pool that widens the map
+        def __init__(self, ni):
+            super().__init__(ni)
+            self.c_out = 2 * ni
+        def forward(self, x): return torch.cat([super().forward(x), x.mean((2, 3))], 1)
+    class BothHead(PoolHead): pool, norm_after = Both, True
+    assert BothHead(C, 5)(x).shape == (2, 5) and BothHead(C, 5)[-1].in_features == 2 * C
+    class Written(PoolHead):   # one that is written out
+        pool = Max
+        def __init__(self, ni, n_out): super().__init__(ni, n_out, power=7)
+    assert Written(C, 5)[0].power == 7
     class Mine(HEADS["learned"]):   # a head made from a head: its own signature
         def __init__(self, ni, n_out): super().__init__(ni, n_out, gamma=1.)
     assert list(inspect.signature(Mine).parameters) == ["ni", "n_out"] and Mine(C, 5)[0].gamma_1[0] == 1
