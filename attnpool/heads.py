@@ -58,16 +58,16 @@ class PoolHead(nn.Sequential):
     def __init__(self,
         ni: int, # Channels of the map
         n_out: int, # Outputs, one per class
-        norm: Callable[[int], nn.Module] | None = None, # Norm in the pool, and after it in heads that have one there
+        norm: Callable[[int], nn.Module] = ..., # Norm in the pool, and after it in heads that have one there
         final_act: Callable[[], nn.Module] | None = None, # Activation before the linear layer
         **options # Of the pool
     ):
         check_n_out(n_out)
-        if norm is not None: options['norm'] = norm
+        if norm is not ...: options['norm'] = norm   # left out: the pool's own
         def linear(width): return start_linear(nn.Linear(width, n_out), self.start if final_act is None else 'torch')
         last = linear(ni) if self.norm_after else None   # before the pool: a seed gives the weights that it always gave
         pool = self.pool(ni, **options)
-        after = [make_norm(nn.LayerNorm if norm is None else norm, pool.c_out)] if self.norm_after else []
+        after = [make_norm(nn.LayerNorm if norm is ... else norm, pool.c_out)] if self.norm_after else []
         if final_act is not None: after.append(final_act())
         super().__init__(pool, *after, last if last is not None and pool.c_out == ni else linear(pool.c_out))
 

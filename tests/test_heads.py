@@ -237,6 +237,7 @@ def test_token_batchnorm_normalises_channels():
     (lambda: POOLS[0](C, ffn_expand=0), BadInput, "ffn_expand: expected a factor above 0"),
     (lambda: POOLS[4](C, ffn_expand=-1), BadInput, "ffn_expand: expected a factor above 0"),
     (lambda: POOLS[1](C, drop_path_rate=-.1), BadInput, "drop_path_rate: expected a rate in [0, 1), got -0.1"),
+    (lambda: HEADS["learned"](C, 5, norm=None), TypeError, "norm: expected a class or callable"),
     (lambda: make_norm(nn.BatchNorm1d, C), BadInput, "Use norm=attnpool.layers.TokenBatchNorm"),
     (lambda: make_norm("layer", C), TypeError, "norm: expected a class or callable"),
     (lambda: POOLS[0](C)(torch.randn(2, C, 4)), BadInput, "x: expected a map of shape (b, c, h, w), got (2, 16, 4)"),
