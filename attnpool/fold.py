@@ -262,7 +262,8 @@ class _InChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        given, kept, need = ctx.saved_tensors[:4], ctx.saved_tensors[4:], ctx.needs_input_grad[2:5]
+        saved, need = ctx.saved_tensors, ctx.needs_input_grad[2:5]   # once: checkpointing allows no second look
+        given, kept = saved[:4], saved[4:]
         with no_autocast(given[0]):
             if not torch.is_grad_enabled():
                 return None, None, *ctx.way.backward(*given, kept, grads, **ctx.options, need_x=need[0]), None
