@@ -22,7 +22,7 @@ SMALL = 1 << 16   # numbers of a map for which the calls cost more than the work
 
 def in_chunks(x: Tensor) -> bool:
     "Whether reading `x` in chunks pays, and nobody traces the operations."
-    return x.numel() > (SMALL if x.is_cpu else 0) and not is_traced(x)
+    return not is_traced(x) and x.numel() > (SMALL if x.is_cpu else 0)   # in this order: no guard on a size
 
 def chunks(x: Tensor) -> list[slice]:
     "Slices of pictures of a map `(b, c, n)`: `CHUNK` bytes on a CPU; elsewhere 256 MB, for the sake of memory."

@@ -133,16 +133,15 @@ def report(
                   markup=False, highlight=False, soft_wrap=True)
 
 # %% ../nbs/70_cli.ipynb #aa4698c2
-_RATES = '1e-3,2e-3,4e-3,8e-3,16e-3,32e-3'
-
 @late_options(app, 'lr')
 def lr(
     data: Annotated[str, typer.Argument(help=_DATA)] = 'digits',
     heads: Annotated[str, typer.Option(help=_HEADS)] = 'avg,concat,slim,learned',
-    rates: Annotated[str, typer.Option(help='Learning rates to try, separated by commas.')] = _RATES,
+    rates: Annotated[str, typer.Option(help='Rates to try, separated by commas.')] = '1e-3,2e-3,4e-3,8e-3,16e-3,32e-3',
     seeds: Annotated[str, typer.Option(help='Seeds for tuning: others than those of the comparison.')] = '0,10',
     arch: Annotated[str, typer.Option(help=_ARCH)] = 'xeca_resnext_tiny',
     recipe: Annotated[str, typer.Option(help=_RECIPE)] = 'quick',
+    skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
     out: Annotated[Path, typer.Option(help='Folder for the runs, not below one to be reported.')] = Path('runs-lr'),
     **overrides
@@ -155,7 +154,8 @@ def lr(
     """
     from attnpool.report.stats import learning_rates
     grid, console = read_list('rates', rates, float), Console()
-    specs = read_specs(data, heads, seeds, recipe, rates=grid, arch=arch, eval_sizes=(), **overrides)
+    common = dict(arch=arch, eval_sizes=(), skip_broken=skip_broken) | overrides
+    specs = read_specs(data, heads, seeds, recipe, rates=grid, **common)
     best, table = learning_rates(make_runs(specs, out, device, console))
     console.print(table)
     table.to_csv(out/'rates.csv')
@@ -192,6 +192,8 @@ def maps(
     n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.')] = 8,
     measure: Annotated[bool, typer.Option(
         '--measure', help='Measure the maps of the runs on their validation pictures instead.')] = False,
+    data: Annotated[str | None, typer.Option(help="Where the run's pictures are.  [default: where they were]")] = None,
+    check: Annotated[bool, typer.Option(help='Stop if pictures have changed since the run.')] = True,
     device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
     out: Annotated[Path, typer.Option(
         help='The page; with --measure, the table is OUT with the ending .csv.')] = Path('maps.html'),
@@ -213,7 +215,8 @@ def maps(
         from attnpool.report.stats import measure_maps, plain_table
         results, problems = collect(runs)
         for line in problems: sys.stderr.write(f'attnpool: left out: {line}\n')
-        table = measure_maps([r for r in results if r.status == 'complete'], check_device(device), console)
+        done = [r for r in results if r.status == 'complete']
+        table = measure_maps(done, check_device(device), console, data=data, check=check)
         table.to_csv(out.with_suffix('.csv'), index=False)
         console.print(plain_table(table))
         text = f'Table: {out.with_suffix(".csv")}'
@@ -222,7 +225,7 @@ def maps(
         from attnpool.runs.train import open_run
         run, *pictures = runs
         further = read_list('classes', classes) if classes else ()
-        page = maps_page(open_run(run, check_device(device)), out, pictures or None, top, further, n)
+        page = maps_page(open_run(run, check_device(device), data, check), out, pictures or None, top, further, n)
         text = f'Page: {page.resolve().as_uri()}'
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 

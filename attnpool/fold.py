@@ -262,11 +262,13 @@ class _InChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        given, kept, need = ctx.saved_tensors[:4], ctx.saved_tensors[4:], ctx.needs_input_grad[2:5]
+        saved, need = ctx.saved_tensors, ctx.needs_input_grad[2:5]   # once: checkpointing allows no second look
+        given, kept = saved[:4], saved[4:]
         with no_autocast(given[0]):
             if not torch.is_grad_enabled():
                 return None, None, *ctx.way.backward(*given, kept, grads, **ctx.options, need_x=need[0]), None
-            outs, gs = zip(*((o, g) for o, g in zip(ctx.way.plain(*given, **ctx.options), grads) if o is not None))
+            again = zip(ctx.way.plain(*given, **ctx.options), grads)
+            outs, gs = zip(*((o, g) for o, g in again if o is not None and o.requires_grad))
             found = iter(torch.autograd.grad(outs, [t for t, n in zip(given, need) if n], gs, create_graph=True))
             return None, None, *(next(found) if n else None for n in need), None
 

@@ -96,7 +96,7 @@ def attention_scores(
     dtype, bias = wide(x.dtype), getattr(norm, 'bias', None)
     with no_autocast(x):
         u = fold_query(query, q, k, norm, scale, num_heads, dtype)
-        key = F.linear(query.new_zeros(x.shape[1]) if bias is None else bias, *k)   # of the norm's bias
+        key = F.linear(query.new_zeros(x.shape[1]) if bias is None else bias.to(query.dtype), *k)   # of the norm's bias
         lack = split(F.linear(query, *q)) * split(key)
         found = scores(x.flatten(2).to(dtype), u, **norm_options(norm, dtype)).scores
         return found + scale * lack.sum(-1).flatten().to(dtype)[:, None]

@@ -58,22 +58,22 @@ class PoolHead(nn.Sequential):
     def __init__(self,
         ni: int, # Channels of the map
         n_out: int, # Outputs, one per class
-        norm: Callable[[int], nn.Module] | None = None, # Norm in the pool, and after it in heads that have one there
+        norm: Callable[[int], nn.Module] = ..., # Norm in the pool, and after it in heads that have one there
         final_act: Callable[[], nn.Module] | None = None, # Activation before the linear layer
         **options # Of the pool
     ):
         check_n_out(n_out)
-        if norm is not None: options['norm'] = norm
+        if norm is not ...: options['norm'] = norm   # left out: the pool's own
         def linear(width): return start_linear(nn.Linear(width, n_out), self.start if final_act is None else 'torch')
-        if self.norm_after: last = linear(ni)   # drawn before the pool: a seed gives the weights that it always gave
+        last = linear(ni) if self.norm_after else None   # before the pool: a seed gives the weights that it always gave
         pool = self.pool(ni, **options)
-        after = [make_norm(nn.LayerNorm if norm is None else norm, pool.c_out)] if self.norm_after else []
+        after = [make_norm(nn.LayerNorm if norm is ... else norm, pool.c_out)] if self.norm_after else []
         if final_act is not None: after.append(final_act())
-        super().__init__(pool, *after, last if self.norm_after else linear(pool.c_out))
+        super().__init__(pool, *after, last if last is not None and pool.c_out == ni else linear(pool.c_out))
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if 'pool' not in vars(cls): return
+        if 'pool' not in vars(cls) or '__init__' in vars(cls): return
         cls.__init__ = copy_func(PoolHead.__init__)   # with a signature of its own: the pool's options, by name
         options = dict(inspect.signature(cls.pool).parameters) | {'ni': None}
         first = [options.get(n) or p for n, p in inspect.signature(PoolHead.__init__).parameters.items()
@@ -242,7 +242,8 @@ def fold(
     model = deepcopy(model).requires_grad_(False)
     pools = {name: m for name, m in model.named_modules() if hasattr(m, 'query')
              and isinstance(getattr(m, 'attn', None), AttentionPool2d) and not isinstance(m, PaperAggregation)}
-    if not pools and not any(isinstance(m, (AvgStartAttnPooling2d, ClassQueryPooling2d)) for m in model.modules()):
+    def owns_u(m): return hasattr(m, 'query') and hasattr(m, 'attention_map') and not hasattr(m, 'attn')
+    if not pools and not any(map(owns_u, model.modules())):
         raise BadInput("model: there is no attention pool in it that folds. "
                        "Give it a head that has one, for example AvgAttnConcatPoolHead.")
     for name, pool in pools.items():

@@ -106,18 +106,18 @@ class Recipe:
     "Every setting of a training. Frozen: `dataclasses.replace`, or `get_recipe` with overrides, makes another."
     epochs: int # Passes over the training pictures
     size: int # Side of the pictures, in pixels
-    bs: int # Batch size, of all processes together
+    bs: int # Batch size, of all processes together; attnpool bench multiplies it by their number
     lr: float | dict | None = None # Peak learning rate, for all heads; if none is given, each head's own
     opt: str = 'ranger' # Optimizer: `OPTIMIZERS`; adamw is torch's fused one
     schedule: str = 'flat_cos' # Course of the learning rate: `SCHEDULES`
-    warmup: float | None = None # Share of the training in which the rate rises; if none is given, the schedule's own
-    wd: float | None = None # Weight decay; if none is given, the optimizer's own
-    loss: str = 'cross_entropy' # Loss: `LOSSES`
     label_smoothing: float = 0. # Share of the label that is spread over all classes
-    augment: str = 'own' # Augmentation: `AUGMENTS`, or own: that of the data set
     mix: str = 'none' # What mixes the pictures: `MIXES`
-    drop_path: float = 0. # Stochastic depth: the chance that a block of the body is left out
+    wd: float | None = None # Weight decay; if none is given, the optimizer's own
     precision: str = 'auto' # Precision: `PRECISIONS`; auto is mixed on a GPU, float32 elsewhere
+    warmup: float | None = None # Share of the training in which the rate rises; if none is given, the schedule's own
+    loss: str = 'cross_entropy' # Loss: `LOSSES`
+    augment: str = 'own' # Augmentation: `AUGMENTS`, or own: that of the data set
+    drop_path: float = 0. # Stochastic depth: the chance that a block of the body is left out
     train: str = 'all' # Which weights learn: `TRAINS`; head is the pool and what follows
     name: str = field(default='', compare=False) # Row of `RECIPES` that it began as; no setting, not compared
 
@@ -138,12 +138,12 @@ class Recipe:
 
     def for_head(self,
         head: str | None, # Short name of a head; an ablation has the rate of its head. None for a head without a name
-        family: str = '', # Family of the data, as in `attnpool.data.listing.Listing`
+        data: str = '', # Family of the data, as in `attnpool.data.listing.Listing`
     ) -> 'Recipe': # With one learning rate
         "The recipe with the learning rate of that head, on that data if it has its own."
         if isinstance(self.lr, float): return self
         rates, base = rates_of(self.name) if self.lr is None else self.lr, str(head).split('-')[0]
-        for key in (f'{family}/{head}', head, f'{family}/{base}', base, '*'):
+        for key in (f'{data}/{head}', head, f'{data}/{base}', base, '*'):
             if key in rates: return replace(self, lr=rates[key])
         raise BadInput(f"lr: the recipe has no learning rate for {head!r} and none for '*', the rest. "
                        f"It has {', '.join(rates) or 'none'}. Give it lr=, or find one by attnpool lr.")
@@ -172,7 +172,7 @@ _row('paper-small', epochs=100, size=224, bs=256, lr=3e-3, opt='lamb', schedule=
 def get_recipe(
     recipe: str | Recipe = 'quick', # Name in `RECIPES`, or a recipe
     head: str | None = None, # Short name of the head, for its learning rate
-    family: str = '', # Family of the data, for its learning rate
+    data: str = '', # Family of the data, for its learning rate
     **overrides # Fields of `Recipe` to replace; None leaves one as it is
 ) -> Recipe: # With one learning rate
     "A recipe with one learning rate and with the given fields replaced."
@@ -180,7 +180,7 @@ def get_recipe(
     for name in overrides:
         if name not in known: raise unknown('recipe', name, known)
     changes = {k: v for k, v in overrides.items() if v is not None}
-    return (replace(r, **changes) if changes else r).for_head(head, family)
+    return (replace(r, **changes) if changes else r).for_head(head, data)
 
 # %% ../nbs/43_recipe.ipynb #57a20888
 def small_data_metrics() -> list: # New ones at each call, since they keep sums

@@ -336,7 +336,7 @@ def test_a_run_opens_where_its_pictures_lie_now(photos, tmp_path):
         assert learn.dls.listing.root == (data or pics)
 
 
-def test_a_run_whose_pictures_have_changed_says_which(photos, tmp_path):
+def test_a_run_whose_pictures_have_changed_says_which(photos, tmp_path, capsys):
     import shutil
     result, pics = photos
     shutil.copytree(pics, now := tmp_path / "pics")
@@ -347,6 +347,11 @@ def test_a_run_whose_pictures_have_changed_says_which(photos, tmp_path):
     assert message.startswith(f"data: {now} has changed since {result.folder.name} was trained") and "check=False" in message
     assert "1 added: train/dark/new.png" in message and "1 removed: val/light/3.png" in message
     assert len(open_run(result.folder, "cpu", now, check=False).dls.train_ds) == 25
+    maps = ["maps", str(result.folder), "--data", str(now), "--device", "cpu", "--out", str(tmp_path / "maps.html")]
+    with pytest.raises(SystemExit, match="^2$"): main(maps)
+    assert message in capsys.readouterr().err and "--no-check" in message
+    with pytest.raises(SystemExit, match="^0$"): main([*maps, "--no-check"])
+    assert (tmp_path / "maps.html").exists()
     again = make_spec(str(now), "avg", epochs=1, size=32, bs=8)
     assert again.name != result.spec.name   # bench trains on them and keeps the old run
 
@@ -396,9 +401,27 @@ def test_a_sweep_speaks_of_its_tasks_metric(tmp_path, monkeypatch, capsys):
     assert "accuracy" not in said and f"valid_loss {result.value:.4g}" in said
 
 
+@pytest.mark.parametrize("words", ["--heads lerned", "--recipe blogg", "--seeds one", "--arch resnet500", "--opt adamm", "--options num_head=2"])
+def test_a_mistake_is_told_before_the_data_are_read(words, monkeypatch):
+    import attnpool.runs.spec as spec
+    monkeypatch.setattr(spec, "identify", lambda data: pytest.fail("the data were read"))
+    with pytest.raises(SystemExit, match="^2$"): main(["bench", "imagenette", *words.split()])
+
+
 def test_options_reach_the_heads_that_have_them(monkeypatch):
     import attnpool.runs.train as train
     asked = []
     monkeypatch.setattr(train, "sweep", lambda specs, *args: asked.extend(specs) or [])
     with pytest.raises(SystemExit): main(["bench", "digits", "--heads", "avg,learned", "--seeds", "1", "--options", "num_heads=2,ffn_expand=3", "--device", "cpu"])
     assert [dict(s.options) for s in asked] == [{}, {"num_heads": 2}]   # ffn_expand stands at its default
+
+
+def test_a_run_of_a_newer_version_is_not_overwritten(finished, tmp_path):
+    import shutil
+    folder = tmp_path / finished[0].folder.name
+    shutil.copytree(finished[0].folder, folder)
+    values = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(values | dict(spec=values["spec"] | dict(views=1))))
+    for make in (lambda: sweep([make_spec(head="concat", **SMALL)], tmp_path, "cpu"), lambda: run(make_spec(head="concat", **SMALL), tmp_path, "cpu")):
+        with pytest.raises(BadInput, match="spec: this version knows no views. The run was made by a newer one"): make()
+    assert (folder / "weights.safetensors").exists()

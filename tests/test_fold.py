@@ -84,7 +84,7 @@ def test_export_at_any_size(name, folding):
     head = trained(HEADS[name](16, 3))
     model = fold(head) if folding and name in ATTENTION else head
     program = torch.export.export(model, (torch.randn(2, 16, 4, 5),), dynamic_shapes=sizes()).module()
-    for shape in ((1, 16, 7, 7), (5, 16, 2, 9)):
+    for shape in ((1, 16, 7, 7), (5, 16, 2, 9), (2, 16, 50, 50)):   # the last is one that is read in chunks
         x = torch.randn(shape)
         assert relative(program(x), head(x)) <= 2e-6
 
@@ -102,6 +102,17 @@ def test_export_to_onnx_runs_elsewhere(name, tmp_path):
         x = torch.randn(shape)
         logits, = session.run(None, {"map": x.numpy()})
         assert relative(torch.from_numpy(logits), head(x).detach()) <= 1e-5
+
+
+def test_a_pool_of_somebody_elses_that_owns_its_query_passes():
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(1, 8))
+        def attention_map(self, x): return torch.einsum("kc,bchw->bkhw", self.query, x).flatten(2).softmax(-1).unflatten(2, x.shape[2:])
+        def forward(self, x): return (x * self.attention_map(x)).sum((2, 3))
+    pool, x = Pool().eval(), torch.randn(2, 8, 3, 4)
+    assert torch.equal(fold(pool)(x), pool(x).detach())
 
 
 @pytest.mark.parametrize("model, error, words", [

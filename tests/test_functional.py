@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from attnpool import chunks, fold, layers
 from attnpool.chunks import clear_scratch
-from attnpool.fold import gather, gather_plain
+from attnpool.fold import gather, gather_own, gather_plain
 from attnpool.forms import form, form_asked_for, forms_used, is_traced
 from attnpool.functional import attention_pool, attention_pool_plain, attention_scores
 from attnpool.layers import Mish, mish, TokenBatchNorm
@@ -152,6 +153,32 @@ def test_second_derivatives(norm, options):
         return attention_pool(x, query, *(tuple(ws[i:i + 2]) for i in range(0, 8, 2)), norm=layer, **options)
     assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(f, leaves)
+
+
+def test_second_derivatives_of_a_layer_on_a_frozen_body():
+    x, query, affine, norm = problem()   # the map, and so the mean, has no gradient
+    out, mean = attention_pool(x, query.requires_grad_(), *affine, norm=norm, return_mean=True)
+    g, = torch.autograd.grad((out.squeeze(1) + mean).square().sum(), query, create_graph=True)
+    with form("plain"): plain, mean = attention_pool(x, query, *affine, norm=norm, return_mean=True)
+    exact, = torch.autograd.grad((plain.squeeze(1) + mean).square().sum(), query, create_graph=True)
+    second, wanted = (torch.autograd.grad(t.square().sum(), query)[0] for t in (g, exact))
+    assert (second - wanted).abs().max() <= TOL * wanted.abs().max()
+
+
+@pytest.mark.parametrize("f", ["gather", "gather_own"])
+def test_under_activation_checkpointing(f):
+    x, u = problem()[0].flatten(2).requires_grad_(), problem(queries=2)[1].requires_grad_()
+    def run(x, u): return gather(x, u, centre=True, eps=1e-5).z if f == "gather" else gather_own(x, u)
+    exact = torch.autograd.grad(run(x, u).square().sum(), (x, u))
+    saved = torch.autograd.grad(checkpoint(run, x, u, use_reentrant=False).square().sum(), (x, u))
+    assert all(map(torch.equal, saved, exact))
+
+
+def test_scores_with_a_norm_in_float32_beside_half_precision():
+    x, query, affine, norm = problem(dtype=torch.bfloat16)
+    found = attention_scores(x, query, *affine[:2], norm=norm.float()).softmax(-1)
+    exact = attention_scores(x.double(), query.double(), *[(w.double(), b.double()) for w, b in affine[:2]], norm=norm.double()).softmax(-1)
+    assert (found - exact).abs().max() <= .05
 
 
 def test_small_maps_take_the_short_way(monkeypatch):

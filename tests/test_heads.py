@@ -192,6 +192,17 @@ def test_a_head_is_a_row():
     assert list(inspect.signature(MaxHead).parameters) == ["ni", "n_out", "final_act", "power"]
     for harm in (dict(norm=nn.RMSNorm), dict(strength=1)):
         with pytest.raises(TypeError): MaxHead(C, 5, **harm)
+    class Both(Max):   # a pool that widens the map
+        def __init__(self, ni):
+            super().__init__(ni)
+            self.c_out = 2 * ni
+        def forward(self, x): return torch.cat([super().forward(x), x.mean((2, 3))], 1)
+    class BothHead(PoolHead): pool, norm_after = Both, True
+    assert BothHead(C, 5)(x).shape == (2, 5) and BothHead(C, 5)[-1].in_features == 2 * C
+    class Written(PoolHead):   # one that is written out
+        pool = Max
+        def __init__(self, ni, n_out): super().__init__(ni, n_out, power=7)
+    assert Written(C, 5)[0].power == 7
     class Mine(HEADS["learned"]):   # a head made from a head: its own signature
         def __init__(self, ni, n_out): super().__init__(ni, n_out, gamma=1.)
     assert list(inspect.signature(Mine).parameters) == ["ni", "n_out"] and Mine(C, 5)[0].gamma_1[0] == 1
@@ -226,6 +237,7 @@ def test_token_batchnorm_normalises_channels():
     (lambda: POOLS[0](C, ffn_expand=0), BadInput, "ffn_expand: expected a factor above 0"),
     (lambda: POOLS[4](C, ffn_expand=-1), BadInput, "ffn_expand: expected a factor above 0"),
     (lambda: POOLS[1](C, drop_path_rate=-.1), BadInput, "drop_path_rate: expected a rate in [0, 1), got -0.1"),
+    (lambda: HEADS["learned"](C, 5, norm=None), TypeError, "norm: expected a class or callable"),
     (lambda: make_norm(nn.BatchNorm1d, C), BadInput, "Use norm=attnpool.layers.TokenBatchNorm"),
     (lambda: make_norm("layer", C), TypeError, "norm: expected a class or callable"),
     (lambda: POOLS[0](C)(torch.randn(2, C, 4)), BadInput, "x: expected a map of shape (b, c, h, w), got (2, 16, 4)"),

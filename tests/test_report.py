@@ -1,5 +1,6 @@
 "Tables and pages from runs, from others' logs, and beside the blog's numbers."
 import json
+import shutil
 import re
 import time
 from dataclasses import replace
@@ -219,6 +220,28 @@ def test_settings_are_not_mixed_and_rates_become_rows():
     assert table.loc["slim 0.02", "difference"] == pytest.approx(-.3)
     assert len(group_by_setting([result(), replace(result(seed=2), pictures=[10, 5])])) == 2   # of other pictures
     assert len(group_by_setting([result(), result(seed=2, data=replace(DIGITS, path="elsewhere"))])) == 1
+
+
+def test_a_heads_own_options_are_in_its_row_and_keep_it_beside_the_others():
+    def one(head, seed, accuracy, **options):
+        r = result(head, seed, accuracy)
+        return replace(r, spec=replace(r.spec, options=tuple(options.items())))
+    learned = [one("learned", s, .8, **options) for options in ({}, dict(num_heads=4)) for s in (1, 2)]
+    group, = group_by_setting([*learned, result("avg", 1, .7), result("avg", 2, .7)])
+    table = summarize(group).set_index("head")
+    assert list(table.index) == ["learned", "learned num_heads=4", "avg"] and table.loc["learned num_heads=4", "difference"] == pytest.approx(.1)
+    assert "options" not in setting_of(learned[2])
+    other = one("avg", 1, .9, block_pool="x")   # of the network
+    assert len(group_by_setting([*group, other])) == 2 and setting_of(other)["options"] == {"block_pool": "x"}
+
+
+def test_a_run_that_a_later_version_made_again_counts_once(tmp_path):
+    run = fake_run(tmp_path, spec_of(), .5)
+    old = run.with_name("digits-avg-1-0123456789")
+    shutil.copytree(run, old)
+    results, problems = collect([tmp_path])
+    assert [r.folder for r in results] == [run] and problems == [f"{old}: made again by a later version, left out."]
+    assert len(collect([old])[0]) == 1   # alone it counts
 
 
 def test_several_rates_of_the_baseline_compare_with_the_best():

@@ -14,6 +14,7 @@ import re
 import shutil
 import tarfile
 import zlib
+from collections import Counter
 from errno import EACCES, EDQUOT, EEXIST, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -79,12 +80,15 @@ def cache_path(
     files: Sequence[str], # Their paths below `root`; a file may be missing
     *more: Any, # What else it depends on
 ) -> Path:
-    "Where something made of files is kept: another place when a file has another name, size or time."
+    "Where something made of files is kept: another place when a file has another name, size or time, or is swapped."
     def stamp(file):
         try: s = (root/file).stat()
-        except OSError: return file, 0, 0
-        return file, s.st_size, s.st_mtime_ns
-    key = hashlib.sha256(repr(([stamp(f) for f in files], *more)).encode()).hexdigest()[:10]
+        except OSError: return (file, 0, 0), 0
+        return (file, s.st_size, s.st_mtime_ns), s.st_ino
+    stamps = [stamp(f) for f in files]
+    alike = Counter(about[1:] for about, _ in stamps)   # the inode tells whether such have swapped
+    what = [(*about, inode) if alike[about[1:]] > 1 else about for about, inode in stamps]
+    key = hashlib.sha256(repr((what, *more)).encode()).hexdigest()[:10]
     return (fastai_path('data')/'attnpool' if cache is None else Path(cache))/f'{name}-{key}'
 
 # %% ../../nbs/30_data.cache.ipynb #242147b5

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from fastai.data.all import (
     Categorize, DataLoaders, Datasets, TfmdDL, URLs, default_device, fastai_path, to_device, untar_data)
-from fastai.vision.all import IntToFloatTensor, Normalize, PILImage, RandomResizedCrop
+from fastai.vision.all import IntToFloatTensor, Normalize, PILImage
 from torch import Tensor
 
 from .augment import AUGMENTS, STATS, augment_name, validation_side
@@ -194,7 +194,7 @@ def picture_dls(
         bs=bs, val_bs=2 * bs, device=device, num_workers=num_workers, after_item=items(size),
         after_batch=[IntToFloatTensor(), *batch(), normalize])
     dls.listing, dls.family, dls.larger = listing, listing.family, partial(larger_version, data, cache)
-    dls.load = load if pixels and load < sizes.min(1).max() else None
+    dls.size, dls.load = size, load if pixels and load < sizes.min(1).max() else None
     return dls
 
 DATASETS['digits'] = digits_dls
@@ -228,8 +228,7 @@ def valid_dl(
     if not hasattr(dls, 'listing'):
         raise BadInput("dls: these pictures have one size. Pass DataLoaders from picture_dls.")
     if size < 8: raise BadInput(f"size: expected 8 pixels or more, got {size}. 224, 256 and 384 are usual.")
-    old = next(t for t in dls.valid.after_item.fs if isinstance(t, RandomResizedCrop)).size[0]
-    if bs is None: bs = max(1, int(dls.valid.bs * min(1, (old / size)**2)))
+    if bs is None: bs = max(1, int(dls.valid.bs * min(1, (dls.size / size)**2)))
     larger = dls.larger() if size >= LARGER_FROM else None
     if larger: dataset = _datasets(_with_larger(dls.listing, larger, dls.larger.args[1]), None).valid
     elif dls.load is None or validation_side(size) <= dls.load: dataset = dls.valid_ds

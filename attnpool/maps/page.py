@@ -103,13 +103,14 @@ def maps_page(
     vocab = [str(v) for v in getattr(learn.dls, 'vocab', range(p.shape[1]))]
     further = p.new_tensor([class_index(c, vocab) for c in classes], dtype=torch.long).expand(len(x), -1)
     chosen = torch.cat([p.topk(min(top, p.shape[1])).indices, further], 1)   # (b, classes offered)
+    per_class = True
     if not find_pools(learn.model): maps = class_activation_map(learn.model, x, chosen).clamp(min=0)
     else:
         maps = maps_of(learn.model, x)
         per_class = maps.shape[1] == p.shape[1] > 1
         maps = maps[torch.arange(len(x), device=x.device)[:, None], chosen] if per_class else maps.mean(1, keepdim=True)
     one = 'This head has one map for all classes: where it looks before it decides.'
-    caption = one if maps.shape[1] < chosen.shape[1] else 'Hover over a class to see its map.'
+    caption = 'Hover over a class to see its map.' if per_class else one
     pixels = (shown.expand(-1, 3, -1, -1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     cards = [(data_uri(picture), [data_uri(colours(m)) for m in up], [(vocab[c], f'{q[c]:.1%}') for c in ids.tolist()])
              for picture, up, ids, q in zip(pixels, enlarge(maps, x.shape[2:]), chosen, p)]

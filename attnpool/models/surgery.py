@@ -274,7 +274,8 @@ def swap_pool(
     if ni is None:
         raise BadInput(f"ni: the layer after the pool of this {type(model).__name__} does not tell the map's channels. "
                        "Pass ni=...")
-    pool = build(ni, 1, **kwargs)[0]
+    made = None if isinstance(build, nn.Module) else build(ni, 1, **kwargs)
+    pool = made[0] if isinstance(made, nn.Sequential) else None
     concat = isinstance(pool, AvgAttnConcatPooling2d)
     if not hasattr(pool, 'attention_map') or not (pool.c_out == ni or concat):
         fits = [n for n in HEADS if n not in ('avg', 'classquery')]

@@ -21,7 +21,7 @@ from ..recipe import Recipe
 from ..registry import BadInput
 from ..runs.spec import Spec
 from ..runs.store import Result, load_run, read_result
-from ..tasks import TASKS
+from ..tasks import TASKS, head_options
 
 # %% ../../nbs/60_report.collect.ipynb #b9844329
 def _table(path, **how):
@@ -134,7 +134,10 @@ def collect(
             seen.add(file.parent.resolve())
             try: results.append(load_run(file.parent))
             except ValueError as e: problems.append(str(e))
-    return _with_whole_epochs(results), problems
+    today = {r.spec for r in results if r.folder and r.folder.name == r.spec.name}
+    def again(r): return r.folder and r.folder.name != r.spec.name and r.spec in today   # earlier ones hashed otherwise
+    problems += [f'{r.folder}: made again by a later version, left out.' for r in results if again(r)]
+    return _with_whole_epochs([r for r in results if not again(r)]), problems
 
 def _with_whole_epochs(results):
     "A log that stopped early belongs to those that did not: it was to have as many epochs as they."
@@ -145,33 +148,39 @@ def _with_whole_epochs(results):
     return [r if r.spec.arch or r.status == 'complete' else replace(r, spec=whole(r.spec)) for r in results]
 
 # %% ../../nbs/60_report.collect.ipynb #3f1a345a
+def _of_head(spec):
+    "Those of the options that are the head's."
+    known = head_options(spec.head) if spec.options else ()
+    return [o for o in spec.options if o[0] in known]
+
 def group_by_setting(
     results: Sequence[Result] # Of any settings
 ) -> list[list[Result]]: # Groups of one setting each, in order of appearance
-    "Results grouped by everything in their spec but head, seed and learning rate, and by the numbers of pictures."
+    "Results by everything in their spec but the head with its options, seed and rate, and by the numbers of pictures."
     groups = {}
     for r in results:
-        setting = replace(r.spec, head='', seed=0, recipe=replace(r.spec.recipe, lr=None))
+        others = tuple(o for o in r.spec.options if o not in _of_head(r.spec))
+        setting = replace(r.spec, head='', seed=0, options=others, recipe=replace(r.spec.recipe, lr=None))
         groups.setdefault((setting, str(r.pictures)), []).append(r)
     return list(groups.values())
 
 def by_row(
     results: Sequence[Result] # Of one setting
 ) -> dict[str, list[Result]]: # Name of the row: its results, in order of appearance
-    "Results by their row in a table: the head, with its learning rate where it has several."
-    rates, rows = {}, {}
-    for r in results: rates.setdefault(r.spec.head, set()).add(r.spec.recipe.lr)
-    for r in results:
-        head, rate = r.spec.head, f' {r.spec.recipe.lr:g}' if len(rates[r.spec.head]) > 1 else ''
-        rows.setdefault(f'{head}{rate}', []).append(r)
+    "Results by their row in a table: the head with its options, and with its learning rate where it has several."
+    names, rates, rows = [' '.join([r.spec.head, *(f'{k}={v}' for k, v in _of_head(r.spec))]) for r in results], {}, {}
+    for name, r in zip(names, results): rates.setdefault(name, set()).add(r.spec.recipe.lr)
+    for name, r in zip(names, results):
+        rows.setdefault(f'{name} {r.spec.recipe.lr:g}' if len(rates[name]) > 1 else name, []).append(r)
     return rows
 
 # %% ../../nbs/60_report.collect.ipynb #60a1d1c7
 def setting_of(
     result: Result # Any of a setting
 ) -> dict: # By name, the most telling first; nothing that is empty
-    "What was decided, apart from head, seed and learning rate."
+    "What was decided, apart from the head with its options, seed and learning rate."
     spec = result.spec.to_json()
+    for name, _ in _of_head(result.spec): del spec['options'][name]
     data, recipe = spec.pop('data'), _known(spec.pop('recipe'))
     every = dict(data=data['name'], arch=spec['arch'], recipe=recipe.pop('name'), size=recipe.get('size'))
     every |= recipe | spec | dict(family=data['family'], fingerprint=data['fingerprint'], pictures=result.pictures)

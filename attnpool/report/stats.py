@@ -152,6 +152,7 @@ def measure_maps(
     device: str | None = None, # Where to compute; None for the GPU where there is one
     console: Console | None = None, # Hears of each run; None for silence
     n: int = 256, # Validation pictures
+    **where # Options of `open_run`: data, check
 ) -> pd.DataFrame: # One row per head: means over runs and pictures; NaN where there are no boxes, or one seed only
     "Pointing game, energy, entropy, deletion, insertion and agreement over seeds, for each head."
     if not results: raise BadInput("runs: there is no complete run to measure. attnpool bench makes some.")
@@ -162,7 +163,7 @@ def measure_maps(
         maps, rows = [], []
         for r in rs:
             if console: console.print(f'{name} seed {r.spec.seed}', markup=False, highlight=False)
-            learn = open_run(r.folder, device)
+            learn = open_run(r.folder, device, **where)
             x, _, boxes = validation_pictures(learn.dls, n)
             m, row = _measures(learn, x, boxes)
             maps.append(m)

@@ -127,17 +127,21 @@ def read_specs(
     **common # Further arguments of `make_spec`
 ) -> list: # Of `Spec`: for each seed all heads
     "What a command was asked to run."
+    from attnpool.data import DataId
     from attnpool.heads import HEADS
     from attnpool.runs.spec import data_for, make_spec
     from attnpool.tasks import head_options, split_options
     heads = list(HEADS) if heads == 'all' else read_list('heads', heads)
-    data, given, known = data_for(data, recipe), read_options(options), {head: head_options(head) for head in heads}
+    given, known = read_options(options), {head: head_options(head) for head in heads}
     of_some, rich = set().union(*known.values()), max(heads, key=lambda head: len(known[head]))
     def mine(head): return {k: v for k, v in given.items() if k in known[head] or k not in of_some}
     if given: split_options(rich, common['arch'], mine(rich))   # an unknown one is told with the nearest of all
     variants = [common | dict(lr=rate) for rate in rates] or [common]
-    return [make_spec(data, head, seed, recipe=recipe, options=mine(head), **variant)
-            for seed in read_list('seeds', seeds, int) for head in heads for variant in variants]
+    def on(data):
+        return [make_spec(data, head, seed, recipe=recipe, options=mine(head), **variant)
+                for seed in read_list('seeds', seeds, int) for head in heads for variant in variants]
+    on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
+    return on(data_for(data, recipe))
 
 # %% ../../nbs/55_runs.options.ipynb #988cdf53
 def fail(

@@ -40,7 +40,7 @@ from ..data.pictures import find_pictures, valid_dl
 from ..distributed import distributed, is_first, join_processes, on_first_process, processes
 from ..recipe import learner_for
 from ..registry import BadInput
-from .spec import Spec
+from .spec import NewerVersion, Spec
 from .store import Result, load_run, write_result
 from ..tasks import TASKS
 
@@ -119,6 +119,7 @@ def run(
 
 def _complete(folder):
     try: return load_run(folder)
+    except NewerVersion: raise   # not to be overwritten
     except BadInput: return None
 
 def _empty(folder, spec):
@@ -207,7 +208,7 @@ def _check_data(spec, folder):
     if fingerprint(now) == spec.data.fingerprint: return
     what = f': {differences(read_digests(file), now)}' if file.exists() else ''
     raise BadInput(f"data: {spec.data.path} has changed since {folder.name} was trained{what}. Put the pictures back, "
-                   "give data= for where they are, or check=False to open it with these as they are; "
+                   "give data= (--data) for where they are, or check=False (--no-check) to take these as they are; "
                    "attnpool bench trains on these and keeps the old run.")
 
 # %% ../../nbs/53_runs.train.ipynb #9b56d158
@@ -236,6 +237,7 @@ def _found(specs, out, device, say):
     results = {}
     for spec in specs:
         try: results[spec] = on_first_process(load_run, out/spec.name)
+        except NewerVersion: raise
         except ValueError as e:
             if on_first_process((out/spec.name).exists): say(f'{e} It is made again.')
     if results: say(f'{len(results)} of {len(specs)} runs are in {out} already.')
