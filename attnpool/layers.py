@@ -48,8 +48,9 @@ class _Mish(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, = ctx.saved_tensors
-        if torch.is_grad_enabled():   # a second derivative is asked for
-            return torch.autograd.grad(F.mish(x), x, g, create_graph=True)[0]
+        if (more := torch.is_grad_enabled()) or is_traced(x):   # a second derivative is asked for, or many first ones
+            with torch.enable_grad(): y = F.mish(x)
+            return torch.autograd.grad(y, x, g, create_graph=more)[0]
         out = torch.empty_like(x)
         if g.stride() != out.stride(): g = out.copy_(g)   # once, instead of in every operation
         for X, (p, t, d), G, O in _flat_chunks(_laid_out(x, out), g, out):

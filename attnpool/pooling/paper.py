@@ -72,10 +72,9 @@ class PaperAggregation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)` for one query, `(b, queries, ni)` for several."
         a = self.attn
-        q, k, v, proj = ((l.weight, l.bias) for l in (a.q, a.k, a.v, a.proj))
         x, query, norm = self._normed(x)
         drop = a.attn_drop if self.training else 0.
-        z = attention_pool(x, query, q, k, v, proj, norm, a.scale, a.num_heads, drop)
+        z = attention_pool(x, query, a.q, a.k, a.v, a.proj, norm, a.scale, a.num_heads, drop)
         z = self.query + self.gamma_1 * a.proj_drop(z)
         z = self._digest(z) if self._batch_norm() else _in_slices(self._digest, z)
         return z.squeeze(1) if len(self.query) == 1 else z
