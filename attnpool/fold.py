@@ -279,7 +279,7 @@ class _InChunks(torch.autograd.Function):
         saved, need = ctx.saved_tensors, ctx.needs_input_grad[2:5]   # once: checkpointing allows no second look
         given, kept = saved[:4], saved[4:]
         with no_autocast(given[0]):
-            if not (more := torch.is_grad_enabled()) and not is_traced(given[0]):
+            if not ((more := torch.is_grad_enabled()) or any(g is not None and is_traced(g) for g in grads)):
                 return None, None, *ctx.way.backward(*given, kept, grads, **ctx.options, need_x=need[0]), None
             with torch.enable_grad(): again = zip(ctx.way.plain(*given, **ctx.options), grads)
             outs, gs = zip(*((o, g) for o, g in again if o is not None and o.requires_grad))

@@ -23,7 +23,8 @@ from .registry import unknown
 def is_traced(x: Tensor) -> bool:
     "Whether somebody looks at the operations on `x`, who has to find torch's own."
     return (torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta or hasattr(x, 'fake_mode')
-            or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+            or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+            or torch._C._functorch.is_legacy_batchedtensor(x))   # many gradients at once: is_grads_batched
 
 def wide(
     dtype: torch.dtype, # Of a map

@@ -48,7 +48,7 @@ class _Mish(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, = ctx.saved_tensors
-        if (more := torch.is_grad_enabled()) or is_traced(x):   # a second derivative is asked for, or many first ones
+        if (more := torch.is_grad_enabled()) or is_traced(g):   # a second derivative is asked for, or many at once
             with torch.enable_grad(): y = F.mish(x)
             return torch.autograd.grad(y, x, g, create_graph=more)[0]
         out = torch.empty_like(x)

@@ -5,12 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from attnpool import chunks
+from attnpool.chunks import in_chunks
 from attnpool.fold import affine, foldable
 from attnpool.forms import form, forms_used, readable
 from attnpool.functional import attention_pool
 from attnpool.heads import fold, HEADS, LearnedAggregationHead
+from attnpool.layers import Mish
 from attnpool.pooling.attention import AttentionPool2d, AvgAttnPooling2dS
 from attnpool.pooling.paper import PaperAggregation
 from attnpool.pooling.start import ClassQueryPooling2d
@@ -118,3 +122,71 @@ def test_a_changed_layer_counts_and_trains(change, where):
     torch.manual_seed(5)
     for q, k in zip(exact.q(query).chunk(2, -1), exact.k(t).chunk(2, -1)): scores.append((q @ k.mT).squeeze(1))
     assert (maps.flatten(2) - torch.stack(scores, 1).softmax(-1)).abs().max() <= 1e-10
+
+
+POOLS = {name: (lambda name=name: HEADS[name](NI, 3)) for name in HEADS} | dict(
+    mix=lambda: HEADS["avgstart"](NI, 3, mix=.5), rms=lambda: HEADS["concat"](NI, 3, norm=nn.RMSNorm), paper=lambda: PaperAggregation(NI),
+    several=lambda: PaperAggregation(NI, queries=3, sees_itself=False), mish=Mish)
+
+
+def built(pool):
+    "In float64, with weights that are not those of the start."
+    torch.manual_seed(2)
+    module = POOLS[pool]().double().eval()
+    with torch.no_grad():
+        for p in module.parameters(): p += .3 * torch.randn_like(p)
+    return module
+
+
+def dual(f, x, dx):
+    with forward_ad.dual_level(): return forward_ad.unpack_dual(f(forward_ad.make_dual(x, dx))).tangent
+
+
+def twice(f, x, dx):
+    g, = torch.autograd.grad(total(f)(x), x, create_graph=True)
+    return torch.autograd.grad((g * dx).sum(), x)[0]
+
+
+def many(f, x, dx):
+    out = f(x)
+    many = torch.linspace(-1, 1, 3 * out.numel(), dtype=x.dtype).view(3, *out.shape)
+    return torch.autograd.grad(out, x, many, is_grads_batched=True)[0]
+
+
+def total(f): return lambda x: f(x).square().sum()
+def along(f, x, dx): return lambda s: total(f)(x + s.view(-1, 1, 1, 1) * dx)   # a number for each picture
+ONES = torch.ones(2, dtype=torch.float64)
+
+
+TRANSFORMS = dict(
+    jvp=lambda f, x, dx: torch.func.jvp(f, (x,), (dx,))[1], dual=dual,
+    vjp=lambda f, x, dx: torch.func.vjp(total(f), x)[1](torch.ones((), dtype=x.dtype))[0],
+    vmap=lambda f, x, dx: torch.func.vmap(lambda one: f(one[None])[0])(x),
+    vmap_grad=lambda f, x, dx: torch.func.vmap(torch.func.grad(lambda one: total(f)(one[None])))(x),
+    forward_over_reverse=lambda f, x, dx: torch.func.jvp(torch.func.grad(total(f)), (x,), (dx,))[1], twice=twice, many=many,
+    jacfwd=lambda f, x, dx: torch.func.jacfwd(along(f, x, dx))(ONES), jacrev=lambda f, x, dx: torch.func.jacrev(along(f, x, dx))(ONES),
+    hessian=lambda f, x, dx: torch.func.hessian(along(f, x, dx))(ONES),
+    vectorized=lambda f, x, dx: torch.autograd.functional.jacobian(along(f, x, dx), ONES, vectorize=True))
+
+
+@pytest.mark.parametrize("side", [4, 48])   # the larger one is read in chunks
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("pool", POOLS)
+def test_transforms_of_functions(pool, transform, side):
+    x, dx = torch.randn(2, NI, side, side, dtype=torch.float64, requires_grad=True), torch.randn(2, NI, side, side, dtype=torch.float64)
+    module = built(pool)
+    assert in_chunks(x) == (side == 48)
+    found = TRANSFORMS[transform](module, x, dx).detach()
+    if pool == "mish": exact = TRANSFORMS[transform](F.mish, x, dx)
+    else:
+        with form("plain"): exact = TRANSFORMS[transform](module, x, dx)
+    assert relative(found, exact.detach()) <= 1e-9
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_derivatives_of_every_kind_against_differences(pool, monkeypatch):
+    monkeypatch.setattr(chunks, "SMALL", 0)
+    module, x = built(pool), torch.randn(2, NI, 1, 2, dtype=torch.float64, requires_grad=True)
+    assert in_chunks(x)
+    assert torch.autograd.gradcheck(module, x, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(module, x, check_fwd_over_rev=True, check_batched_grad=True, fast_mode=True)
