@@ -19,6 +19,7 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .heads import build_head, check_n_out
+from .models.body import picture_size
 from .models.surgery import body_of, build_network, check_arch, timm_splitter
 from .models.xresnet import ARCHS
 
@@ -60,7 +61,8 @@ def vision_learner(
     if custom_head is None:
         custom_head = partial(fastai_learner.create_head, **of_head)
         if init is None: init = nn.init.kaiming_normal_
-    network = build_network(arch, n_out, custom_head, pretrained, cut=cut, weights=weights, **kwargs)
+    size = partial(picture_size, dls)
+    network = build_network(arch, n_out, custom_head, pretrained, cut=cut, weights=weights, size=size, **kwargs)
     if init is not None: apply_init(network.model[-1], init)
     if normalize and network.stats is not None and not any(isinstance(t, Normalize) for t in dls.after_batch.fs):
         dls.add_tfms([Normalize.from_stats(*network.stats)], 'after_batch')
