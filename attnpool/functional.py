@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fold import Affine, affine, fold_query, foldable, gather, linear, norm_options, scores
-from .forms import autocast_on, form_asked_for, no_autocast, note_form, wide
+from .fold import fold_query, foldable, gather, norm_options, scores
+from .forms import Affine, affine, autocast_on, form_asked_for, linear, no_autocast, note_form, wide
 from .registry import BadInput
 
 # %% ../nbs/05_functional.ipynb #2f900d85

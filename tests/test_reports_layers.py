@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from attnpool import chunks
 from attnpool.chunks import in_chunks
-from attnpool.fold import affine, foldable
-from attnpool.forms import form, forms_used, readable
+from attnpool.fold import foldable
+from attnpool.forms import affine, form, forms_used, readable
 from attnpool.functional import attention_pool
 from attnpool.heads import fold, HEADS, LearnedAggregationHead
 from attnpool.layers import Mish

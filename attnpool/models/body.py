@@ -47,7 +47,7 @@ class TimmMap(nn.Module):
             strict = isinstance(e, AssertionError) or cfg.get('fixed_input_size')   # others take any size
             if own == (h, w) or not strict or isinstance(e, torch.OutOfMemoryError): raise
             raise BadInput(f"x: {type(self.model).__name__} is built for pictures of {own[0]}x{own[1]} px and fails on "
-                           f"{h}x{w}. Resize them, or build it with img_size={h}. It says: {e}") from e
+                           f"{h}x{w}. Resize them, or build it with img_size=({h}, {w}). It says: {e}") from e
 
     def forward(self, x: Tensor) -> Tensor:
         "Pictures `(b, 3, H, W)` to a map `(b, c, h, w)`."
@@ -75,7 +75,7 @@ def timm_net(
     "A timm network without classifier; one that is built for pictures of one size, for those of `size`."
     if size is not None and getattr(timm.get_pretrained_cfg(arch), 'fixed_input_size', False):
         options = {'img_size': size() if callable(size) else size} | options
-    if 'img_size' in options:   # its configuration has to say so
+    if options.get('img_size') is not None:   # its configuration has to say so
         overlay = {'input_size': (n_in, *to_2tuple(options['img_size']))}
         options['pretrained_cfg_overlay'] = overlay | options.get('pretrained_cfg_overlay', {})
     return timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=n_in, **options)
@@ -98,10 +98,10 @@ def map_width(
     if sizes is None: sizes = [body.model.default_cfg['input_size'][1:]] if timms else (64, 128, 224)
     p, why = next(body.parameters(), torch.empty(0)), None
     with evaluating(body):
-        for size in sizes:
-            try: out = body(p.new_zeros(1, n_in, *to_2tuple(size)))
+        for h, w in map(to_2tuple, sizes):
+            try: out = body(p.new_zeros(1, n_in, h, w))
             except BadInput: raise
-            except Exception as e: why = f"it fails on a picture of {size} px: {e}"; continue
+            except Exception as e: why = f"it fails on a picture of {h}x{w} px: {e}"; continue
             if isinstance(out, Tensor) and out.ndim == 4: return out.shape[1]
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             tokens = ", tokens (b, n, c) as vision transformers do," if getattr(out, 'ndim', 0) == 3 else ""

@@ -228,8 +228,9 @@ def swap_pool(
         raise BadInput(f"head: {head!r} has no attention pool that gives a vector of {ni} channels. "
                        f"Use one of {', '.join(fits)}.")
     if concat and not (readable(layer, nn.Linear) and layer.in_features == ni):
-        raise BadInput("head: the concat pool doubles the channels and needs the classifier's linear layer, a plain one, "
-                       f"right after it, not this {type(layer).__name__}. Use head='avgstart' or another that keeps them.")
+        raise BadInput("head: the concat pool doubles the channels and needs the classifier's linear layer, a plain "
+                       f"one, right after it, not this {type(layer).__name__}. Use head='avgstart' or another that "
+                       "keeps them.")
     like, old = next(p for p in model.parameters() if p.is_floating_point()), model.get_submodule(name)
     channels_last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
     _put(model, name, SwappedPool(old, pool, ni, channels_last).to(like).train(old.training))

@@ -9,8 +9,8 @@ __all__ = ['AvgStartAttnPooling2d', 'ClassQueryPooling2d']
 import torch
 from torch import Tensor, nn
 
-from ..fold import affine, gather_own, mixture, scores
-from ..forms import no_autocast, note_form, wide
+from ..fold import gather_own, mixture, scores
+from ..forms import affine, no_autocast, note_form, wide
 from ..functional import check_divides, check_map
 from ..layers import check_channels
 from ..registry import BadInput
