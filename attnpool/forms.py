@@ -42,8 +42,6 @@ def no_autocast(x: Tensor) -> ContextManager:
     return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else nullcontext()
 
 # %% ../nbs/02_forms.ipynb #51e19162
-_HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
-
 def readable(
     layer: Any, # Linear layer or norm, or what stands in its place
     *kinds: type, # Whose computation is known: `nn.Linear`, `nn.LayerNorm`, ...
@@ -51,8 +49,8 @@ def readable(
     "Whether a call would do what one of `kinds` does with its weights and no more, so that they may be read instead."
     # a subclass may have its own forward, a tool may have put one on the object; hooks of all modules only observe
     if not isinstance(layer, kinds) or 'forward' in layer.__dict__: return False
-    if not any(type(layer).forward is kind.forward for kind in kinds): return False
-    if any(getattr(layer, hooks) for hooks in _HOOKS): return False
+    if type(layer).forward not in [kind.forward for kind in kinds]: return False
+    if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks: return False
     return not hasattr(layer._parameters.get('weight'), '__tensor_flatten__')   # of torchao, DTensor
 
 Affine = tuple[Tensor, Tensor | None] | Callable   # a linear map: `(weight, bias)`, or a layer
