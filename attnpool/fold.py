@@ -106,7 +106,7 @@ def gather_plain(
     a = s.softmax(-1)
     if mask is not None: a = a * mask
     left = None if mask is None else a.sum(-1, keepdim=True)
-    return Gathered((a * r) @ t.mT, left, m.mean(-1) if mean else None)
+    return Gathered((a * r) @ t.transpose(1, 2), left, m.mean(-1) if mean else None)
 
 # %% ../nbs/04_fold.ipynb #90a0d288
 def _gather_forward(x, u, v, mask, centre, eps, mean):

@@ -53,7 +53,7 @@ class TimmMap(nn.Module):
         if x.ndim != 3 or patch is None or x.shape[1] < h * w:
             raise BadInput(f"arch: {type(self.model).__name__} ends on {tuple(x.shape)} instead of a map (b, c, h, w). "
                            "Choose another network.")
-        return x[:, x.shape[1] - h * w:].mT.unflatten(2, (h, w))   # class and register tokens stand first
+        return x[:, x.shape[1] - h * w:].transpose(1, 2).unflatten(2, (h, w))   # class and register tokens stand first
 
 # %% ../../nbs/23_models.surgery.ipynb #c0ffee02
 def map_width(
@@ -132,6 +132,7 @@ def body_of(
             raise BadInput(f"cut: a timm network is used whole up to its map, got cut={cut!r} with arch={arch!r}. "
                            "Leave cut out.")
         net = timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=n_in, **options)
+        if isinstance(net, PatchConvNet): net.reset_classifier(0, '')   # no aggregation that nobody trains
         model, stats = TimmMap(net), (net.default_cfg['mean'], net.default_cfg['std'])
         splitter = timm_splitter if isinstance(net, PatchConvNet) else split_head
     else:
@@ -213,7 +214,7 @@ class SwappedPool(nn.Module):
         mean, pooled = self.mean(x), self.pool(x.permute(0, 3, 1, 2) if self.channels_last else x)
         if self.beside: return torch.cat([mean, pooled[:, self.ni:].view_as(mean)], -1 if self.channels_last else 1)
         if self.gamma is None: return pooled.view_as(mean)
-        flat = mean.reshape(len(mean), self.ni)
+        flat = mean.reshape(mean.shape[0], self.ni)
         return (flat + self.gamma * (pooled - flat)).view_as(mean)
 
 # %% ../../nbs/23_models.surgery.ipynb #c0ffee10
