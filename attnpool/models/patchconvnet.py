@@ -17,8 +17,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..forms import is_traced
-from ..layers import drop_path, make_norm
+from ..forms import is_traced, readable
+from ..layers import drop_path, make_norm, TokenBatchNorm
 from ..pooling.paper import PaperAggregation, PerClassLinear
 from ..registry import BadInput
 
@@ -67,9 +67,11 @@ class PatchConvBlock(nn.Module):
         y = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         y = self.se(self.act(self.dw(self.act(self.pw1(y)))))
         gamma = gain * self.gamma_1
-        # half floats have no room for weights times 1e-6
-        if y.dtype == torch.float16: return gamma[:, None, None] * self.pw2(y)
-        return F.conv2d(y, gamma[:, None, None, None] * self.pw2.weight, gamma * self.pw2.bias)
+        if not torch.jit.is_scripting():
+            # half floats have no room for weights times 1e-6
+            if y.dtype != torch.float16 and readable(self.pw2, nn.Conv2d):
+                return F.conv2d(y, gamma[:, None, None, None] * self.pw2.weight, gamma * self.pw2.bias)
+        return gamma[:, None, None] * self.pw2(y)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to the same shape."
@@ -182,7 +184,7 @@ class _Column:
         return take
 
 # %% ../../nbs/21_models.patchconvnet.ipynb #0ebbd87f
-register_notrace_module(PaperAggregation)
+for _layer in PaperAggregation, TokenBatchNorm: register_notrace_module(_layer)
 
 def _channels_last(x): return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)   # in words that vmap knows
 
@@ -244,8 +246,8 @@ class PatchConvNet(_Head, _Column, nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         "Pictures `(b, in_chans, H, W)` to the map `(b, embed_dim, H/patch_size, W/patch_size)`."
         x = self.forward_stem(x)
-        if not torch.jit.is_scripting() and self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint_seq(self.blocks, x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            if torch.is_grad_enabled(): return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
     def forward(self, x: Tensor) -> Tensor:

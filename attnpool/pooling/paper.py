@@ -67,13 +67,14 @@ class PaperAggregation(nn.Module):
 
     def _plain(self, x):
         "`forward`, with keys and values of every position; queries and positions go through the norm together."
-        a, k = self.attn, self.query.shape[0]
-        t = a.norm(self._seen(x))
+        k, n = self.query.shape[0], self.attn.num_heads
+        t = self.attn.norm(self._seen(x))
         seen = t if self.sees_itself else t[:, k:]
-        n, drop = a.num_heads, float(a.attn_drop) if self.training else 0.
-        found = F.scaled_dot_product_attention(
-            _heads(a.q(t[:, :k]), n), _heads(a.k(seen), n), _heads(a.v(seen), n), dropout_p=drop)
-        z = self.query + self.gamma_1 * a.proj_drop(a.proj(found.transpose(1, 2).flatten(2)))
+        drop = float(self.attn.attn_drop) if self.training else 0.
+        found = F.scaled_dot_product_attention(_heads(self.attn.q(t[:, :k]), n), _heads(self.attn.k(seen), n),
+                                               _heads(self.attn.v(seen), n), dropout_p=drop)
+        found = self.attn.proj(found.transpose(1, 2).flatten(2))
+        z = self.query + self.gamma_1 * self.attn.proj_drop(found)
         return self._digest(z.squeeze(1) if k == 1 else z)
 
     def _folded(self, x):
