@@ -183,11 +183,14 @@ def get_head(
 # %% ../nbs/16_heads.ipynb #b6a1d7a0
 def _at_rest(norm): return readable(norm, TokenBatchNorm) and norm.running_mean is not None
 
-def _scaling(norm):
-    "What a BatchNorm does in eval mode: a factor and a summand for each channel."
+def _known(norm, dtype):
+    "A norm by its weight and bias, and the rest of what it does. A BatchNorm in eval mode does no more than they say."
+    if not _at_rest(norm): return norm, norm_options(norm, dtype)
     weight = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
-    return SimpleNamespace(weight=weight, bias=(0 if norm.bias is None else norm.bias) - norm.running_mean * weight)
+    bias = (0 if norm.bias is None else norm.bias) - norm.running_mean * weight
+    return SimpleNamespace(weight=weight, bias=bias), norm_options(None, dtype)
 
+# %% ../nbs/16_heads.ipynb #c0ffee62
 class FoldedAttention(nn.Module):
     "What `AttentionPool2d` computes for a query that no longer changes."
     def __init__(self,
@@ -200,13 +203,10 @@ class FoldedAttention(nn.Module):
         heads, dtype = attn.num_heads, attn.proj.weight.dtype
         norm, query = None if attn.norm is None else deepcopy(attn.norm).double(), query.double()
         if norm_query: query = norm(query)
-        self.norm = nn.Identity()   # nothing is left of it for a pool that asks
-        self.queries, self.num_heads = len(query), heads
-        self.how = norm_options(None if _at_rest(norm) else norm, wide(dtype))
-        if _at_rest(norm): norm = _scaling(norm)
+        self.queries, self.num_heads, self.norm = len(query), heads, nn.Identity()   # for a pool that asks for a norm
+        norm, self.how = _known(norm, wide(dtype))
         u = fold_query(query, f64(attn.q), f64(attn.k), norm, attn.scale, heads, torch.float64)
-        (wv, bv), (wo, bo) = f64(attn.v), f64(attn.proj)
-        # W_o W_v of each head
+        (wv, bv), (wo, bo) = f64(attn.v), f64(attn.proj)   # W_o W_v of each head:
         weight = torch.einsum('ohd,hdc->ohc', wo.unflatten(1, (heads, -1)), wv.unflatten(0, (heads, -1)))
         value = wv.new_zeros(len(wv)) if bv is None else bv
         if getattr(norm, 'bias', None) is not None: value = value + wv @ norm.bias
@@ -275,8 +275,9 @@ def fold(
                            "Use norm=nn.LayerNorm, nn.RMSNorm or TokenBatchNorm, or the model as it is.")
         for part in 'q', 'k', 'v', 'proj':
             if callable(layer := affine(getattr(attn, part))):
-                raise BadInput(f"model: {where}.{part} is a {type(layer).__name__} with a hook or a forward of its own, "
-                               "so its weights do not say all. Make it a plain nn.Linear, or use the model as it is.")
+                kind = type(layer).__name__
+                raise BadInput(f"model: {where}.{part} is a {kind} with a hook or a forward of its own, so its weights "
+                               "do not say all. Make it a plain nn.Linear, or use the model as it is.")
         pool.attn = FoldedAttention(attn, pool.query, isinstance(pool, PaperAggregation)).eval()
     return model
 

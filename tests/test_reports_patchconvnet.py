@@ -102,6 +102,34 @@ def test_folded_in_the_place_of_average_pooling():
     check_fold(net, x, at=lambda net: net.global_pool.pool, fmap=net.forward_features(x))
 
 
+def test_a_traced_graph_folds():
+    for name in NAMES:
+        net, x = stirred(small(name).double()), pictures(2, 64, 48, torch.float64)
+        folded = fold(graph_of(net))
+        assert isinstance(folded.pool.attn, FoldedAttention) and relative(*(next(iter(f(x).values())) for f in (folded, graph_of(net)))) <= 1e-9
+
+
+def test_reparametrised_layers_count_as_they_are():
+    from torch.nn.utils.parametrizations import weight_norm
+    net, x = stirred(small().double()), pictures(2, 64, 48, torch.float64)
+    before = net(x)
+    for layer in (net.pool.attn.v, net.blocks[0].pw2): weight_norm(layer).parametrizations.weight.original0.data.mul_(2)
+    assert relative(net(x), before) > .01
+    check_fold(net.eval(), x)
+    net.train()(x).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_every_layer_is_called_where_somebody_listens():
+    for name in NAMES:
+        net, heard = small(name).eval(), []
+        for n, m in net.named_modules(): m.register_forward_hook(lambda *_, n=n: heard.append(n))
+        net(pictures(1, 32, 32))
+        assert {*heard} == {n for n, _ in net.named_modules()}
+        net, x = stirred(small(name)), pictures(2, 32, 32)
+        assert 0 < relative(torch.ao.quantization.quantize_dynamic(net)(x), net(x)) < .2
+
+
 # Exports: a batch size or a size of pictures that became a constant
 
 def any_size(least=32):
@@ -447,7 +475,11 @@ def test_a_file_of_something_else_is_named(tmp_path):
 
 # Options
 
+def test_one_picture_without_a_batch_is_named():
+    with pytest.raises(BadInput, match=r"^x: expected pictures \(b, in_chans, H, W\), got \(3, 64, 64\). For one picture use x\[None\]"): small()(torch.zeros(3, 64, 64))
+
+
 def test_a_feed_forward_part_without_width_is_refused():
     for width in (0, -1, .01, None):
-        with pytest.raises(BadInput, match="^ffn_expand: expected a factor above 0"): PaperAggregation(16, ffn_expand=width)
+        with pytest.raises(BadInput, match="^ffn_expand: expected a factor above 0 that leaves a channel"): PaperAggregation(16, ffn_expand=width)
     with pytest.raises(BadInput, match="^ffn_expand"): small(ffn_expand=0)

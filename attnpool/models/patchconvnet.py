@@ -11,7 +11,7 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, register_notrace_module, SqueezeExcite
+from timm.layers import register_notrace_module, SqueezeExcite
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -183,13 +183,15 @@ class _Column:
         if prune_head: self.reset_classifier(0, '')
         return take
 
-# %% ../../nbs/21_models.patchconvnet.ipynb #0ebbd87f
+# %% ../../nbs/21_models.patchconvnet.ipynb #c0ffee38
 for _layer in PaperAggregation, TokenBatchNorm: register_notrace_module(_layer)
 
 def _channels_last(x): return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)   # in words that vmap knows
 
-@register_notrace_function
-def _check_size(x, patch_size):
+@torch.fx.wrap   # one step of a traced graph
+def _check_pictures(x, patch_size):
+    if x.ndim != 4:
+        raise BadInput(f"x: expected pictures (b, in_chans, H, W), got {tuple(x.shape)}. For one picture use x[None].")
     h, w = x.shape[-2:]
     if not (isinstance(h, int) and isinstance(w, int)): return   # exported or traced: sizes are open
     if h % patch_size or w % patch_size or not h * w:
@@ -197,6 +199,7 @@ def _check_size(x, patch_size):
         raise BadInput(f"x: pictures of {h}x{w} pixels cannot be cut into patches of {patch_size}x{patch_size}. "
                        f"Resize or pad them to {up(h)}x{up(w)}.")
 
+# %% ../../nbs/21_models.patchconvnet.ipynb #0ebbd87f
 class PatchConvNet(_Head, _Column, nn.Module):
     "Convolutional stem, a column of equal blocks, Learned Aggregation (paper, section 3)."
     def __init__(self,
@@ -240,7 +243,7 @@ class PatchConvNet(_Head, _Column, nn.Module):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         "Pictures `(b, in_chans, H, W)` to the map that goes into the column, channels last in memory."
-        if not torch.jit.is_scripting(): _check_size(x, self.patch_size)
+        if not torch.jit.is_scripting(): _check_pictures(x, self.patch_size)
         return _channels_last(self.stem(_channels_last(x)))
 
     def forward_features(self, x: Tensor) -> Tensor:

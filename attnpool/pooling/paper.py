@@ -21,6 +21,8 @@ from .attention import AttentionPool2d
 from ..registry import BadInput
 
 # %% ../../nbs/13_pooling.paper.ipynb #52dbc1ef
+def _heads(t, n: int): return t.unflatten(-1, (n, -1)).transpose(1, 2)   # (b, n, c) to (b, heads, n, c/heads)
+
 def _in_slices(f, x, rows=4096):
     "`f` row by row, a few thousand rows at a time: the wide layer between two linear ones never exists as a whole."
     if is_traced(x) or x.shape[:-1].numel() <= rows: return f(x)
@@ -28,8 +30,6 @@ def _in_slices(f, x, rows=4096):
     return torch.cat([f(t) for t in x.flatten(0, -2).split(rows)]).view_as(x)
 
 # %% ../../nbs/13_pooling.paper.ipynb #90721a0b
-def _heads(t, n: int): return t.unflatten(-1, (n, -1)).transpose(1, 2)   # (b, n, c) to (b, heads, n, c/heads)
-
 class PaperAggregation(nn.Module):
     "Learned Aggregation as the paper's code has it, with one query or several."
     def __init__(self,
@@ -55,10 +55,8 @@ class PaperAggregation(nn.Module):
                                     attn_drop=attn_drop, proj_drop=proj_drop)
         self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((ni,), gamma_init)) for _ in range(2))
         self.norm = make_norm(norm, ni)
-        nh = int(ni * (ffn_expand or 0))
-        if nh < 1:
-            raise BadInput(f"ffn_expand: expected a factor above 0 that leaves at least one channel of {ni}, "
-                           f"got {ffn_expand}.")
+        if (nh := int(ni * (ffn_expand or 0))) < 1:
+            raise BadInput(f"ffn_expand: expected a factor above 0 that leaves a channel of {ni}, got {ffn_expand}.")
         self.ffn = nn.Sequential(nn.Linear(ni, nh), act_cls(), nn.Dropout(proj_drop),
                                  nn.Linear(nh, ni), nn.Dropout(proj_drop))
 
