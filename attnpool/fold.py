@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 # some of these are here for those who import them from fold
 from .chunks import chunks, clear_scratch, dots, in_chunks, is_near, read_chunk, scratch, weighted_sum, widen
-from .forms import (
-    Affine, form, form_asked_for, forms_used, is_traced, kernels_for, linear, no_autocast, note_form, readable, wide)
+from attnpool.forms import (
+    Affine, affine, form, form_asked_for, forms_used, is_traced, kernels_for, linear, no_autocast, note_form, readable,
+    wide)
 
 # %% ../nbs/04_fold.ipynb #2510713e
 def foldable(
@@ -91,7 +92,7 @@ def gather_plain(
     a = s.softmax(-1)
     if mask is not None: a = a * mask
     left = None if mask is None else a.sum(-1, keepdim=True)
-    return Gathered((a * r) @ t.mT, left, m.mean(-1) if mean else None)
+    return Gathered((a * r) @ t.transpose(1, 2), left, m.mean(-1) if mean else None)
 
 # %% ../nbs/04_fold.ipynb #90a0d288
 def _gather_forward(x, u, v, mask, centre, eps, mean):

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fold import fold_query, foldable, gather, norm_options, scores
-from .forms import Affine, affine, autocast_on, form_asked_for, linear, no_autocast, note_form, wide
+from .forms import (
+    Affine, affine, autocast_on, form_asked_for, is_traced, linear, no_autocast, note_form, wide)
 from .registry import BadInput
 
 # %% ../nbs/05_functional.ipynb #2f900d85
@@ -128,8 +129,8 @@ def attention_pool(
         note_form('plain')
         return attention_pool_plain(x, query, q, k, v, proj, norm, scale, num_heads, dropout_p, return_mean)
     queries, c, n, m = len(query), x.shape[1], x.shape[2] * x.shape[3], x.flatten(2)
-    # multiply-adds over c: values behind the sum, or before it
-    late = queries == 1 or queries * num_heads * n + queries * c <= (c + queries) * n
+    # multiply-adds over c: values behind the sum, or before it, as always where the size of the map is open
+    late = queries == 1 or not is_traced(x) and queries * num_heads * n + queries * c <= (c + queries) * n
     dtype, mean, left = wide(x.dtype), None, None
     how = norm_options(norm, dtype)
     with no_autocast(x):
@@ -142,7 +143,7 @@ def attention_pool(
             if return_mean: mean = m.mean(-1)
             t, r, s = scores(m.to(dtype), u, **how)
             weights = F.dropout(s.softmax(-1), dropout_p)
-            t, left = (t * r).mT, weights.sum(-1, keepdim=True)                  # (b, n, c), (b, queries*heads, 1)
+            t, left = (t * r).transpose(1, 2), weights.sum(-1, keepdim=True)       # (b, n, c), (b, queries*heads, 1)
         if getattr(norm, 'weight', None) is not None: t = t * norm.weight.to(dtype)
         if getattr(norm, 'bias', None) is not None:
             bias = norm.bias.to(dtype)

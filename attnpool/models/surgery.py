@@ -79,6 +79,7 @@ def body_of(
             raise BadInput(f"cut: a timm network is used whole up to its map, got cut={cut!r} with arch={arch!r}. "
                            "Leave cut out.")
         net = timm_net(arch, pretrained, n_in, size, **options)
+        if isinstance(net, PatchConvNet): net.reset_classifier(0, '')   # no aggregation that nobody trains
         model, stats = TimmMap(net), (net.default_cfg['mean'], net.default_cfg['std'])
         splitter = timm_splitter if isinstance(net, PatchConvNet) else split_head
     else:
@@ -162,7 +163,7 @@ class SwappedPool(nn.Module):
         mean, pooled = self.mean(x), self.pool(x.permute(0, 3, 1, 2) if self.channels_last else x)
         if self.beside: return torch.cat([mean, pooled[:, self.ni:].view_as(mean)], -1 if self.channels_last else 1)
         if self.gamma is None: return pooled.view_as(mean)
-        flat = mean.reshape(len(mean), self.ni)
+        flat = mean.reshape(mean.shape[0], self.ni)
         return (flat + self.gamma * (pooled - flat)).view_as(mean)
 
 # %% ../../nbs/24_models.surgery.ipynb #c0ffee10

@@ -53,6 +53,7 @@ class AttentionPool2d(nn.Module):
         self.proj_drop = nn.Dropout(check_rate('proj_drop', proj_drop))
         self.apply(partial(_init_weights, std=init_std))
 
+    @torch.jit.unused   # PaperAggregation has a form that can be scripted
     def forward(self,
         x: Tensor, # `(b, ni, h, w)`
         query: Tensor, # `(queries, ni)`
