@@ -6,7 +6,10 @@
 __all__ = ['check_arch', 'TimmMap', 'timm_net', 'picture_size', 'map_width']
 
 # %% ../../nbs/23_models.body.ipynb #4a65ab1b
+import inspect
 from difflib import get_close_matches
+from functools import partial
+from types import CodeType
 from typing import Callable
 
 import timm
@@ -64,6 +67,31 @@ class TimmMap(nn.Module):
         raise BadInput(f"arch: {type(self.model).__name__} ends on {ends} instead of a map (b, c, h, w). "
                        "Choose another network.")
 
+# %% ../../nbs/23_models.body.ipynb #c0ffee70
+def _reach(kind, method):
+    "The names that a method of a class reads, with those of the methods that it calls."
+    found, codes = set(), [method]
+    while codes:
+        code = codes.pop()
+        if isinstance(code, str):
+            code = getattr(inspect.unwrap(getattr(kind, code, None)), '__code__', None)
+            if code is None: continue
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)] + [n for n in code.co_names if n not in found]
+        found.update(code.co_names)
+    return found
+
+def _leave_out(parts, net, state, prefix, *_):
+    "Before loading: what files of earlier versions hold of these parts of the network."
+    for key in [k for k in state if k.startswith(tuple(f'{prefix}{part}.' for part in parts))]: del state[key]
+
+def _without_head(net):
+    "A timm network without the layers behind its map: their weights would have no gradient."
+    behind = _reach(type(net), 'forward_head') - _reach(type(net), 'forward_features')
+    parts = [name for name, part in net.named_children() if name in behind and any(True for _ in part.parameters())]
+    for part in parts: setattr(net, part, nn.Identity())
+    if parts: net.register_load_state_dict_pre_hook(partial(_leave_out, parts))
+    return net
+
 # %% ../../nbs/23_models.body.ipynb #d601e211
 def timm_net(
     arch: str, # timm name
@@ -72,13 +100,13 @@ def timm_net(
     size: int | tuple | Callable | None = None, # Of the pictures, or a function that tells it; None for timm's own
     **options # Of the network, for `timm.create_model`
 ) -> nn.Module:
-    "A timm network without classifier; one that is built for pictures of one size, for those of `size`."
+    "A timm network for its map, without what stands behind; one that is built for pictures of one size, for those of `size`."
     if size is not None and getattr(timm.get_pretrained_cfg(arch), 'fixed_input_size', False):
         options = {'img_size': size() if callable(size) else size} | options
     if options.get('img_size') is not None:   # its configuration has to say so
         overlay = {'input_size': (n_in, *to_2tuple(options['img_size']))}
         options['pretrained_cfg_overlay'] = overlay | options.get('pretrained_cfg_overlay', {})
-    return timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=n_in, **options)
+    return _without_head(timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=n_in, **options))
 
 def picture_size(
     dls, # fastai `DataLoaders`

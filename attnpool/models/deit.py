@@ -172,12 +172,11 @@ def _weights(state, model):
     return state
 
 def _as_ours(net, state, prefix, *_):
-    "Before loading: the authors' names become ours, and what pooled nothing in a body of earlier versions is left out."
+    "Before loading: the authors' names become ours."
     given = {key: state.pop(key) for key in [*state] if key.startswith(prefix)}
     if not given: return
     given = from_deit({key.removeprefix(prefix): value for key, value in given.items()})
-    unused = ('pool.', 'norm.') if net.global_pool == '' else ()
-    state.update({prefix + key: value for key, value in given.items() if not key.startswith(unused)})
+    state.update({prefix + key: value for key, value in given.items()})
 
 def _create(variant, pretrained=False, out_indices=3, feature_cfg=None, **kwargs):
     features = dict(out_indices=out_indices, feature_cls='getter') | (feature_cfg or {})

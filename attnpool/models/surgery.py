@@ -79,7 +79,6 @@ def body_of(
             raise BadInput(f"cut: a timm network is used whole up to its map, got cut={cut!r} with arch={arch!r}. "
                            "Leave cut out.")
         net = timm_net(arch, pretrained, n_in, size, **options)
-        if isinstance(net, PatchConvNet): net.reset_classifier(0, '')   # no aggregation that nobody trains
         model, stats = TimmMap(net), (net.default_cfg['mean'], net.default_cfg['std'])
         splitter = timm_splitter if isinstance(net, PatchConvNet) else split_head
     else:
