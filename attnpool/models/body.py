@@ -100,7 +100,7 @@ def timm_net(
     size: int | tuple | Callable | None = None, # Of the pictures, or a function that tells it; None for timm's own
     **options # Of the network, for `timm.create_model`
 ) -> nn.Module:
-    "A timm network for its map, without what stands behind; one that is built for pictures of one size, for those of `size`."
+    "A timm network up to its map; one that is built for pictures of one size, for those of `size`."
     if size is not None and getattr(timm.get_pretrained_cfg(arch), 'fixed_input_size', False):
         options = {'img_size': size() if callable(size) else size} | options
     if options.get('img_size') is not None:   # its configuration has to say so
