@@ -50,7 +50,8 @@ def readable(
     # a subclass may have its own forward, a tool may have put one on the object; hooks of all modules only observe
     if not isinstance(layer, kinds) or 'forward' in layer.__dict__: return False
     if type(layer).forward not in [kind.forward for kind in kinds]: return False
-    if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks: return False
+    if layer._forward_pre_hooks or layer._forward_hooks: return False
+    if layer._backward_pre_hooks or layer._backward_hooks: return False
     return not hasattr(layer._parameters.get('weight'), '__tensor_flatten__')   # of torchao, DTensor
 
 Affine = tuple[Tensor, Tensor | None] | Callable   # a linear map: `(weight, bias)`, or a layer
@@ -81,7 +82,7 @@ def form_asked_for() -> str | None: # 'plain', 'folded', or None for the quickes
 def form(
     name: str, # 'plain': keys and values of every position, plain operations; 'folded': the fold without GPU kernels
 ):
-    "Within it, everything of `attention_pool` and of the pools runs in this form."
+    "Within it, everything of `attention_pool` and of the pools runs in this form, in this thread."
     if name not in FORMS: raise unknown('name', name, FORMS)
     before, _now.form = form_asked_for(), name
     try: yield

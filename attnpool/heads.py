@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .fold import affine, fold_query, foldable, gather, norm_options, scores
 from .forms import is_traced, no_autocast, readable, wide
-from .layers import make_norm, TokenBatchNorm
+from .layers import check_channels, make_norm, TokenBatchNorm
 from .pooling.attention import (
     AttentionPool2d, AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation,
     LearnedAggregationSandwich)
@@ -96,7 +96,7 @@ class AvgPoolHead(PoolHead):
         ni: int, # Channels of the map
         n_out: int, # Outputs, one per class
     ):
-        last = start_linear(nn.Linear(ni, check_n_out(n_out)), self.start)
+        last = start_linear(nn.Linear(check_channels(ni), check_n_out(n_out)), self.start)
         nn.Sequential.__init__(self, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
 
 # %% ../nbs/16_heads.ipynb #54cd3e96

@@ -7,6 +7,7 @@ __all__ = ['mish', 'Mish', 'TokenBatchNorm', 'make_norm', 'check_rate', 'check_c
 
 # %% ../nbs/10_layers.ipynb #930d90e9
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Callable
 
 import torch
@@ -103,7 +104,8 @@ def check_channels(
     ni: int, # Channels of a map
 ) -> int:
     "`ni`, if it is at least 1."
-    if ni < 1: raise BadInput(f"ni: expected the number of channels of the map, got {ni}.")
+    if not isinstance(ni, Integral) or ni < 1:
+        raise BadInput(f"ni: expected the number of channels of the map, got {ni!r}.")
     return ni
 
 def drop_path(

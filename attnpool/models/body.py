@@ -63,7 +63,8 @@ class TimmMap(nn.Module):
             for down in (0, 1) if patch and x.ndim == 3 else ():   # half a patch at the edge is left out, or filled up
                 h, w = ((s + down * (p - 1)) // p for s, p in zip(size, to_2tuple(patch)))
                 left = x.shape[1] - h * w
-                if left == first or first is None and left in (0, 1): return x[:, left:].transpose(1, 2).unflatten(2, (h, w))
+                if left == first or first is None and left in (0, 1):
+                    return x[:, left:].transpose(1, 2).unflatten(2, (h, w))
         raise BadInput(f"arch: {type(self.model).__name__} ends on {ends} instead of a map (b, c, h, w). "
                        "Choose another network.")
 

@@ -65,6 +65,7 @@ class ClassQueryPooling2d(nn.Module):
         n_out: int, # Classes, and so queries, maps and outputs
     ):
         super().__init__()
+        if n_out < 1: raise BadInput(f"n_out: expected at least 1 class, got {n_out}. Pass the number of classes.")
         self.ni, self.c_out = check_channels(ni), n_out
         self.query = nn.Parameter(torch.zeros(n_out, ni))
         self.linear = nn.Linear(ni, n_out)
