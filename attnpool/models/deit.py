@@ -66,7 +66,7 @@ _FILES = {   # name and tag: the authors' file, side of the pictures
 
 def _cfg(file=None, size=224):
     return dict(url=f'https://dl.fbaipublicfiles.com/deit/{file}.pth' if file else '', num_classes=1000,
-                input_size=(3, size, size), pool_size=(size // 16, size // 16), crop_pct=.875, interpolation='bicubic',
+                input_size=(3, size, size), pool_size=(size // 16,) * 2, crop_pct=.875, interpolation='bicubic',
                 mean=(.485, .456, .406), std=(.229, .224, .225), first_conv='stem.0', classifier='head',
                 license='apache-2.0', paper_ids='arXiv:2112.13692',
                 origin_url='https://github.com/facebookresearch/deit')
@@ -188,8 +188,9 @@ def _create(variant, pretrained=False, out_indices=3, feature_cfg=None, **kwargs
                       f"Put the file into {torch.hub.get_dir()}/checkpoints, or use pretrained=False.") from e
     if isinstance(net, PatchConvNet):
         net.register_load_state_dict_pre_hook(_as_ours)
-        # fastai builds networks without a classifier, and reads here whether one pools by itself
-        if not net.num_classes and net.global_pool: net.default_cfg['pool_size'] = None
+        cfg, pools = net.default_cfg, not net.num_classes and net.global_pool
+        # fastai builds networks without a classifier, and reads None here as: it pools by itself
+        cfg['pool_size'] = None if pools else tuple(side // net.patch_size for side in cfg['input_size'][1:])
     return net
 
 def _register(variant):
