@@ -901,6 +901,7 @@ d = { 'settings': { 'branch': 'main',
                                 'attnpool.tasks.look_at_validation': ('tasks.html#look_at_validation', 'attnpool/tasks.py'),
                                 'attnpool.tasks.split_options': ('tasks.html#split_options', 'attnpool/tasks.py')},
             'attnpool.weights': { 'attnpool.weights._inside': ('weights.html#_inside', 'attnpool/weights.py'),
+                                  'attnpool.weights._under': ('weights.html#_under', 'attnpool/weights.py'),
                                   'attnpool.weights.differences': ('weights.html#differences', 'attnpool/weights.py'),
                                   'attnpool.weights.read_weights': ('weights.html#read_weights', 'attnpool/weights.py'),
                                   'attnpool.weights.weights_in': ('weights.html#weights_in', 'attnpool/weights.py')}}}

@@ -33,9 +33,17 @@ def _inside(found, order):
     taken = min(firsts, key=order.index)
     return {rest: value for first, _, rest, value in parts if first == taken}
 
+def _under(found, names, order):
+    "What stands under the prefix that known names have here; a larger network has other parts beside it."
+    prefixes = sorted({key.removesuffix(name) for name in names for key in found if key.endswith(f'.{name}')})
+    ranks = {prefix: order.index(prefix.split('.')[0]) for prefix in prefixes if prefix.split('.')[0] in order}
+    if not ranks and len(prefixes) != 1: return found   # none, or several that could be meant
+    prefix = min(ranks or prefixes, key=ranks.get)
+    return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+
 def weights_in(
     checkpoint: Mapping | nn.Module, # A state dict, a network, or a dict that holds one of them, however deep
-    names: Iterable[str] = (), # The state dict's names in the network it is for; none known by default
+    names: Iterable[str] = (), # Names that the state dict has in its network, some or all; none known by default
     averages: bool = True, # Take the moving average of the weights where there is one
 ) -> dict[str, Tensor]: # The state dict
     "The weights in a checkpoint, by the names that the network gave them."
@@ -49,6 +57,7 @@ def weights_in(
         last = {key: value for key, value in found.items() if isinstance(key, str) and not (
                 key in _COUNTERS and key not in names)}
         found = _inside(last, order) if names.isdisjoint(last) else None
+    if names.isdisjoint(last): last = _under(last, names, order)
     state = {key: value for key, value in last.items() if isinstance(value, Tensor)}
     if state: return state
     keys = ', '.join(map(repr, [*last][:6])) or 'none'
@@ -61,7 +70,7 @@ _BESIDE = [Namespace, np.dtype, np.ndarray, np.float64(0).__reduce__()[0], np.ze
 
 def read_weights(
     file: str | Path, # `.safetensors`, or what torch.save wrote
-    names: Iterable[str] = (), # The state dict's names in the network it is for, as in `weights_in`
+    names: Iterable[str] = (), # Names that the state dict has in its network, as in `weights_in`
     averages: bool = True, # Take the moving average of the weights where there is one
 ) -> dict[str, Tensor]: # The state dict, on the CPU
     "The weights in a file. No code in it is run."

@@ -388,6 +388,8 @@ def wrappers(state):
             "lightning": dict(state_dict=prefixed(state, "model.")), "ema prefix": prefixed(state, "ema.") | prefixed(other, "model."),
             "average": dict(state_dict=other, state_dict_ema=prefixed(state, "module.")), "model_ema": dict(model=other, model_ema=state),
             "no average": dict(model=state, model_ema=None), "deep": dict(model=dict(state_dict=dict(net=state))), "ema": dict(ema=dict(module=state, decay=.9)),
+            "a part of a detector": dict(state_dict=prefixed(state, "backbone.net.") | {"neck.weight": torch.zeros(3), "step": 5}),
+            "beside a loss": dict(state_dict=prefixed(other, "model.") | prefixed(state, "ema.") | {"criterion.weight": torch.ones(2)}),
             "swa": dict(state_dict={"n_averaged": average["n_averaged"]} | prefixed(state, "module."))}
 
 
@@ -424,6 +426,9 @@ def test_names_that_only_look_like_prefixes_stay():
     net = nn.ModuleDict(dict(model=nn.Linear(2, 2)))
     assert weights_in(net.state_dict(), net.state_dict()).keys() == net.state_dict().keys()
     assert [*weights_in(net.state_dict())] == ["weight", "bias"]
+    several = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict()
+    assert weights_in(several, ["weight", "bias"]).keys() == several.keys()   # which of the two is meant?
+    assert [*weights_in(prefixed(net.state_dict(), "encoder."), net.state_dict())] == [*net.state_dict()]
 
 
 def test_whole_networks_and_half_precision(tmp_path):

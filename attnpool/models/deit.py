@@ -84,6 +84,8 @@ _NAMES = [   # theirs, ours; the first that fits counts, in both directions
     ('.attn.qkv_pos.4.conv_reduce.', '.se.fc1.'), ('.attn.qkv_pos.4.conv_expand.', '.se.fc2.'),
 ]
 
+_STEMS = 'patch_embed.proj.0.0.weight', 'stem.0.weight'   # by which a PatchConvNet is known in a file
+
 def _rename(key, names):
     old, new = next(((old, new) for old, new in names if old in key), ('', ''))
     return key.replace(old, new, 1)
@@ -93,7 +95,7 @@ def from_deit(
 ) -> dict[str, Tensor]:
     "The authors' state dict under our names; `to_deit` is the way back. What has our names already keeps them."
     out, rows = {}, {}
-    for key, value in weights_in(state, ['cls_token']).items():
+    for key, value in weights_in(state, _STEMS).items():
         if key == 'cls_token': out['pool.query'] = value[0]
         elif m := re.fullmatch(r'patch_embed\.proj\.(\d+)\.0\.weight', key): out[f'stem.{m[1]}.weight'] = value
         elif m := re.fullmatch(r'head\.(\d+)(\.weight|\.bias)', key):
