@@ -82,15 +82,15 @@ def _reach(kind, method):
     return found
 
 def _leave_out(parts, net, state, prefix, *_):
-    "Before loading: what files of earlier versions hold of these parts of the network."
+    "Before loading: what a file of the whole network holds of these parts."
     for key in [k for k in state if k.startswith(tuple(f'{prefix}{part}.' for part in parts))]: del state[key]
 
 def _without_head(net):
     "A timm network without the layers behind its map: their weights would have no gradient."
     behind = _reach(type(net), 'forward_head') - _reach(type(net), 'forward_features')
-    parts = [name for name, part in net.named_children() if name in behind and any(True for _ in part.parameters())]
+    parts = [name for name, _ in net.named_children() if name in behind]
     for part in parts: setattr(net, part, nn.Identity())
-    if parts: net.register_load_state_dict_pre_hook(partial(_leave_out, parts))
+    net.register_load_state_dict_pre_hook(partial(_leave_out, parts))
     return net
 
 # %% ../../nbs/23_models.body.ipynb #d601e211
