@@ -88,8 +88,8 @@ def timm_net(
     try: return timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=n_in, **options)
     except AssertionError as e:
         if options.get('img_size') is None: raise
-        raise BadInput(f"size: {arch} cannot be built for pictures of {options['img_size']} px. Choose another size, or "
-                       f"another network. It says: {e}") from e
+        raise BadInput(f"size: {arch} cannot be built for pictures of {options['img_size']} px. Choose another size or "
+                       f"network. It says: {e}") from e
 
 def picture_size(
     dls, # fastai `DataLoaders`

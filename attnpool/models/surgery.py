@@ -252,7 +252,7 @@ def restore_pool(
             _, (after, layer) = _find_average(model)
             if not readable(layer, nn.Linear):
                 _put(model, name, swapped)   # as it was
-                raise BadInput(f"model: its classifier {after!r} has a hook or a forward of its own, so that its columns "
-                               "cannot be cut. Make it a plain nn.Linear first.")
+                raise BadInput(f"model: its classifier {after!r} has a hook or a forward of its own, so that its "
+                               "columns cannot be cut. Make it a plain nn.Linear first.")
             _put(model, after, _relinear(layer, layer.weight[:, :swapped.ni]))
     return model
