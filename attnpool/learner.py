@@ -19,7 +19,7 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .heads import build_head, check_n_out
-from .models.body import picture_size
+from .models.body import built_for_a_size, picture_size
 from .models.surgery import body_of, build_network, check_arch, timm_splitter
 from .models.xresnet import ARCHS
 
@@ -28,6 +28,7 @@ def _fastais(dls, arch, init, splitter, **kwargs):
     "fastai's own `vision_learner`, with the groups of a PatchConvNet and an error that helps."
     if splitter is None and isinstance(arch, str) and arch.startswith('patchconvnet'): splitter = timm_splitter
     if init is not None: kwargs['init'] = init
+    if isinstance(arch, str) and built_for_a_size(arch): kwargs.setdefault('img_size', picture_size(dls))
     try: return fastai_learner.vision_learner(dls, arch, splitter=splitter, **kwargs)
     except StopIteration:
         body_of(arch)   # says why it cannot be cut

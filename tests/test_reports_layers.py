@@ -1,4 +1,5 @@
 "Layers that are hooked, adapted, quantised, pruned or parametrized count as they would when called; transforms of pools."
+import copy
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from fastai.learner import Learner
 from torch import nn
 from torch.ao.quantization import prepare_qat, quantize_dynamic
 from torch.autograd import forward_ad
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from attnpool import chunks
 from attnpool.chunks import in_chunks
@@ -376,3 +377,36 @@ def test_a_table_is_a_dict():
     for f in (lambda: table.pop("pera"), lambda: table["pera"]):
         with pytest.raises(BadInput) as e: f()
         assert str(e.value) == "fruit: 'pera' is unknown. Did you mean 'pear'? Known: pear." and isinstance(e.value, KeyError)
+
+
+def test_parametrizations_cached_removed_and_copied():
+    head, x = built("slim"), torch.randn(2, NI, 5, 4, dtype=torch.float64)
+    parametrizations.orthogonal(head[0].attn.k)
+    exact = head(x)
+    with parametrize.cached(): torch.testing.assert_close(head(x), exact)
+    torch.testing.assert_close(copy.deepcopy(head)(x), exact)
+    parametrize.remove_parametrizations(head[0].attn.k, "weight")
+    assert type(head[0].attn.k) is nn.Linear and relative(head(x), exact) <= 1e-11
+    head[0].attn.v.register_forward_hook(lambda m, args, out: 2 * out)
+    assert torch.equal(copy.deepcopy(head)(x), head(x)) and relative(head(x), exact) > 1e-3
+
+
+def test_attribution_to_the_layers_of_the_attention():
+    attr = pytest.importorskip("captum.attr")
+    head, x = built("slim"), torch.randn(2, NI, 5, 4, dtype=torch.float64)
+    for name, shape in dict(k=(2, 20, NI), v=(2, 20, NI), norm=(2, 20, NI), proj=(2, 1, NI)).items():
+        found = attr.LayerGradientXActivation(head, getattr(head[0].attn, name)).attribute(x, target=1)
+        assert found.shape == shape and found.abs().max() > 0
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_ensembles_and_gradients_of_single_pictures(head):
+    models, x = [HEADS[head](NI, 3).eval() for _ in range(2)], torch.randn(2, NI, 48, 48)
+    def run(weights, x): return torch.func.functional_call(models[0], weights, (x,))
+    stacked, _ = torch.func.stack_module_state(models)
+    torch.testing.assert_close(torch.func.vmap(run, (0, None))(stacked, x), torch.stack([m(x) for m in models]), atol=1e-5, rtol=1e-4)
+    weights = {n: p.detach() for n, p in models[0].named_parameters()}
+    single = torch.func.vmap(torch.func.grad(lambda w, one: run(w, one[None]).square().sum()), (None, 0))(weights, x)
+    models[0](x).square().sum().backward()
+    largest = max(p.grad.abs().max() for p in models[0].parameters())
+    for n, p in models[0].named_parameters(): assert (single[n].sum(0) - p.grad).abs().max() <= 1e-5 * largest

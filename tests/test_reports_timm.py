@@ -3,13 +3,12 @@ import pytest
 import timm
 import torch
 from timm.models import _registry
-from torch import nn
 
 from attnpool.data.digits import digits_dls
 from attnpool.heads import HEADS
 from attnpool.learner import vision_learner
 from attnpool.models.body import map_width, picture_size, timm_net, TimmMap
-from attnpool.models.surgery import body_of, build_network, swap_pool, with_head
+from attnpool.models.surgery import body_of, build_network, restore_pool, swap_pool, with_head
 from attnpool.recipe import recipe_learner
 from attnpool.registry import BadInput
 
@@ -28,12 +27,11 @@ def smallest(family): return min(FAMILIES[family], key=lambda n: (not any(word i
 def test_every_family_works_or_is_refused_in_words(family):
     arch = smallest(family)
     with torch.device("meta"):   # shapes alone: no numbers, no memory
-        try: network = build_network(arch, 3, "slim")
+        try: network = build_network(arch, 3, "slim")   # sends a picture through the body
         except BadInput as e:
             assert family in WITHOUT_A_MAP and str(e).startswith("arch: ") and "instead of a map (b, c, h, w)" in str(e)
             return
-        n_in, *size = network.model[0].model.default_cfg["input_size"]
-        assert network.model.eval()(torch.zeros(2, n_in, *size)).shape == (2, 3)
+        assert network.model[-1].eval()(torch.zeros(2, network.model[-1][0].c_out, 3, 2)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("arch, options, size", [
@@ -99,3 +97,23 @@ def test_networks_without_a_pool_to_leave_out_and_other_channels():
     for arch, options in (("efficientvit_b0", dict(in_chans=1)), ("inception_next_atto", {}), ("xcit_nano_12_p16_224", dict(depth=1))):
         channels = options.get("in_chans", 3)
         assert with_head(arch, "avgstart", 5, **options)(torch.randn(2, channels, 64, 64)).shape == (2, 5)
+
+
+def test_fastais_own_head_on_a_network_for_one_size():
+    learn = vision_learner(digits_dls(size=48, bs=8, n_train=16, n_valid=8), "vit_tiny_patch16_224", pretrained=False)
+    assert learn.model(torch.randn(2, 3, 48, 48)).shape == (2, 10)
+
+
+def test_a_size_that_cannot_be_built():
+    with pytest.raises(BadInput, match=r"size: nest_tiny cannot be built for pictures of \(96, 128\) px"): timm_net("nest_tiny", size=(96, 128))
+    with pytest.raises(BadInput, match="fails on a picture of 12x12 px"): body_of("test_vit", size=12).ni
+
+
+def test_a_pool_is_taken_out_only_where_the_classifier_can_be_cut():
+    net, x = timm.create_model("resnet10t", num_classes=3).eval(), torch.randn(2, 3, 64, 64)
+    before = swap_pool(net, "concat")(x)
+    handle = net.fc.register_forward_hook(lambda *a: None)
+    with pytest.raises(BadInput, match="model: its classifier 'fc' has a hook"): restore_pool(net)
+    assert torch.equal(net(x), before)
+    handle.remove()
+    assert restore_pool(net).fc.in_features == 512

@@ -7,7 +7,6 @@ __all__ = ['split_head', 'timm_splitter', 'Network', 'body_of', 'build_network',
            'restore_pool']
 
 # %% ../../nbs/24_models.surgery.ipynb #52132577
-from copy import deepcopy
 from typing import Callable, NamedTuple
 
 import torch
@@ -138,7 +137,7 @@ def with_head(
     if num_classes < 1:
         raise BadInput(f"num_classes: expected at least 1 class, got {num_classes}. For the map alone use TimmMap.")
     head, n_in = _head_of(head), kwargs.pop('in_chans', 3)
-    try: body = TimmMap(timm_net(arch, pretrained, n_in, global_pool='', **kwargs))
+    try: body = TimmMap(timm_net(arch, pretrained, n_in, **{'global_pool': ''} | kwargs))
     except AssertionError: body = TimmMap(timm_net(arch, pretrained, n_in, **kwargs))   # not built without a pool
     return nn.Sequential(body, build_head(head, map_width(body, n_in), num_classes))
 
@@ -197,9 +196,12 @@ def _width(layer):
 
 def _relinear(old, weight):
     "A linear layer like `old` with another weight."
-    new = deepcopy(old)
-    new.weight, new.in_features = nn.Parameter(weight.detach().clone(), old.weight.requires_grad), weight.shape[1]
-    return new
+    n_out, ni = weight.shape
+    new = nn.Linear(ni, n_out, bias=old.bias is not None, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        new.weight.copy_(weight)
+        if old.bias is not None: new.bias.copy_(old.bias)
+    return new.requires_grad_(old.weight.requires_grad).train(old.training)
 
 def _swapped(model): return {n: m for n, m in model.named_modules() if isinstance(m, SwappedPool)}
 
@@ -247,5 +249,9 @@ def restore_pool(
         _put(model, name, swapped.mean)
         if swapped.beside:
             _, (after, layer) = _find_average(model)
+            if not readable(layer, nn.Linear):
+                _put(model, name, swapped)   # as it was
+                raise BadInput(f"model: its classifier {after!r} has a hook or a forward of its own, so that its "
+                               "columns cannot be cut. Make it a plain nn.Linear first.")
             _put(model, after, _relinear(layer, layer.weight[:, :swapped.ni]))
     return model
