@@ -170,7 +170,7 @@ def test_exports_run_at_any_batch_and_size(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", ["one query", "heads", "folded per class"])
 def test_the_newer_onnx_exporter(name, tmp_path):
     net = EXPORTED[name]()
     agrees(onnx_session(net, pictures(2, 64, 48), tmp_path / "new.onnx", True), net)
@@ -184,6 +184,18 @@ def test_heads_on_a_body_trace_and_export_the_older_way(name, tmp_path):
     sizes = (1, 9, 9), (5, 20, 33), (3, 40, 21)
     agrees(torch.jit.trace(net, (x,)), net, sizes)
     agrees(onnx_session(net, x, tmp_path / "h.onnx", False), net, sizes)
+
+
+def test_many_queries_trace_and_differentiate_whole():
+    pool, x = stirred(PaperAggregation(8, queries=3000, sees_itself=False)), torch.randn(1, 8, 3, 3)   # two pictures are above what is sliced
+    traced, two = torch.jit.trace(pool, (x,)), torch.randn(2, 8, 3, 4)
+    torch.testing.assert_close(traced(two), pool(two))
+    program = torch.export.export(pool, (two,), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},)).module()
+    torch.testing.assert_close(program(torch.randn(5, 8, 3, 4).copy_(two[:1])), pool(two[:1].expand(5, -1, -1, -1)))
+    params = {n: p.detach() for n, p in pool.named_parameters()}
+    found = torch.func.grad(lambda p: torch.func.functional_call(pool, p, (two,)).square().mean())(params)
+    pool(two).square().mean().backward()
+    torch.testing.assert_close(found["ffn.0.weight"], pool.ffn[0].weight.grad)
 
 
 def test_a_swapped_pool_traces_at_any_batch():

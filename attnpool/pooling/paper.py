@@ -25,7 +25,9 @@ def _heads(t, n: int): return t.unflatten(-1, (n, -1)).transpose(1, 2)   # (b, n
 
 def _in_slices(f, x, rows=4096):
     "`f` row by row, a few thousand rows at a time: the wide layer between two linear ones never exists as a whole."
-    if is_traced(x) or x.shape[:-1].numel() <= rows: return f(x)
+    # fake tensors by themselves only measure, and want the memory of what really runs
+    measured = (x.is_meta or hasattr(x, 'fake_mode')) and not torch.compiler.is_compiling()
+    if is_traced(x) and not measured or x.shape[:-1].numel() <= rows: return f(x)
     if torch.is_grad_enabled(): f = partial(checkpoint, f, use_reentrant=False)
     return torch.cat([f(t) for t in x.flatten(0, -2).split(rows)]).view_as(x)
 
