@@ -7,6 +7,9 @@ __all__ = ['uncompiled', 'find_pools', 'attention_maps', 'enlarge', 'class_activ
            'maps_of']
 
 # %% ../../nbs/17_maps.compute.ipynb #c8fde1b1
+import math
+from collections import deque
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,21 +31,24 @@ def find_pools(
     return {n: m for n, m in uncompiled(model).named_modules() if hasattr(m, 'attention_map') and hasattr(m, 'query')}
 
 # %% ../../nbs/17_maps.compute.ipynb #248b984d
-def _inputs_of(model, modules, x):
-    "What each of `modules` receives in one forward pass of `model` on `x`, and what the model returns."
-    seen, handles = {}, []
-    for m in modules: handles.append(m.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args[0])))
-    try: out = model(x)
+def _forward(model, x, handles):
+    "One forward pass, after which the hooks are gone."
+    try: return model(x)
     except RuntimeError as e:
         small = isinstance(x, Tensor) and x.ndim == 4 and min(x.shape[2:]) < 32
         if not small or not ('size' in str(e) or 'channels' in str(e)): raise
         raise BadInput(f"x: pictures of {x.shape[2]}x{x.shape[3]} px are too small for this network ({e}).") from None
     finally:
         for h in handles: h.remove()
+
+def _inputs_of(model, modules, x):
+    "What each of `modules` receives in one forward pass of `model` on `x`."
+    seen = {}
+    _forward(model, x, [m.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args[0])) for m in modules])
     for m in modules:
         if m not in seen:
             raise BadInput(f"model: its forward pass does not call its {type(m).__name__}, so there is no map to show.")
-    return [seen[m] for m in modules], out
+    return [seen[m] for m in modules]
 
 def attention_maps(
     model: nn.Module, # A network that holds an attention pool
@@ -58,7 +64,7 @@ def attention_maps(
         raise BadInput(f"pool: {pool!r} is not in the model. Its pools: {', '.join(pools)}.")
     names = list(pools) if pool is None else [pool]
     with evaluating(uncompiled(model)) as model:
-        inputs, _ = _inputs_of(model, [pools[n] for n in names], x)
+        inputs = _inputs_of(model, [pools[n] for n in names], x)
         maps = {n: pools[n].attention_map(i).as_subclass(Tensor) for n, i in zip(names, inputs)}
     return maps if len(maps) > 1 else maps[names[0]]
 
@@ -70,43 +76,112 @@ def enlarge(
     "Maps at the size of the pictures, bilinear: a cell's value stands at its centre."
     return F.interpolate(maps.float(), size=tuple(size), mode='bilinear', align_corners=False)
 
-# %% ../../nbs/17_maps.compute.ipynb #0f68cb00
+# %% ../../nbs/17_maps.compute.ipynb #90610482
+_LOCAL = nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd
+
+def _positions(fmap): return fmap.shape[2:].numel()
+
+def _as_map(t, x, prefix):
+    "An output as a view `(b, c, h, w)`: channels first, channels last, or tokens; None if it is no map of `x`."
+    if not isinstance(t, Tensor) or t.ndim not in (3, 4) or len(t) != len(x) or 0 in t.shape[1:]: return None
+    H, W = x.shape[2:]
+    def off(h, w): return abs(math.log(h * W / (w * H)))   # from the proportions of the pictures
+    if t.ndim == 4:
+        first, last = off(*t.shape[2:]), off(*t.shape[1:3])
+        return None if min(first, last) > math.log(2) else t if first <= last else t.permute(0, 3, 1, 2)
+    for p in range(3) if prefix is None else [prefix]:   # tokens of a class and of a teacher stand before the others
+        n = t.shape[1] - p
+        h = round(math.sqrt(max(n, 0) * H / W))
+        if h and n % h == 0 and off(h, n // h) < math.log(2): return t[:, p:].unflatten(1, (h, -1)).permute(0, 3, 1, 2)
+    return None
+
+def _is_step(m, arg):
+    "Whether a module that ends on one position is a stride of the body over the last few, and no pool over all."
+    few = arg is not None and 1 < _positions(arg) <= 9
+    return few and (isinstance(m, _LOCAL) or next(m.parameters(), None) is not None)
+
+def _watch(model, x, layer=None):
+    "Outputs; the last linear layer and its input; the last maps outside of pools, or `layer`'s; how to view one."
+    if x.ndim != 4: raise BadInput(f"x: expected pictures (b, c, H, W), got {tuple(x.shape)}.")
+    prefix = next((m.num_prefix_tokens for m in model.modules() if hasattr(m, 'num_prefix_tokens')), None)
+    maps, tokens, linear, pooled = deque(maxlen=16), set(), [None, None], None
+    def view(t): return _as_map(t, x, prefix)
+    def look(m, args, out):
+        nonlocal pooled
+        if isinstance(m, nn.Linear): linear[:] = m, args[0]
+        fmap = view(out)
+        if layer is not None:
+            if m is layer: maps.append(out)
+        elif fmap is not None and out.ndim == 3:
+            tokens.add(out.shape[1])
+            if 'norm' in type(m).__name__.lower(): maps.append(out)   # others are queries, keys, hidden layers
+        elif fmap is not None and not tokens & {*out.shape[1:3]}:   # a weight for each pair of tokens is no map
+            if _positions(fmap) > 1: pooled = None
+            elif pooled is None: pooled = not _is_step(m, view(args[0]) if args else None)
+            resized = isinstance(m, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) and _positions(fmap) > 1
+            if not pooled and not resized: maps.append(out)
+    pools = tuple(f'{n}.' for n in find_pools(model)) if layer is None else ()
+    watched = [m for n, m in model.named_modules() if not f'{n}.'.startswith(pools)]
+    out = _forward(model, x, [m.register_forward_hook(look) for m in watched])
+    if isinstance(out, Tensor) and out.ndim == 2: return out, linear, list(maps), view
+    what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    raise BadInput(f"model: expected outputs (b, n_out), a row for each picture, got {what}.")
+
+def _targets(target, out):
+    "Which outputs of each picture are meant, `(b, k)`."
+    if target is None: return out.argmax(1, keepdim=True)
+    target = torch.as_tensor(target, device=out.device)
+    if target.ndim not in (1, 2) or len(target) != len(out) or target.is_floating_point():
+        raise BadInput(f"target: expected the classes of {len(out)} pictures, ({len(out)},) or ({len(out)}, k), as "
+                       f"integers, got {target.dtype} {tuple(target.shape)}.")
+    if target.numel() and not 0 <= target.min() <= target.max() < out.shape[1]:
+        raise BadInput(f"target: expected classes from 0 to {out.shape[1] - 1}, got {target.unique().tolist()}.")
+    return target.long().view(len(out), -1)
+
+# %% ../../nbs/17_maps.compute.ipynb #eb2a84de
 def class_activation_map(
-    model: nn.Module, # A network that ends on average pooling and one linear layer
-    x: Tensor, # What the network takes, usually pictures `(b, 3, H, W)`
+    model: nn.Module, # A network that ends on average pooling and one linear layer, however it is written
+    x: Tensor, # Pictures `(b, 3, H, W)`, normalised as in training
     target: Tensor | None = None, # Class of each picture, `(b,)`, or several, `(b, k)`; None for the predicted one
 ) -> Tensor: # `(b, 1 or k, h, w)`, in units of the logit: the mean over positions is the logit without the bias
-    "What each position adds to the logit of a class, in a network with average pooling."
-    modules = list(uncompiled(model).modules())
-    last = max((i for i, m in enumerate(modules) if isinstance(m, nn.AdaptiveAvgPool2d)), default=None)
-    *between, linear = modules[last + 1:] if last is not None else [None]
-    passing = nn.Flatten, nn.Dropout, nn.Identity
-    if not isinstance(linear, nn.Linear) or not all(isinstance(m, passing) for m in between):
-        raise BadInput("model: expected average pooling and one linear layer at the end, as in AvgPoolHead. "
-                       "For attention pools use attention_maps.")
+    "What each position adds to the logit of a class, in a network with average pooling; for one output to its size."
+    def same(a, b):
+        near = torch.finfo(b.dtype).eps**.5 * b.abs().amax(1, True)
+        return a.shape == b.shape and not ((a - b).abs() > near).any()
     with evaluating(uncompiled(model)) as model:
-        (fmap,), logits = _inputs_of(model, [modules[last]], x)
-        if target is None: target = logits.argmax(1)
-        weight = linear.weight[target if target.ndim == 2 else target[:, None]]   # (b, k, c)
-        return torch.einsum('bkc,bchw->bkhw', weight, fmap).as_subclass(Tensor)
+        out, (linear, pooled), maps, view = _watch(model, x.as_subclass(Tensor))
+        fits = [m for m in map(view, maps) if linear is not None and same(m.mean((2, 3)), pooled)]
+        if find_pools(model) or not fits or not same(linear(pooled), out):
+            raise BadInput("model: expected average pooling and one linear layer at the end, as in AvgPoolHead. "
+                           "For attention pools use attention_maps, for any other network grad_cam.")
+        fmap = next((m for m in reversed(fits) if _positions(m) > 1), fits[-1])
+        weight = linear.weight[_targets(target, out)]   # (b, k, c)
+        if target is None and out.shape[1] == 1: weight = weight * out.sign()[..., None]
+        return torch.einsum('bkc,bchw->bkhw', weight, fmap)
 
 # %% ../../nbs/17_maps.compute.ipynb #18f4f15f
 def grad_cam(
     model: nn.Module, # Any classifier
     x: Tensor, # Pictures `(b, 3, H, W)`, normalised as in training
-    target: Tensor | None = None, # Class for each picture, `(b,)`; None for the predicted one
-    layer: nn.Module | None = None, # Whose output is weighed; None for the last child but one, the body before a head
-) -> Tensor: # `(b, 1, h, w)`, 0 or more
-    "Grad-CAM: the layer's channels, each weighed by the mean of the class's gradient over positions. By captum."
-    try: from captum.attr import LayerGradCam
-    except ImportError: raise ImportError("grad_cam needs captum: pip install captum.") from None
-    if layer is None:
-        children = list(uncompiled(model).children())
-        if len(children) < 2: raise BadInput("layer: the network is not body and head. Pass the module to weigh.")
-        layer = children[-2]
+    target: Tensor | None = None, # Class of each picture, `(b,)`, or several, `(b, k)`; None for the predicted one
+    layer: nn.Module | None = None, # Whose output is weighed; None for the last map that the class depends on
+) -> Tensor: # `(b, 1 or k, h, w)`, 0 or more
+    "Grad-CAM: the channels of a map, each weighed by the mean of the class's gradient over positions."
+    if not isinstance(layer, nn.Module | None): raise TypeError(f"layer: expected a module, got {layer!r}.")
     with evaluating(uncompiled(model)) as model, torch.enable_grad():
-        if target is None: target = model(x).argmax(1)
-        return LayerGradCam(model, layer).attribute(x.as_subclass(Tensor), target, relu_attributions=True).detach()
+        x = x.as_subclass(Tensor).detach().requires_grad_().clone()   # a graph, even if all weights are frozen
+        out, _, maps, view = _watch(model, x, layer)
+        maps = [t for t in maps if view(t) is not None and _positions(view(t)) > 1 and t.requires_grad]
+        if not maps:
+            what = 'the network makes' if layer is None else f'this {type(layer).__name__} gives'
+            raise BadInput(f"layer: {what} no map (b, c, h, w) in the proportions of the pictures, of more than one "
+                           "position and with a gradient. Pass the module whose output is one, as model.layer4.")
+        chosen = _targets(target, out)
+        scores = (out.abs() if target is None and out.shape[1] == 1 else out).gather(1, chosen).sum(0)
+        for t in reversed(maps):   # after a last block that only the class token leaves there is no gradient
+            grads = [torch.autograd.grad(s, t, retain_graph=True, materialize_grads=True)[0] for s in scores]
+            if any(view(g).any() for g in grads): break
+        return torch.cat([(view(g).mean((2, 3), True) * view(t)).sum(1, True) for g in grads], 1).detach().clamp(min=0)
 
 # %% ../../nbs/17_maps.compute.ipynb #067251e6
 def class_token_maps(
@@ -124,7 +199,7 @@ def class_token_maps(
         raise BadInput("model: expected a timm vision transformer with a class token (vit_*, deit_*), "
                        "whose blocks have attn.qkv.")
     with evaluating(model):
-        (t,), _ = _inputs_of(model, [attn], x)
+        t, = _inputs_of(model, [attn], x)
         q, k, _ = attn.qkv(t).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)   # (b, heads, tokens, d)
         q, k = attn.q_norm(q), attn.k_norm(k)
         scores = attn.scale * q[:, :, :1] @ k[:, :, model.num_prefix_tokens:].mT   # class token to patches
