@@ -104,7 +104,7 @@ def _watch(model, x, layer=None):
     "Outputs; the last linear layer and its input; the last maps outside of pools, or `layer`'s; how to view one."
     if x.ndim != 4: raise BadInput(f"x: expected pictures (b, c, H, W), got {tuple(x.shape)}.")
     prefix = next((m.num_prefix_tokens for m in model.modules() if hasattr(m, 'num_prefix_tokens')), None)
-    maps, tokens, linear, pooled = deque(maxlen=16), set(), [None, None], None
+    maps, tokens, linear, pooled = deque(maxlen=8), set(), [None, None], None
     def view(t): return _as_map(t, x, prefix)
     def look(m, args, out):
         nonlocal pooled

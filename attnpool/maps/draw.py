@@ -160,11 +160,11 @@ class Reading:
         "What is said, with its probability; then, where it is another, the truth in brackets."
         p, said = p.cpu(), said.cpu()
         def text(row, p=None):
-            if row.is_floating_point(): parts = [f'{v:.3g}' for v in row.tolist()]
-            else:
-                ids = row.nonzero().flatten() if row.dtype == torch.bool else row[None]
-                if p is not None: ids = ids[p[ids].argsort(descending=True)]
-                parts = [title_text(self.name(i)) + ('' if p is None else f' {p[i]:.0%}') for i in ids.tolist()]
+            if row.is_floating_point():
+                return ', '.join(f'{v:.3g}' for v in row[:4].tolist()) + (', …' if len(row) > 4 else '')
+            ids = row.nonzero().flatten() if row.dtype == torch.bool else row[None]
+            if p is not None: ids = ids[p[ids].argsort(descending=True)]
+            parts = [title_text(self.name(i)) + ('' if p is None else f' {p[i]:.0%}') for i in ids.tolist()]
             return f',{sep}'.join(parts[:3] + ([f'and {len(parts) - 3} more'] if len(parts) > 3 else [])) or 'none'
         true = said if truth is None else _like(truth, p, said)
         return [text(s, q) + ('' if torch.equal(s, t) else f'{sep}({text(t)})') for q, s, t in zip(p, said, true)]

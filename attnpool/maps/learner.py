@@ -107,7 +107,7 @@ def pictures_of(
         if files is None: x, labels, boxes = validation_pictures(dls, n)
         else: x = _test_batch(dls, _listed(files))
     except RuntimeError as e:
-        if 'equal size' not in str(e): raise
+        if not ('equal size' in str(e) or 'same size' in str(e)): raise
         raise BadInput("files: the pictures have several sizes, and the Learner's data no transform that brings them "
                        "to one. Give them one, as item_tfms=Resize(224).") from None
     shown = TensorImage(x)

@@ -55,7 +55,7 @@ def class_index(
     "The index of a class given by index or name; a name wins over an index that is written the same."
     names = [str(v) for v in vocab]
     if str(c) in names: return names.index(str(c))
-    if str(c).isdigit() and int(c) < len(names): return int(c)
+    if str(c).isdecimal() and int(c) < len(names): return int(c)
     known = ', '.join(names[:20]) + (', ...' if len(names) > 20 else '')
     raise BadInput(f"classes: {c!r} is not one of {len(names)} classes: {known}.")
 
@@ -117,7 +117,8 @@ def maps_page(
     caption = 'Hover over a class to see its map.' if per_class else one
     pixels = (shown[:, :3 if shown.shape[1] > 2 else 1].expand(-1, 3, -1, -1) * 255).round().byte()
     pixels, form = pixels.permute(0, 2, 3, 1).cpu().numpy(), '.3g' if numbers else '.1%'
-    said = [[(title_text(names[c], 200), format(q[c].item(), form)) for c in ids.tolist()] for ids, q in zip(chosen, p)]
+    shown_as = [('output ' if numbers else '') + title_text(name, 200) for name in names]
+    said = [[(shown_as[c], format(q[c].item(), form)) for c in ids.tolist()] for ids, q in zip(chosen, p)]
     cards = [(data_uri(picture), [data_uri(colours(m)) for m in up], answers)
              for picture, up, answers in zip(pixels, enlarge(maps, x.shape[2:]), said)]
     write_file(path, html_page('Where the network looks', _CARDS, _STYLE, caption=caption, cards=cards))
