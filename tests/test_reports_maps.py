@@ -166,10 +166,24 @@ def test_an_exported_learner_shows_maps_in_another_process(photos, tmp_path, mon
     assert lines[2:] == ["BadInput dls: it holds no validation pictures; an exp"[:53]] * 2
 
 
-def test_digits_learners_take_files(tmp_path):
+def test_digits_learners_take_files_loaded_ones_too(tmp_path):
     Image.new("L", (60, 40), 200).save(tmp_path / "a.png")
-    learn = Learner(digits_dls(40, n_train=64, n_valid=16, device="cpu"), network(10))
-    assert len(titles(learn.show_attention(tmp_path))) == 1 and pictures_of(learn, tmp_path)[0].shape == (1, 3, 40, 40)
+    learn = Learner(digits_dls(40, n_train=64, n_valid=16, device="cpu"), network(10), path=tmp_path)
+    learn.export("learner.pkl")
+    said = titles(learn.show_attention(tmp_path / "a.png"))
+    assert titles(load_learner(tmp_path / "learner.pkl").show_attention(tmp_path)) == said
+    x, shown, *_ = pictures_of(learn, tmp_path)
+    assert torch.allclose(shown, torch.full((1, 3, 40, 40), 200 / 255), atol=1e-6) and shown.shape == x.shape
+    with learn.no_bar(): assert str(learn.predict(tmp_path / "a.png")[0]) == said[0].split()[0]
+
+
+def test_loaders_of_plain_torch(photos):
+    pairs = [(torch.rand(3, 32, 32), i % 3) for i in range(12)]
+    learn = Learner(DataLoaders(*(torch.utils.data.DataLoader(pairs, 4) for _ in range(2))), network(3), loss_func=nn.CrossEntropyLoss())
+    with inputs(learn.model) as seen: assert len(titles(learn.show_attention(n=12))) == 12
+    assert all(map(torch.equal, seen, [x for x, _ in pairs]))
+    assert len(titles(learn.show_attention(sorted(get_image_files(photos))[:2]))) == 2
+    assert len(buttons(maps_page(learn, photos.parent / "plain.html"))) == 8
 
 
 def test_data_that_are_no_files_tell_the_size(photos):
@@ -436,6 +450,27 @@ def test_a_fastai_body_with_fastais_head(photos):
     x, target = torch.randn(2, 3, 64, 64), torch.tensor([2, 0])
     cam = grad_cam(learn.model, x, target)
     assert torch.allclose(cam, cam_by_hand(learn.model, learn.model[0], x, target), atol=1e-8) and cam.shape == (2, 1, 2, 2)
+
+
+def test_any_learner_shows_maps_and_any_page_offers_its_classes(photos, tmp_path):
+    "fastai's own head, a transformer, y_range: Grad-CAM, where nothing else is to be had."
+    from fastai.vision.all import resnet18
+    vit = timm_network("vit_tiny_patch16_224", img_size=32, depth=2)
+    numbers = block(photos, (ImageBlock, RegressionBlock), number)
+    for learn in (vision_learner(block(photos), resnet18, pretrained=False), Learner(block(photos, get_y=odd), vit),
+                  vision_learner(block(photos), "resnet18", pretrained=False), vision_learner(numbers, resnet18, pretrained=False, y_range=(0, 8))):
+        assert len(titles(learn.show_attention(n=3))) == 3
+        page = maps_page(learn, tmp_path / "m.html", n=2, top=2).read_text()
+        assert page.count('class="map') == (2 if learn.dls is numbers else 4)
+
+
+def test_untrained_heads_and_pictures_of_a_few_pixels():
+    model, x = timm_network("resnet18"), torch.randn(2, 3, 32, 32)   # its last map has one position
+    assert torch.allclose(grad_cam(model, x, torch.tensor([0, 1])), cam_by_hand(model, model.layer3, x, torch.tensor([0, 1])), atol=1e-8)
+    assert class_activation_map(model, x).shape == (2, 1, 1, 1)
+    nn.init.zeros_(model.fc.weight)
+    zeros = grad_cam(model, torch.randn(2, 3, 64, 64))
+    assert zeros.shape == (2, 1, 2, 2) and not zeros.any()
 
 
 def test_layers_that_give_no_map_are_told():

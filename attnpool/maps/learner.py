@@ -13,16 +13,17 @@ from typing import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from fastai.vision.all import (
-    DataLoaders, Datasets, IntToFloatTensor, Learner, Normalize, TensorImage, TfmdLists, patch, to_device)
+    DataLoaders, Datasets, IntToFloatTensor, Learner, Normalize, TensorImage, TfmdDL, TfmdLists, patch,
+    to_device)
 from torch import Tensor
 
 from ..data.listing import first_few
 from ..data.pictures import validation_pictures
 from ..data.reader import open_picture, picture_files
 from ..layers import evaluating
-from .compute import maps_of, uncompiled
+from .compute import class_maps, find_pools, maps_of, uncompiled
 from .draw import Reading, show_maps
 from ..registry import BadInput
 
@@ -66,15 +67,16 @@ def open_pictures(
 ) -> Tensor: # `(b, 3, size, size)`, 0..1; without transparency
     "Picture files as a batch, for a network without a Learner; folders in the order of their names."
     files = _listed(files)
-    def read(i):
-        im = open_picture(files[i])
-        scale = size / min(im.size)
-        im = im.resize([max(size, round(s * scale)) for s in im.size], Image.Resampling.BILINEAR)
-        left, top = ((s - size) // 2 for s in im.size)
-        return torch.from_numpy(np.array(im.crop((left, top, left + size, top + size)))).permute(2, 0, 1) / 255
-    return torch.stack(_each(read, files))
+    def read(i): return np.asarray(ImageOps.fit(open_picture(files[i]), (size, size), Image.Resampling.BILINEAR))
+    return torch.from_numpy(np.stack(_each(read, files))).permute(0, 3, 1, 2) / 255
 
 # %% ../../nbs/45_maps.learner.ipynb #bd56668e
+def _loaders(learn):
+    "Its data, where need be as fastai's: loaders of plain torch have no transforms."
+    def own(dl): return TfmdDL(dl.dataset, bs=dl.batch_size or 64, num_workers=0, create_batch=dl.collate_fn)
+    plain = isinstance(learn.dls.loaders[-1], torch.utils.data.DataLoader)
+    return DataLoaders(*map(own, learn.dls.loaders)) if plain else learn.dls
+
 def _test_batch(dls, files):
     "Files as validation would give them to the network, in one batch."
     if len(dls.loaders) == 1: dls = DataLoaders(dls.train, dls.train)
@@ -99,7 +101,7 @@ def pictures_of(
     n: int = 8, # How many of the validation set, from all over it
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]: # As the network takes them, 0..1 to look at, labels, boxes
     "Pictures to show maps over, all in one batch on the device of the network."
-    dls, labels, boxes = learn.dls, None, None
+    dls, labels, boxes = _loaders(learn), None, None
     if (inputs := getattr(dls, 'n_inp', 1)) != 1:
         raise BadInput(f"learn: its network takes {inputs} inputs, and maps are laid over one picture. "
                        "Use attention_maps and show_maps.")
@@ -122,7 +124,7 @@ def batches(
     x: Tensor, # From `pictures_of`
 ) -> tuple[Tensor, ...]: # Parts of it
     "Pictures in batches that fit into memory."
-    return x.split(learn.dls.loaders[-1].bs or len(x))
+    return x.split(_loaders(learn).loaders[-1].bs or len(x))
 
 def outputs_of(
     learn: Learner, # Any one for pictures
@@ -141,9 +143,9 @@ def show_attention(self: Learner,
     ncols: int = 8, # Pictures per row
     cell: float = 1.2, # Side of a picture, in inches
 ) -> plt.Figure:
-    "Attention maps (for average pooling, class activation maps) over pictures, with what the network says."
+    "Attention maps, or without an attention pool `class_maps`, over pictures, with what the network says."
     x, shown, labels, boxes = pictures_of(self, files, n)
     out, reading = outputs_of(self, x)
     titles = reading.titles(*reading.read(out), labels, sep='\n')
-    maps = torch.cat([maps_of(self.model, b, pool) for b in batches(self, x)])
-    return show_maps(shown, maps, titles, boxes, ncols, cell)
+    def maps(b): return maps_of(self.model, b, pool) if find_pools(self.model) else class_maps(self.model, b)
+    return show_maps(shown, torch.cat(list(map(maps, batches(self, x)))), titles, boxes, ncols, cell)

@@ -15,7 +15,7 @@ from fastai.vision.all import Learner
 from torch import Tensor
 
 from ..data.cache import write_file
-from .compute import class_activation_map, enlarge, find_pools, maps_of
+from .compute import class_maps, enlarge, find_pools, maps_of
 from .draw import colours, data_uri, title_text
 from .learner import batches, outputs_of, pictures_of
 from ..registry import BadInput
@@ -105,9 +105,9 @@ def maps_page(
     further = torch.tensor([class_index(c, names) for c in classes], dtype=torch.long).expand(len(p), -1)
     chosen = torch.cat([best, further], 1)   # (b, outputs offered)
     parts, per_class = batches(learn, x), out.shape[1] > 1
-    if per_class and not find_pools(learn.model):
-        classes_of = chosen.split(len(parts[0]))
-        maps = torch.cat([class_activation_map(learn.model, b, c) for b, c in zip(parts, classes_of)]).clamp(min=0)
+    if not find_pools(learn.model):
+        targets = chosen.split(len(parts[0])) if per_class else [None] * len(parts)
+        maps = torch.cat([class_maps(learn.model, b, t) for b, t in zip(parts, targets)])
     else:
         maps = torch.cat([maps_of(learn.model, b) for b in parts])
         per_class &= maps.shape[1] == out.shape[1]
