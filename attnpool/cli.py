@@ -225,7 +225,8 @@ def maps(
         from attnpool.runs.train import open_run
         run, *pictures = runs
         further = read_list('classes', classes) if classes else ()
-        page = maps_page(open_run(run, check_device(device), data, check), out, pictures or None, top, further, n)
+        learn = open_run(run, check_device(device), data, check, with_data=not pictures)
+        page = maps_page(learn, out, pictures or None, top, further, n)
         text = f'Page: {page.resolve().as_uri()}'
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
