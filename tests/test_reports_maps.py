@@ -498,6 +498,15 @@ def test_a_single_output_shows_what_makes_it_what_it_is():
     assert torch.allclose(grad_cam(model, x) * terms[0].numel(), (terms * out.sign()[..., None, None]).clamp(min=0), atol=1e-6)
 
 
+def test_a_page_never_takes_the_place_of_a_picture(photos, tmp_path):
+    learn, file = Learner(block(photos), network(3)), tmp_path / "a.png"
+    Image.new("RGB", (40, 40)).save(file)
+    before = file.read_bytes()
+    with pytest.raises(BadInput, match="^path: .*a.png is a picture"): maps_page(learn, file, file)
+    with pytest.raises(FileNotFoundError, match="^path: there is no folder"): maps_page(learn, tmp_path / "none" / "m.html", file)
+    assert file.read_bytes() == before and len(buttons(maps_page(learn, maps_page(learn, tmp_path / "m.html", file), file))) == 1
+
+
 def test_maps_of_a_query_per_class_stay_with_their_class(photos, tmp_path):
     learn = Learner(block(photos), network(3, ClassQueryPoolHead))
     page = maps_page(learn, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3).read_text()

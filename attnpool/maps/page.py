@@ -15,6 +15,7 @@ from fastai.vision.all import Learner
 from torch import Tensor
 
 from ..data.cache import write_file
+from ..data.reader import is_picture
 from .compute import class_maps, enlarge, find_pools, maps_of
 from .draw import colours, data_uri, title_text
 from .learner import batches, outputs_of, pictures_of
@@ -97,6 +98,9 @@ def maps_page(
 ) -> Path: # The file
     "A page of pictures: hover over a class and see its map. Where the head has one map for all classes, that one."
     if top < 1: raise BadInput(f"top: expected at least 1 class, got {top}.")
+    path = Path(path)
+    if not path.parent.is_dir(): raise FileNotFoundError(f"path: there is no folder {path.parent}.")
+    if path.is_file() and is_picture(path): raise BadInput(f"path: {path} is a picture. Give the page another name.")
     x, shown, *_ = pictures_of(learn, files, n)
     out, reading = outputs_of(learn, x)
     p, said = (t.cpu() for t in reading.read(out))
@@ -122,4 +126,4 @@ def maps_page(
     cards = [(data_uri(picture), [data_uri(colours(m)) for m in up], answers)
              for picture, up, answers in zip(pixels, enlarge(maps, x.shape[2:]), said)]
     write_file(path, html_page('Where the network looks', _CARDS, _STYLE, caption=caption, cards=cards))
-    return Path(path)
+    return path
