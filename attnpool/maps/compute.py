@@ -95,6 +95,7 @@ def _as_map(t, x, prefix):
         if h and n % h == 0 and off(h, n // h) < math.log(2): return t[:, p:].unflatten(1, (h, -1)).permute(0, 3, 1, 2)
     return None
 
+# %% ../../nbs/17_maps.compute.ipynb #fd437aba
 def _is_step(m, arg):
     "Whether a module that ends on one position is a stride of the body over the last few, and no pool over all."
     few = arg is not None and 1 < _positions(arg) <= 9

@@ -123,6 +123,7 @@ def _ways(loss):
     if loss is nn.functional.binary_cross_entropy: name = 'bceloss'   # timm's class of that name takes logits
     return next((ways for part, ways in _BY_NAME if re.search(part, name)), None)
 
+# %% ../../nbs/19_maps.draw.ipynb #041f8b32
 class Reading:
     "What the outputs of a network say: one class, some labels, or numbers."
     def __init__(self,
@@ -179,6 +180,7 @@ def _like(truth, p, said):
     if said.dtype == torch.bool: return t > .5 if whole else torch.arange(p.shape[1]) == t if t.shape[1] == 1 else said
     return t.argmax(1) if whole else t[:, 0].long() if t.shape[1] == 1 else said
 
+# %% ../../nbs/19_maps.draw.ipynb #9b594f9e
 def captions(
     p: Tensor, # Probabilities `(b, n_out)`
     vocab: Sequence | None = None, # Names of the classes; None for their numbers
