@@ -89,6 +89,7 @@ PIPELINES = dict(
     random=lambda p: from_folder(p, item_tfms=RandomResizedCrop(32, min_scale=.3), batch_tfms=aug_transforms()),
     frame=from_frame,
     block=block,
+    grey=lambda p: block(p, (ImageBlock(PILImageBW), CategoryBlock)),
     alone=lambda p: DataLoaders(block(p).train, device="cpu"),
     ours=lambda p: get_dls(p, 32, 8, "cpu", cache=p.parent / "cache"),
     uncached=lambda p: get_dls(p, 32, 8, "cpu", augment="light", cache=p.parent / "cache", cache_gb=0))
@@ -97,7 +98,8 @@ PIPELINES = dict(
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_maps_see_what_predict_and_validation_see(photos, pipeline):
     dls = PIPELINES[pipeline](photos)
-    learn, files = Learner(dls, network(3), loss_func=CrossEntropyLossFlat()), sorted(get_image_files(photos))[::5]
+    model, files = network(3, channels=1 if pipeline == "grey" else 3), sorted(get_image_files(photos))[::5]
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat())
     with inputs(learn.model) as shown, plt.rc_context(): said = titles(learn.show_attention(files))
     with learn.no_bar():
         if pipeline != "alone":
@@ -352,6 +354,7 @@ def test_names_are_shown_as_they_are(photos, tmp_path, recwarn):
     fig = show_maps(x, maps_of(model, x), titles=captions(torch.eye(len(HOSTILE)), HOSTILE, [0] * len(HOSTILE), sep="\n"), ncols=4)
     fig.savefig(tmp_path / "a.png")
     assert titles(fig)[0] == "$x_1$ 100%" and titles(fig)[1] == "a$b 100%\n($x_1$)" and titles(fig)[6] == "a b 100%\n($x_1$)" and len(titles(fig)[7]) < 60
+    show_maps(x, maps_of(model, x), titles=HOSTILE).savefig(tmp_path / "a.svg")
     for i in range(len(HOSTILE)): show_heads({HOSTILE[i]: model}, x[:2], [i, 0], vocab=HOSTILE).savefig(tmp_path / "b.svg")
     dls = block(photos)
     learn = Learner(dls, fixed([3.] * len(HOSTILE)))
@@ -472,6 +475,24 @@ def test_untrained_heads_and_pictures_of_a_few_pixels():
     nn.init.zeros_(model.fc.weight)
     zeros = grad_cam(model, torch.randn(2, 3, 64, 64))
     assert zeros.shape == (2, 1, 2, 2) and not zeros.any()
+
+
+def test_a_column_of_numbers_may_be_squeezed(photos):
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = fixed([2.5])
+        def forward(self, x): return self.network(x).squeeze(1)
+    learn = Learner(block(photos, (ImageBlock, RegressionBlock), number), Squeezed())
+    assert {t.split("\n")[0] for t in titles(learn.show_attention(n=9))} == {"2.5"}
+    assert buttons(maps_page(learn, photos.parent / "squeezed.html", n=2)) == [[("output 0", "2.5")]] * 2
+
+
+def test_grad_cam_in_any_mode_of_autograd():
+    model, x, target = network(3), torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+    expected = grad_cam(model, x, target)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode(): assert torch.equal(grad_cam(model, x.clone(), target), expected)
 
 
 def test_layers_that_give_no_map_are_told():

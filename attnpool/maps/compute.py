@@ -126,6 +126,7 @@ def _watch(model, x, layer=None):
     pools = tuple(f'{n}.' for n in find_pools(model)) if layer is None else ()
     watched = [m for n, m in model.named_modules() if not f'{n}.'.startswith(pools)]
     out = _forward(model, x, [m.register_forward_hook(look) for m in watched])
+    if isinstance(out, Tensor) and out.ndim == 1: out = out[:, None]
     if isinstance(out, Tensor) and out.ndim == 2: return out, linear, [*ones, *maps], view
     what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     raise BadInput(f"model: expected outputs (b, n_out), a row for each picture, got {what}.")
@@ -170,8 +171,8 @@ def grad_cam(
 ) -> Tensor: # `(b, 1 or k, h, w)`, 0 or more
     "Grad-CAM: the channels of a map, each weighed by the mean of the class's gradient over positions."
     if not isinstance(layer, nn.Module | None): raise TypeError(f"layer: expected a module, got {layer!r}.")
-    with evaluating(uncompiled(model)) as model, torch.enable_grad():
-        x = x.as_subclass(Tensor).detach().requires_grad_().clone()   # a graph, even if all weights are frozen
+    with torch.inference_mode(False), evaluating(uncompiled(model)) as model, torch.enable_grad():
+        x = x.as_subclass(Tensor).clone().detach().requires_grad_().clone()   # a graph, even if all weights are frozen
         out, _, maps, view = _watch(model, x, layer)
         maps = [t for t in maps if view(t) is not None and _positions(view(t)) > 1 and t.requires_grad]
         if not maps:

@@ -64,6 +64,8 @@ def _grid(nrows, ncols, cell, images, left=0., above=0., below=0.):
     for ax in axs.flat: ax.axis('off')
     return fig, axs
 
+def _legible(text): return str(text).encode('utf-8', 'replace').decode()   # names of files may be of any bytes
+
 def _overlay(ax, image, maps, box):
     "One picture, stretched to 0..1, under the mean of its maps `(k, h, w)`."
     image = image.as_subclass(Tensor).float().cpu()
@@ -90,7 +92,7 @@ def show_maps(
     fig, axs = _grid(-(-len(images) // ncols), ncols, cell, images, above=above)
     for i, ax in zip(range(len(images)), axs.flat):
         _overlay(ax, images[i], maps[i], None if boxes is None else boxes[i])
-        if titles is not None: ax.set_title(titles[i], fontsize=8, color=_GREY, pad=3, parse_math=False)
+        if titles is not None: ax.set_title(_legible(titles[i]), fontsize=8, color=_GREY, pad=3, parse_math=False)
     return fig
 
 # %% ../../nbs/19_maps.draw.ipynb #3fa567ed
@@ -99,7 +101,7 @@ def title_text(
     n: int = 40, # Longest text, in characters; a longer one is cut
 ) -> str: # One line, of characters that files can hold
     "A name as a text for titles."
-    text = ' '.join(str(name).encode('utf-8', 'replace').decode().split())
+    text = ' '.join(_legible(name).split())
     return text if len(text) <= n else f'{text[:n - 1]}…'
 
 # %% ../../nbs/19_maps.draw.ipynb #bc9bcf12
@@ -138,9 +140,10 @@ class Reading:
         return str(self.vocab[i]) if self.vocab is not None and 0 <= i < len(self.vocab) else str(i)
 
     def read(self,
-        out: Tensor, # Outputs, `(b, n_out)`
+        out: Tensor, # Outputs, `(b, n_out)` or `(b,)`
     ) -> tuple[Tensor, Tensor]: # Probabilities or numbers `(b, n)`; classes `(b,)`, labels `(b, n)` as bool, or numbers
         "Outputs as the loss reads them. A single one that tells two classes apart becomes the probabilities of both."
+        if isinstance(out, Tensor) and out.ndim == 1: out = out[:, None]
         if not isinstance(out, Tensor) or out.ndim != 2:
             what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise BadInput(f"model: expected outputs (b, n_out), a row for each picture, got {what}.")

@@ -133,7 +133,8 @@ def outputs_of(
     "What the network makes of pictures."
     reading = Reading(learn.loss_func, getattr(learn.dls, 'vocab', None))
     with evaluating(learn.model): outs = [learn.model(b) for b in batches(learn, x)]
-    return (torch.cat(outs) if isinstance(outs[0], Tensor) else outs[0]), reading
+    if not isinstance(outs[0], Tensor): return outs[0], reading   # which says what is wrong with it
+    return torch.cat([o[:, None] if o.ndim == 1 else o for o in outs]), reading
 
 @patch
 def show_attention(self: Learner,
