@@ -122,6 +122,7 @@ def describe(
             other = '' if (n, valid.total()) == (a, b) else f', which has {a:,} and {b:,}'
             note = [f"{listing.family}: {'not ' if other else ''}the official split{other}"]
         note += listing.notes
+        listing.tell(aloud=False)
         lines = _about_files(listing, check)
         make = partial(picture_dls, data, size, max(1, min(16, n - len(broken))), 'cpu', True,
                        valid_pct=valid_pct, split_seed=split_seed, cache=cache)

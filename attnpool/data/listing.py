@@ -15,14 +15,13 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from .cache import write_file
-from .reader import TRAIN, VALID, folder_roles, inner_folders, picture_files, unwrapped
+from .reader import TRAIN, VALID, folder_roles, inner_folders, is_output, picture_files, unwrapped
 from ..registry import BadInput
 
 # %% ../../nbs/32_data.listing.ipynb #fa80d987
@@ -52,9 +51,7 @@ def first_few(
     return ', '.join(names[:n]) + (f' and {len(names) - n:,} more' if len(names) > n else '')
 
 # %% ../../nbs/32_data.listing.ipynb #a3132096
-@lru_cache(None)
-def _say(text):
-    if os.environ.get('RANK', '0') == '0': print(text, file=sys.stderr)   # of several processes the first
+_TOLD = set()
 
 @dataclass(frozen=True)
 class Listing:
@@ -81,9 +78,13 @@ class Listing:
         files, labels = ([o for o, g in zip(values, good) if g] for values in (self.files, self.labels))
         return replace(self, files=files, labels=labels, n_train=sum(good[:self.n_train]))
 
-    def tell(self):
-        "Say the notes on the standard error, each once."
-        for note in self.notes: _say(f'attnpool: {self.name}: {note}.')
+    def tell(self,
+        aloud: bool = True # False where another text has them already
+    ):
+        "Say the notes on the standard error, each once; of several processes the first does."
+        for text in (f'attnpool: {self.name}: {note}.' for note in self.notes):
+            if aloud and text not in _TOLD and os.environ.get('RANK', '0') == '0': print(text, file=sys.stderr)
+            _TOLD.add(text)
 
     def checked(self) -> 'Listing': # Itself
         "An error where a classifier could not be trained and validated on it."
@@ -116,7 +117,8 @@ def _of_folder(root, folder):
         raise BadInput(f"data: {len(bare):,} pictures lie outside of a class's folder: {first_few(bare, 3)}. {LAYOUTS}")
     inside = {way[0]: set() for way in ways}
     for way in ways: inside[way[0]].add(way[1] if len(way) > 2 else None)
-    empty = [str(d.relative_to(root)) for d in inner_folders(folder) if d.name not in inside]
+    empty = [str(d.relative_to(root)) for d in inner_folders(folder) if d.name not in inside
+             and not any(is_output(p) for p in d.rglob('*') if p.is_dir())]
     if empty and inside:
         raise BadInput(f"data: class folders without pictures in {root}: {first_few(empty)}. Fill or delete them.")
     classes, below = sorted(inside), next(iter(inside.values()), set())
@@ -173,17 +175,19 @@ def list_folder(
 # %% ../../nbs/32_data.listing.ipynb #b5862a9a
 def _rows(file):
     "Rows of a table as dicts, each with the number of its line."
+    at = 1
     try:
         text = file.read_text(encoding='utf-8-sig')
         first = text.lstrip('\n').partition('\n')[0]
         reader = csv.reader(io.StringIO(text, newline=''), delimiter=max(',;\t', key=first.count), strict=True,
                             skipinitialspace=True)
-        found, at = [], 1
+        found = []
         for values in reader:
             if any(v.strip() for v in values): found.append((at, [v.strip() for v in values]))
             at = reader.line_num + 1
         if '\0' in text: raise csv.Error('it holds a zero byte')
-    except (UnicodeDecodeError, csv.Error) as e: raise BadInput(f"data: {file} is not a CSV in UTF-8 ({e}).") from None
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise BadInput(f"data: {file} is not a CSV in UTF-8 (line {at}: {e}).") from None
     if len(found) < 2:
         raise BadInput(f"data: {file} has no rows. Expected a header path,label and one row per picture.")
     header = [name.lower() for name in found[0][1]]

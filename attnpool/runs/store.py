@@ -7,6 +7,7 @@ __all__ = ['Result', 'write_result', 'read_result', 'load_run', 'write_about', '
 
 # %% ../../nbs/52_runs.store.ipynb #602245c1
 import json
+import os
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastai.vision.all import Normalize
 from ..data.augment import STATS, augment_name
 from ..data.cache import write_file
 from ..data.listing import Listing, differences, digests, fingerprint, first_few, read_digests
-from ..data.pictures import empty_dls, find_pictures, is_path
+from ..data.pictures import DATASETS, empty_dls, find_pictures, is_path
 from ..registry import BadInput
 from .spec import Spec, read_spec
 from ..tasks import TASKS
@@ -172,7 +173,8 @@ def _own_data(spec, folder, device, check, about):
     dls = TASKS[spec.task].dls(spec, spec.recipe.bs, device)
     if about and list(dls.vocab) != about['vocab']:
         raise BadInput(f"data: {spec.data.path} has the classes {first_few(dls.vocab)}, and {folder.name} was trained "
-                       f"on {first_few(about['vocab'])}. Leave these data out with with_data=False.")
+                       f"on {first_few(about['vocab'])}. It can still show other pictures: attnpool maps RUN PICTURE, or "
+                       "open_run with with_data=False.")
     for t in (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize) and 'mean' in about):
         t.mean, t.std = (getattr(t, k).new_tensor(about[k]).view(1, -1, 1, 1) for k in ('mean', 'std'))
     return dls
@@ -186,8 +188,9 @@ def open_data(
 ) -> DataLoaders: # Without pictures, they can prepare others
     "The data of a run."
     about = read_about(result)
-    lay, alone = about.pop('path', ''), 'mean' in about
-    path = str(data or (lay if lay and Path(lay).exists() else result.spec.data.path))
+    lay, typed, alone = about.pop('path', ''), result.spec.data.path, 'mean' in about
+    if typed not in DATASETS: typed = os.path.join(os.curdir, Path(typed).expanduser())
+    path = str(data or next((p for p in (lay, typed) if p and Path(p).exists()), lay or typed))
     spec = replace(result.spec, data=replace(result.spec.data, path=path))
     if with_data is not False or not alone:
         try: return _own_data(spec, result.folder, device, check, about)

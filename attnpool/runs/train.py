@@ -249,7 +249,7 @@ def sweep(
     "Make all runs that are not there yet, with progress: which run of how many, epoch, time left."
     console, out, device = console or Console(), Path(out), join_processes(device)
     if not is_first(): console = Console(quiet=True)
-    def say(text): console.print(text, markup=False, highlight=False)
+    def say(text): console.print(text, markup=False, highlight=False, soft_wrap=True)
     on_first_process(_writable, out)
     results = _found(specs, out, device, say)
     todo = [s for s in dict.fromkeys(specs) if s not in results]
