@@ -42,8 +42,8 @@ def _listed(files):
             inside, left_out = picture_files(f)
             if not inside: raise BadInput(f"files: there is no picture in {f}.")
             if left_out:
-                names = first_few((o.relative_to(f) for o in left_out), 3)
-                print(f'attnpool: {len(left_out):,} in {f} left out, no pictures: {names}', file=sys.stderr)
+                few = first_few((o.relative_to(f) for o in left_out), 3)
+                print(f'attnpool: {f}: left out, as they are no pictures: {len(left_out):,} ({few}).', file=sys.stderr)
             found += inside
     if not found: raise BadInput("files: the list is empty. Pass pictures, or folders of them.")
     return found
