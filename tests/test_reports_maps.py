@@ -440,6 +440,18 @@ def test_grad_cam_finds_the_last_map_of_any_network(name):
         with pytest.raises(BadInput, match="^model: expected average pooling.*grad_cam"): class_activation_map(model, x, target)
 
 
+@pytest.mark.parametrize("name, kwargs, size, grid, layer, view", [
+    ("resnet18", {}, (33, 130), (2, 5), "layer4", None), ("vit_tiny_patch16_224", dict(img_size=(48, 80), depth=2), (48, 80), (3, 5), "blocks.1.norm1", partial(tokens, 1, 3)),
+    ("swin_tiny_patch4_window7_224", dict(img_size=(64, 128), window_size=2, embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)), (64, 128), (2, 4), "norm", last)])
+def test_grad_cam_of_oblong_pictures_with_checkpointing_too(name, kwargs, size, grid, layer, view):
+    model, x, target = timm_network(name, **kwargs).eval(), torch.randn(2, 3, *size), torch.tensor([1, 0])
+    cam = grad_cam(model, x, target)
+    expected = cam_by_hand(model, dict(model.named_modules())[layer], x, target, view or (lambda t: t))
+    assert cam.shape == (2, 1, *grid) and torch.allclose(cam, expected, rtol=1e-4, atol=1e-9)
+    model.set_grad_checkpointing(True)
+    assert torch.allclose(grad_cam(model, x, target), cam, atol=1e-9)
+
+
 def test_grad_cam_of_resnet18_at_any_layer_is_captums():
     captum = pytest.importorskip("captum.attr")
     model, x, target = timm_network("resnet18").eval(), torch.randn(2, 3, 64, 96), torch.tensor([0, 1])
