@@ -173,8 +173,8 @@ def _own_data(spec, folder, device, check, about):
     dls = TASKS[spec.task].dls(spec, spec.recipe.bs, device)
     if about and list(dls.vocab) != about['vocab']:
         raise BadInput(f"data: {spec.data.path} has the classes {first_few(dls.vocab)}, and {folder.name} was trained "
-                       f"on {first_few(about['vocab'])}. It can still show other pictures: attnpool maps RUN PICTURE, or "
-                       "open_run with with_data=False.")
+                       f"on {first_few(about['vocab'])}. It can still show other pictures: attnpool maps RUN PICTURE, "
+                       "or open_run with with_data=False.")
     for t in (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize) and 'mean' in about):
         t.mean, t.std = (getattr(t, k).new_tensor(about[k]).view(1, -1, 1, 1) for k in ('mean', 'std'))
     return dls
