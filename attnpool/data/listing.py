@@ -221,6 +221,7 @@ def _once(file, rows):
                            "A picture has one label, and either trains or validates.")
     return list(kept.values()), again
 
+# %% ../../nbs/32_data.listing.ipynb #9544f228
 def list_csv(
     file: Path | str, # CSV with the columns `path`, `label`, and if you like `split`: train or val
     valid_pct: float = .2, # Share that validates in a random split, where there is no column `split`
