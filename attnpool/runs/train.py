@@ -232,6 +232,7 @@ def _found(specs, out, device, say):
         except ValueError as e:
             if on_first_process((out/spec.name).exists): say(f'{e} It is made again.')
     if results: say(f'{len(results)} of {len(specs)} runs are in {out} already.')
+    for text in on_first_process(earlier_data, [s for s in specs if s not in results], out): say(text)
     here = f'{device}, attnpool {attnpool.__version__}, torch {torch.__version__}'
     made = {f"{r.device}, attnpool {r.versions['attnpool']}, torch {r.versions['torch']}" for r in results.values()}
     if made - {here}:
@@ -253,7 +254,6 @@ def sweep(
     on_first_process(_writable, out)
     results = _found(specs, out, device, say)
     todo = [s for s in dict.fromkeys(specs) if s not in results]
-    for text in on_first_process(earlier_data, todo, out): say(text)
     percent = TextColumn('{task.percentage:>3.0f}%')
     columns = SpinnerColumn(), TextColumn('{task.description}'), BarColumn(), percent, TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
