@@ -212,7 +212,7 @@ def test_names_and_paths():
 def test_every_mode_becomes_rgb():
     rgb = (200, 100, 40)
     for mode, colour, file, want in [
-            ("RGB", rgb, "a.png", rgb), ("L", 90, "b.png", (90,) * 3), ("RGBA", (*rgb, 10), "c.png", rgb), ("LA", (90, 0), "d.png", (90,) * 3),
+            ("RGB", rgb, "a.png", rgb), ("L", 90, "b.png", (90,) * 3), ("RGBA", (*rgb, 10), "c.png", (253, 249, 247)), ("LA", (90, 0), "d.png", (255,) * 3),
             ("1", 1, "e.png", (255,) * 3), ("I;16", 40_000, "f.png", (156,) * 3), ("CMYK", (0, 128, 255, 0), "g.jpg", (255, 127, 0)), ("L", 90, "h.jpg", (90,) * 3)]:
         Image.new(mode, (12, 9), colour).save(file)
         im = open_picture(file)
