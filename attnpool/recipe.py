@@ -179,6 +179,8 @@ def get_recipe(
     **overrides # Fields of `Recipe` to replace; None leaves one as it is
 ) -> Recipe: # With one learning rate
     "A recipe with one learning rate and with the given fields replaced."
+    if not isinstance(recipe, (str, Recipe)):
+        raise TypeError(f"recipe: expected a Recipe, or one of {', '.join(RECIPES)}, got {recipe!r}.")
     r, known = RECIPES[recipe] if isinstance(recipe, str) else recipe, [f.name for f in fields(Recipe) if f.compare]
     for name in overrides:
         if name not in known: raise unknown('recipe', name, known)
@@ -228,7 +230,7 @@ def scratch_network(
     try: network = build_network(arch, get_c(dls), head, **options)
     except TypeError as e:
         strange = re.search(r"unexpected keyword argument '(\w+)'", str(e))
-        if not strange: raise
+        if not strange or strange[1] not in options: raise   # a head's or a network's own fault
         name = 'drop_path' if strange[1] == 'drop_path_rate' else strange[1]
         raise BadInput(f"{name}: the network {arch} has no such option. Leave it out, or take another.") from None
     return network.model, dict(splitter=network.splitter)
