@@ -101,7 +101,7 @@ def _check_pictures(xb) -> bool:
     return True
 
 # %% ../../nbs/40_callback.cutmixup.ipynb #c0ffee59
-_MIXERS = {'MixHandler', 'MixHandlerX', 'MixUp', 'CutMix', 'CutMixUp', 'CutMixUpAugment'}   # fastai's, fastxtend's, ours
+_MIXERS = {'MixHandler', 'MixHandlerX', 'MixUp', 'CutMix', 'CutMixUp', 'CutMixUpAugment'}   # anybody's
 
 def _mixes(cb): return any(c.__name__ in _MIXERS for c in type(cb).__mro__)
 
