@@ -109,8 +109,12 @@ def load_run(
         if not (folder/name).exists(): raise BadInput(f"{folder}: {name} is missing.")
         now = (folder/name).stat().st_size
         if now != size: raise BadInput(f"{folder}: {name} has {now} bytes instead of {size}.")
-    result = read_result(values, folder)
-    asked, made = result.spec.recipe.epochs, len(result.history())
+    try:
+        result = read_result(values, folder)
+        asked, made = result.spec.recipe.epochs, len(result.history())
+    except BadInput: raise
+    except (KeyError, TypeError, AttributeError, ValueError) as e:   # written by hand
+        raise BadInput(f"{folder}: its files are not those of a run ({e!r}).") from None
     if result.status == 'complete' and 'history.csv' in result.files and made != asked:
         raise BadInput(f"{folder}: history.csv has {made} epochs instead of {asked}.")
     return result
