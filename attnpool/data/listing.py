@@ -128,6 +128,7 @@ def _of_folder(root, folder):
                        f"and validate train and val, or pass one of them: {folder/classes[0]}.")
     return [str(f.relative_to(root)) for f in found], [way[0] for way in ways], left_out
 
+# %% ../../nbs/32_data.listing.ipynb #9d67f23d
 def _random_split(files, labels, valid_pct, seed):
     "The same share of each class validates; a class keeps at least one training picture."
     if not 0 < valid_pct < 1:
@@ -140,7 +141,7 @@ def _random_split(files, labels, valid_pct, seed):
     order = np.argsort(valid, kind='stable')
     return [files[i] for i in order], labels[order].tolist(), int((~valid).sum())
 
-# %% ../../nbs/32_data.listing.ipynb #0512f356
+# %% ../../nbs/32_data.listing.ipynb #477cb920
 def list_folder(
     root: Path | str, # Folder with `train` and `val` (or `valid`, or else `test`), or of classes
     valid_pct: float = .2, # Share that validates in a random split
@@ -220,6 +221,7 @@ def _once(file, rows):
                            "A picture has one label, and either trains or validates.")
     return list(kept.values()), again
 
+# %% ../../nbs/32_data.listing.ipynb #9544f228
 def list_csv(
     file: Path | str, # CSV with the columns `path`, `label`, and if you like `split`: train or val
     valid_pct: float = .2, # Share that validates in a random split, where there is no column `split`

@@ -124,11 +124,11 @@ def is_picture(
 ) -> bool:
     "Whether a file is meant as a picture: by its ending or its content. Hidden files and this library's own are not."
     file = Path(file)
-    if file.name.startswith('.'): return False
+    if file.name.startswith('.') or file.is_dir(): return False
     known = file.suffix.lower() in PICTURES
     try:
         if known: return not _made_here(file)
-        if not file.is_file(): return False
+        if not file.is_file(): return False   # a pipe
         with Image.open(file) as im: return im.format in _TOLD_BY_CONTENT
     except Exception: return known   # if it is meant as one, it is broken, and told
 
@@ -141,11 +141,15 @@ def is_run(
         except OSError: return False
     return any(told(Path(folder, name)) for name in ('spec.json', 'result.json'))
 
+def _holds_runs(folder):
+    return Path(folder, '.locks').is_dir() or any(is_run(d) for d in folder.iterdir() if d.is_dir())
+
 def is_output(
     folder: Path | str, # Any folder
 ) -> bool:
-    "Whether a folder is one where runs are kept."
-    return Path(folder, '.locks').is_dir() or any(is_run(d) for d in Path(folder).iterdir() if d.is_dir())
+    "Whether a folder has no pictures of the data, but runs, or pictures that this library has written."
+    inside = list(Path(folder).iterdir())
+    return not any(map(is_picture, inside)) and (_holds_runs(Path(folder)) or any(map(_made_here, inside)))
 
 def picture_files(
     folder: Path | str, # Where to look, in all folders below it too; links are followed
@@ -155,7 +159,7 @@ def picture_files(
     def walk(folder, above):
         s = os.stat(folder)
         if (here := (s.st_dev, s.st_ino)) in above: return   # a link to a folder around it
-        ours = is_output(folder)
+        ours = _holds_runs(folder)
         for path in folder.iterdir():
             if path.is_dir() and path.name.startswith('.'): left_out.extend([] if ours else [path])
             elif path.is_dir(): is_run(path) or walk(path, above | {here})

@@ -109,8 +109,12 @@ def load_run(
         if not (folder/name).exists(): raise BadInput(f"{folder}: {name} is missing.")
         now = (folder/name).stat().st_size
         if now != size: raise BadInput(f"{folder}: {name} has {now} bytes instead of {size}.")
-    result = read_result(values, folder)
-    asked, made = result.spec.recipe.epochs, len(result.history())
+    try:
+        result = read_result(values, folder)
+        asked, made = result.spec.recipe.epochs, len(result.history())
+    except BadInput: raise
+    except (KeyError, TypeError, AttributeError, ValueError) as e:   # written by hand
+        raise BadInput(f"{folder}: its files are not those of a run ({e!r}).") from None
     if result.status == 'complete' and 'history.csv' in result.files and made != asked:
         raise BadInput(f"{folder}: history.csv has {made} epochs instead of {asked}.")
     return result
@@ -173,8 +177,8 @@ def _own_data(spec, folder, device, check, about):
     dls = TASKS[spec.task].dls(spec, spec.recipe.bs, device)
     if about and list(dls.vocab) != about['vocab']:
         raise BadInput(f"data: {spec.data.path} has the classes {first_few(dls.vocab)}, and {folder.name} was trained "
-                       f"on {first_few(about['vocab'])}. It can still show other pictures: attnpool maps RUN PICTURE, or "
-                       "open_run with with_data=False.")
+                       f"on {first_few(about['vocab'])}. It can still show other pictures: attnpool maps RUN PICTURE, "
+                       "or open_run with with_data=False.")
     for t in (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize) and 'mean' in about):
         t.mean, t.std = (getattr(t, k).new_tensor(about[k]).view(1, -1, 1, 1) for k in ('mean', 'std'))
     return dls
