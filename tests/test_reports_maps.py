@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastai.losses import BaseLoss
 from fastai.vision.all import (
-    aug_transforms, BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Datasets, get_image_files, ImageBlock,
+    aug_transforms, BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Datasets, get_image_files, ImageBlock, IntToFloatTensor,
     ImageDataLoaders, imagenet_stats, Learner, load_learner, MSELossFlat, MultiCategoryBlock, Normalize, parent_label, PILImage, PILImageBW,
     PointBlock, RandomResizedCrop, RandomSplitter, RegressionBlock, Resize, ResizeMethod, ToTensor, vision_learner)
 from PIL import Image
@@ -199,6 +199,25 @@ def test_data_that_are_no_files_tell_the_size(photos):
         learn = Learner(dls, network(2), loss_func=nn.CrossEntropyLoss())
         with inputs(learn.model) as seen: learn.show_attention(files)
         assert torch.equal(torch.stack(seen[:2]), open_pictures(files, 20))
+
+
+def test_data_without_labels(photos):
+    from fastai.vision.all import TfmdLists
+    files = sorted(get_image_files(photos))
+    only = TfmdLists(files, [PILImage.create], splits=[range(16), range(16, 24)]).dataloaders(bs=4, num_workers=0, device="cpu", after_item=[Resize(20), ToTensor()], after_batch=[IntToFloatTensor()])
+    for dls in (only, DataLoaders(*(torch.utils.data.DataLoader(list(torch.rand(6, 3, 20, 20)), 2) for _ in range(2)))):
+        learn = Learner(dls, network(3), loss_func=nn.CrossEntropyLoss())
+        assert len(titles(learn.show_attention(n=5))) == 5 == len(titles(learn.show_attention(files[:5])))
+        assert pictures_of(learn, n=5)[0].shape == (5, 3, 20, 20)
+
+
+def test_each_learner_has_its_own_names_and_a_pool_that_is_not_there_is_told(photos):
+    a, b = (Learner(block(photos), fixed([3., 1., 1.])) for _ in range(2))
+    b.dls.train.vocab = ["one", "two", "three"]
+    x, *_ = pictures_of(a, n=1)
+    def said(**kwargs): return [ax.texts[-1].get_text().split()[0] for ax in show_heads(dict(a=a, b=b, c=a.model), x, **kwargs).axes]
+    assert said() == ["blue", "one", "blue"] and said(vocab=np.array(["x", "y", "z"])) == ["x"] * 3
+    with pytest.raises(BadInput, match="^model: there is no attention pool in it"): a.show_attention(pool="1.0")
 
 
 def test_pictures_of_several_sizes_are_told_before_the_network_runs(photos):

@@ -227,6 +227,6 @@ def maps_of(
     pool: str | None = None, # Which pool, if the network has several; None for the last
 ) -> Tensor: # `(b, k, h, w)`, 0 or more
     "Attention maps where there is an attention pool, else the positive class activation map of the predicted class."
-    if not find_pools(model): return class_activation_map(model, x).clamp(min=0)
+    if pool is None and not find_pools(model): return class_activation_map(model, x).clamp(min=0)
     maps = attention_maps(model, x, pool)
     return list(maps.values())[-1] if isinstance(maps, dict) else maps

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from fastai.vision.all import (
     DataLoaders, Datasets, IntToFloatTensor, Learner, Normalize, TensorImage, TfmdDL, TfmdLists, patch,
-    to_device)
+    to_device, tuplify)
 from torch import Tensor
 
 from ..data.listing import first_few
@@ -92,8 +92,7 @@ def _test_batch(dls, files):
             if isinstance(t, Normalize): x = t(x)
         return x
     dl.before_iter()
-    x, *_ = dl.after_batch(to_device(dl.do_batch(_each(dl.do_item, files)), dl.device))
-    return x
+    return tuplify(dl.after_batch(to_device(dl.do_batch(_each(dl.do_item, files)), dl.device)))[0]
 
 def pictures_of(
     learn: Learner, # Its data say how pictures are prepared; those of an exported one know it too
@@ -148,5 +147,5 @@ def show_attention(self: Learner,
     x, shown, labels, boxes = pictures_of(self, files, n)
     out, reading = outputs_of(self, x)
     titles = reading.titles(*reading.read(out), labels, sep='\n')
-    def maps(b): return maps_of(self.model, b, pool) if find_pools(self.model) else class_maps(self.model, b)
+    def maps(b): return maps_of(self.model, b, pool) if pool or find_pools(self.model) else class_maps(self.model, b)
     return show_maps(shown, torch.cat(list(map(maps, batches(self, x)))), titles, boxes, ncols, cell)
