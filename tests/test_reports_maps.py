@@ -326,6 +326,8 @@ def test_titles_and_pages_of_other_labels(photos, kind, tmp_path):
     for f, said in zip(dls.valid_ds.items, titles(learn.show_attention(n=99))):
         assert said == (title if right.get(kind, lambda f: False)(f) else f"{title}\n({truth(f)})")
     assert buttons(maps_page(learn, tmp_path / "m.html", files, top=2, classes=[0])) == [offered] * 3
+    page = maps_page(learn, tmp_path / "valid.html", n=99).read_text()
+    assert re.findall("<figcaption>(.*?)</figcaption>", page) == [t.replace("\n", " ") for t in titles(learn.show_attention(n=99))]
     drawn = show_heads({"a": learn}, pictures_of(learn, files)[0]).axes[0].texts
     assert [t.get_text() for t in drawn] == ["a", title.replace("\n", " ")]
 
