@@ -367,7 +367,7 @@ def test_the_truth_stands_in_brackets_where_it_is_another():
     assert captions(p, "ab", [-100, 5]) == ["a 90% (-100)", "b 75% (5)"]
 
 
-HOSTILE = ["$x_1$", "a$b", r"\frac{1", "$", "[red]", "<b>&amp;", "a\nb", "n" * 200, "\N{GRINNING FACE}", "\udcff\x07", "", '"><script>alert(1)</script>', "{{ 7 * 7 }}"]
+HOSTILE = ["$x_1$", "a$b", r"$\frac{$", "$", "[red]", "<b>&amp;", "a\nb", "n" * 200, "\N{GRINNING FACE}", "\udcff\x07", "", '"><script>alert(1)</script>', "{{ 7 * 7 }}"]
 
 
 def test_names_are_shown_as_they_are(photos, tmp_path, recwarn):
