@@ -169,6 +169,14 @@ def test_exported_learners_show_maps_in_another_process(photos, tmp_path, monkey
     assert done.stdout.splitlines() == list(map(str, expected))
 
 
+def test_files_are_given_in_any_form(photos, tmpdir):
+    learn, file = Learner(block(photos), network(3)), sorted(get_image_files(photos))[0]
+    Image.open(file).save(str(tmpdir / "a.png"))
+    x = pictures_of(learn, file)[0]
+    for files in (str(file), [file], (str(file),), get_image_files(photos).sorted()[:1], iter([file]), np.array([str(file)]).tolist(), tmpdir, tmpdir / "a.png"):
+        assert torch.equal(pictures_of(learn, files)[0], x)
+
+
 def test_digits_learners_take_files_loaded_ones_too(tmp_path):
     Image.new("L", (60, 40), 200).save(tmp_path / "a.png")
     learn = Learner(digits_dls(40, n_train=64, n_valid=16, device="cpu"), network(10), path=tmp_path)

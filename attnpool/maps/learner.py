@@ -6,6 +6,7 @@
 __all__ = ['open_pictures', 'pictures_of', 'batches', 'outputs_of']
 
 # %% ../../nbs/45_maps.learner.ipynb #6e327243
+import os
 import sys
 from pathlib import Path
 from typing import Sequence
@@ -31,9 +32,10 @@ from ..registry import BadInput
 def _listed(files):
     "What was given as a list, with the pictures of folders in the order of their names."
     found = []
-    for f in [files] if isinstance(files, (str, Path, Image.Image, np.ndarray)) else files:
-        if not isinstance(f, (str, Path)):
-            if not isinstance(f, (Image.Image, np.ndarray)):
+    paths, pictures = (str, os.PathLike), (Image.Image, np.ndarray)
+    for f in [files] if isinstance(files, paths + pictures) else files:
+        if not isinstance(f, paths):
+            if not isinstance(f, pictures):
                 raise TypeError(f"files: expected paths, or pictures of Pillow or numpy, got {f!r}.")
             found.append(f)
         elif not (f := Path(f).expanduser()).exists(): raise FileNotFoundError(f"files: there is no {f}.")
