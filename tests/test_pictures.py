@@ -95,6 +95,8 @@ WHITE = (255, 255, 255)
     (lambda: png((2, 1), 8, 2, b"\0\1\2\3\4\5\6", (b"tRNS", struct.pack(">3H", 4, 5, 6))), [(1, 2, 3), WHITE]),
     (lambda: png((2, 1), 16, 2, b"\0" + struct.pack(">6H", 0x1234, 0, 0, 0xff00, 0, 0), (b"tRNS", struct.pack(">3H", 0x1234, 0, 0))), [WHITE, (255, 0, 0)]),
     (lambda: png((2, 1), 16, 0, b"\0" + struct.pack(">2H", 0x1234, 0x8000), (b"tRNS", struct.pack(">H", 0x1234))), [WHITE, (128,) * 3]),
+    (lambda: png((4, 1), 2, 0, b"\0\x1b", (b"tRNS", b"\0\1")), [(0,) * 3, WHITE, (170,) * 3, WHITE]),   # levels 0 to 3, of which 1 is clear
+    (lambda: png((2, 1), 4, 0, b"\0\x0f", (b"tRNS", b"\0\0")), [WHITE, WHITE]), (lambda: png((2, 1), 4, 0, b"\0\x1f", (b"tRNS", b"\0\x0f")), [(17,) * 3, WHITE]),
     (lambda: png((1, 1), 16, 6, b"\0" + struct.pack(">4H", 0x8000, 0x4000, 0, 0xffff)), [(128, 64, 0)]),
     (lambda: saved(np.array([[True, False]]), "x.png"), [WHITE, (0, 0, 0)]),
     (lambda: saved(u8([[7, 250]]), "x.png"), [(7,) * 3, (250,) * 3]),

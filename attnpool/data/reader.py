@@ -81,6 +81,8 @@ def open_picture(
             raise OSError(0, 'Is a directory' if stat.S_ISDIR(mode) else 'not a file')
         with Image.open(file) as im:
             if im.format == 'EPS': raise Image.UnidentifiedImageError   # a program, that another one would run
+            clear, kind = im.info.get('transparency'), str(im.tile[0][-1]) if im.tile else ''
+            if kind in ('L;2', 'L;4'): im.info['transparency'] = clear and clear * (85 if kind == 'L;2' else 17)
             im.load()
             return _rgb(im)
     except Exception as e:   # Pillow's decoders raise all sorts
