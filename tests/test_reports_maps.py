@@ -465,6 +465,7 @@ def test_grad_cam_finds_the_last_map_of_any_network(name):
         logit = model(x)[[0, 1], target] - [m for m in model.modules() if isinstance(m, nn.Linear)][-1].bias[target]
         own = class_activation_map(model, x, target)
         assert own.shape == cam.shape and torch.allclose(own.mean((1, 2, 3)), logit, atol=1e-5)
+        assert torch.allclose(cam * cam[0].numel(), own.clamp(min=0), atol=1e-5)
     else:
         with pytest.raises(BadInput, match="^model: expected average pooling.*grad_cam"): class_activation_map(model, x, target)
 
@@ -534,6 +535,12 @@ def test_grad_cam_in_any_mode_of_autograd():
     expected = grad_cam(model, x, target)
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode(): assert torch.equal(grad_cam(model, x.clone(), target), expected)
+
+
+def test_a_single_token_is_no_map():
+    model, x = timm_network("pit_xs_224"), torch.randn(1, 3, 224, 224)   # ends on its class tokens
+    with pytest.raises(BadInput, match="^model: expected average pooling"): class_activation_map(model, x)
+    assert grad_cam(model, x).shape == (1, 1, 7, 7)
 
 
 def test_layers_that_give_no_map_are_told():

@@ -115,7 +115,8 @@ def _watch(model, x, layer=None):
             if m is layer: maps.append(out)
         elif fmap is not None and out.ndim == 3:
             tokens.add(out.shape[1])
-            if 'norm' in type(m).__name__.lower(): maps.append(out)   # others are queries, keys, hidden layers
+            norm = 'norm' in type(m).__name__.lower()   # others are queries, keys, hidden layers
+            if norm and _positions(fmap) > 1: maps.append(out)
         elif fmap is not None and not tokens & {*out.shape[1:3]}:   # a weight for each pair of tokens is no map
             if _positions(fmap) > 1:
                 pooled = None
