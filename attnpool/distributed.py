@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from fastai.data.all import TfmdDL, to_detach
 from fastai.vision.all import (
-    Callback, Learner, ProgressCallback, apply, default_device, noop, num_distrib, rank_distrib, set_seed)
+    Learner, ProgressCallback, apply, default_device, noop, num_distrib, rank_distrib, set_seed)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .callback.cutmixup import RawBatches
+from .callback.ends import PutsBack
+from .data.batches import RawBatches
 from .models.surgery import TimmMap
 from .registry import BadInput
 
@@ -129,7 +130,7 @@ def _gather(t):
     return torch.cat(pieces)
 
 # %% ../nbs/44_distributed.ipynb #c0ffee61
-class Distributed(Callback):
+class Distributed(PutsBack):
     "Trains and validates together with the other processes."
     order = 11   # after mixed precision, before the Recorder
     def __init__(self,
@@ -139,6 +140,7 @@ class Distributed(Callback):
         self.sync_bn, self.kwargs, self.norms, self.shares = sync_bn, kwargs, [], {}
 
     def before_fit(self):
+        super().before_fit()
         if not is_first():
             self.learn.logger = noop
             set_seed(torch.initial_seed() + rank_distrib())   # other augmentations, other mixes, other dropout
@@ -170,7 +172,7 @@ class Distributed(Callback):
         dist.all_reduce(self.learn.loss)
         self.learn.loss /= processes()
 
-    def after_fit(self):
+    def put_back(self):
         if isinstance(self.model, DistributedDataParallel): self.learn.model = self.model.module
         for parent, name, m in self.norms: setattr(parent, name, m.train(getattr(parent, name).training))
         self.norms = []

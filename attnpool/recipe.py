@@ -17,11 +17,12 @@ from numbers import Real
 
 import torch
 from fastai.vision.all import (
-    Adam, BalancedAccuracy, Callback, CrossEntropyLossFlat, F1Score, L, LabelSmoothingCrossEntropyFlat, Lamb, Learner,
+    Adam, BalancedAccuracy, CrossEntropyLossFlat, F1Score, L, LabelSmoothingCrossEntropyFlat, Lamb, Learner,
     MatthewsCorrCoef, OptimWrapper, ParamScheduler, accuracy, combined_cos, get_c, patch, ranger)
 from torch import nn
 
 from .callback.cutmixup import CutMixUp, CutMixUpAugment
+from .callback.ends import PutsBack
 from .callback.precision import ChannelsLast, MixedPrecision
 from .data.augment import AUGMENTS
 from .heads import ABLATIONS, HEADS
@@ -63,10 +64,11 @@ PRECISIONS['bf16'] = lambda device: [MixedPrecision('bf16')]
 PRECISIONS['fp16'] = lambda device: [MixedPrecision('fp16')]
 PRECISIONS['auto'] = lambda device: [MixedPrecision()] if torch.device(device).type == 'cuda' else []
 
-class BodyStands(Callback):
+class BodyStands(PutsBack):
     "During `fit`, only the network's last child learns; all before it runs as in validation."
-    order = 5   # before other callbacks wrap the network
+    order, still = 5, ()   # before other callbacks wrap the network
     def before_fit(self):
+        super().before_fit()
         *self.body, _ = self.model.children()
         self.still = [p for m in self.body for p in m.parameters() if p.requires_grad]
         for p in self.still: p.requires_grad_(False).grad = None
@@ -74,8 +76,9 @@ class BodyStands(Callback):
     def before_train(self):
         for m in self.body: m.eval()
 
-    def after_fit(self):
+    def put_back(self):
         for p in self.still: p.requires_grad_(True)
+        self.still = ()
 
 TRAINS = Registry('train')   # which weights learn
 TRAINS['all'], TRAINS['head'] = lambda: [], lambda: [BodyStands()]
@@ -177,6 +180,8 @@ def get_recipe(
     **overrides # Fields of `Recipe` to replace; None leaves one as it is
 ) -> Recipe: # With one learning rate
     "A recipe with one learning rate and with the given fields replaced."
+    if not isinstance(recipe, (str, Recipe)):
+        raise TypeError(f"recipe: expected a Recipe, or one of {', '.join(RECIPES)}, got {recipe!r}.")
     r, known = RECIPES[recipe] if isinstance(recipe, str) else recipe, [f.name for f in fields(Recipe) if f.compare]
     for name in overrides:
         if name not in known: raise unknown('recipe', name, known)
@@ -226,7 +231,7 @@ def scratch_network(
     try: network = build_network(arch, get_c(dls), head, size=partial(picture_size, dls), **options)
     except TypeError as e:
         strange = re.search(r"unexpected keyword argument '(\w+)'", str(e))
-        if not strange: raise
+        if not strange or strange[1] not in options: raise   # a head's or a network's own fault
         name = 'drop_path' if strange[1] == 'drop_path_rate' else strange[1]
         raise BadInput(f"{name}: the network {arch} has no such option. Leave it out, or take another.") from None
     return network.model, dict(splitter=network.splitter)

@@ -8,13 +8,13 @@ __all__ = ['best_amp', 'MixedPrecision', 'ChannelsLast']
 # %% ../../nbs/41_callback.precision.ipynb #2e354995
 import torch
 from fastai.basics import L, Learner, patch
-from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision as FastaiMixedPrecision
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
 from torch import Tensor
 from torch.amp import GradScaler, autocast
 
+from .ends import PutsBack
 from ..registry import BadInput
 
 # %% ../../nbs/41_callback.precision.ipynb #bf0f8417
@@ -32,7 +32,7 @@ def best_amp(
 
 # %% ../../nbs/41_callback.precision.ipynb #e332dbcd
 @delegates(GradScaler)
-class MixedPrecision(FastaiMixedPrecision):
+class MixedPrecision(PutsBack, FastaiMixedPrecision):
     "fastai's `MixedPrecision` on the device of the data."
     def __init__(self,
         amp_mode: str | AMPMode | None = None, # 'fp16', 'bf16', or None for what suits the device
@@ -40,12 +40,12 @@ class MixedPrecision(FastaiMixedPrecision):
     ):
         if amp_mode is not None and amp_mode not in (*AMPMode, *(m.value for m in AMPMode)):
             raise BadInput(f"amp_mode: expected 'fp16', 'bf16' or None, got {amp_mode!r}.")
-        super().__init__(AMPMode.FP16 if amp_mode is None else amp_mode, **kwargs)
+        FastaiMixedPrecision.__init__(self, AMPMode.FP16 if amp_mode is None else amp_mode, **kwargs)
         self.auto, self.entered = amp_mode is None, False
 
     def before_fit(self):
         "Autocast and scaler for the device of the data."
-        self._leave()
+        super().before_fit()
         device = torch.device(getattr(self.dls, 'device', None) or default_device())
         mode = best_amp(device)   # refuses a device without autocast
         if not self.auto: mode = self.amp_mode
@@ -57,8 +57,8 @@ class MixedPrecision(FastaiMixedPrecision):
 
     def before_batch(self):
         "Enter autocast."
-        self._leave()
-        super().before_batch()
+        self._leave()   # the one that a broken batch left open
+        FastaiMixedPrecision.before_batch(self)
         self.entered = True
 
     def after_loss(self):
@@ -69,8 +69,12 @@ class MixedPrecision(FastaiMixedPrecision):
         "Leave autocast if the batch ended before its loss."
         self._leave()
 
+    def put_back(self):
+        "Leave autocast, and no scaler behind."
+        self._leave()
+        FastaiMixedPrecision.after_fit(self)
+
     def _leave(self):
-        "Leave autocast if inside: also the one that a broken batch left open."
         if self.entered: self.autocast.__exit__(None, None, None)
         self.entered = False
 
@@ -85,12 +89,13 @@ def to_amp(
     return self.remove_cb(FastaiMixedPrecision).add_cb(MixedPrecision(amp_mode, **kwargs))
 
 # %% ../../nbs/41_callback.precision.ipynb #4fa63779
-class ChannelsLast(Callback):
+class ChannelsLast(PutsBack):
     "Train with weights and pictures in the channels-last memory format."
-    order = 5   # after the pictures are mixed, before mixed precision and before anything wraps the model
+    order, turned = 5, ()   # after the pictures are mixed, before mixed precision and before anything wraps the model
 
     def before_fit(self):
         "Turn the weights that are not yet turned."
+        super().before_fit()
         self.turned = [p for p in self.model.parameters()
                        if p.ndim == 4 and not p.is_contiguous(memory_format=torch.channels_last)]
         self._turn(torch.channels_last)
@@ -100,10 +105,10 @@ class ChannelsLast(Callback):
         def is_map(x): return isinstance(x, Tensor) and x.ndim == 4
         self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if is_map(x) else x for x in self.xb)
 
-    def after_fit(self):
+    def put_back(self):
         "Turn the weights back."
         self._turn(torch.contiguous_format)
-        self.turned = []
+        self.turned = ()
 
     def _turn(self, memory_format):
         for p in self.turned:

@@ -16,6 +16,7 @@ import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from scipy import stats
 
 from ..data.pictures import validation_pictures
@@ -105,9 +106,10 @@ def format_table(
 # %% ../../nbs/61_report.stats.ipynb #32e73253
 def _rich(texts, title=None):
     "A table for the terminal: names to the left, the rest to the right."
-    out = Table(title=title, box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
-    for name in texts: out.add_column(name, justify='left' if name == 'head' else 'right')
-    for row in texts.itertuples(index=False): out.add_row(*map(str, row))
+    def plain(v): return Text(str(v))   # a name may look like markup
+    out = Table(title=title and plain(title), box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
+    for name in texts: out.add_column(plain(name), justify='left' if name == 'head' else 'right')
+    for row in texts.itertuples(index=False): out.add_row(*map(plain, row))
     return out
 
 def rich_table(
@@ -163,7 +165,7 @@ def measure_maps(
         maps, rows = [], []
         for r in rs:
             if console: console.print(f'{name} seed {r.spec.seed}', markup=False, highlight=False)
-            learn = open_run(r.folder, device, **where)
+            learn = open_run(r.folder, device, with_data=True, **where)
             x, _, boxes = validation_pictures(learn.dls, n)
             m, row = _measures(learn, x, boxes)
             maps.append(m)
