@@ -250,6 +250,7 @@ def in_threads(
 
 def _digest(file):
     try:
+        if not os.path.isfile(file): return ''   # a pipe would have no end
         with open(file, 'rb') as f:
             size = os.fstat(f.fileno()).st_size
             if size <= 4 * PIECE: content = f.read()
