@@ -174,6 +174,18 @@ def test_what_cannot_be_read_is_one_kind_of_error_everywhere(make, why):
     with pytest.raises(BadInput, match="^data: 1 of 9 pictures in pets are broken: red/x.png"): get_dls("./pets", 16, 4, "cpu")
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_whatever_is_damaged_is_read_or_broken_and_nothing_else(kind):
+    noise((90, 90, 90), 0, (24, 24)).save(whole := io.BytesIO(), kind)
+    rng, broken = np.random.default_rng(0), 0
+    for i in range(60):
+        content = bytearray(whole.getvalue())
+        for at in rng.integers(len(content), size=3): content[at] ^= rng.integers(1, 256)
+        try: assert open_picture(bytes(content[:rng.integers(1, len(content))] if i % 3 else content)).mode == "RGB"
+        except BrokenPicture as e: broken += "\n" not in str(e) and bool(e.why)
+    assert broken > 10
+
+
 def test_without_the_right_to_read(monkeypatch):
     if os.geteuid() == 0: pytest.skip("root may read all")
     noise((9, 9, 9), 0).save("x.png")
@@ -299,6 +311,11 @@ def test_pictures_are_told_by_endings_of_our_own_and_by_content(capfd):
     assert capfd.readouterr().err == ""   # it has been told
     assert identify(shutil.copytree(root, "others")).fingerprint == identify(root).fingerprint
     assert capfd.readouterr().err == f"attnpool: others: {note}.\n"
+
+
+def test_a_folder_of_other_files_only_says_what_they_are():
+    for i in range(9): (f := Path(f"phone/red/{i}.heic")).parent.mkdir(parents=True, exist_ok=True) or f.write_bytes(b"ftypheic")
+    with pytest.raises(BadInput, match=r"^data: phone holds no pictures, but 9 other files \(0.heic, 1.heic, 2.heic and 6 more\). Expected"): list_folder("phone")
 
 
 def test_a_picture_by_its_ending_that_is_none_is_broken_and_not_left_out():
