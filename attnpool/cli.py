@@ -110,7 +110,7 @@ def bench(
     if not is_first() or not results: return
     results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
     report = write_report(results, out/'report.html')
-    _say(f'\n{data}, {arch}, recipe {recipe}')   # no title of the table, which would be cut to its width
+    _say(f'{data}, {arch}, recipe {recipe}')   # no title of the table, which would be cut to its width
     console.print(rich_table(summarize(results)))
     _say(f'Report: {report.resolve().as_uri()}\nTable:  {report.with_suffix(".csv")}')
 
@@ -140,7 +140,7 @@ def report(
         raise BadInput(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
     page, groups = write_report(results, out, data=published), group_by_setting(results)
     for (title, _), group in zip(tell_apart(groups), groups):
-        _say(f'\n{title}')
+        _say(title)
         Console().print(rich_table(summarize(group)))
     _say(f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}')
 

@@ -181,7 +181,8 @@ def _with_whole_epochs(results):
 # %% ../../nbs/60_report.collect.ipynb #3f1a345a
 def _of_head(spec):
     "Those of the options that are the head's."
-    known = head_options(spec.head) if spec.options else ()
+    try: known = head_options(spec.head) if spec.options else ()
+    except BadInput: known = ()   # a head that is not known here
     return [o for o in spec.options if o[0] in known]
 
 def group_by_setting(

@@ -8,6 +8,7 @@ __all__ = ['read_list', 'read_options', 'expand', 'is_inside', 'check_out', 'che
 
 # %% ../../nbs/55_runs.options.ipynb #f9717abd
 import codecs
+import logging
 import os
 import re
 import sys
@@ -207,6 +208,7 @@ def guarded(
     "Run a command. A user's mistake is one line on the standard error and status 2; a fault keeps its traceback."
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='attnpool')
+    logging.getLogger('matplotlib').setLevel(logging.ERROR)   # no word about where it keeps its own files
     try:
         status = command()
         sys.stdout.flush()
@@ -215,7 +217,10 @@ def guarded(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # Python flushes once more at its end
         return 1
     except typer.Abort: return 130
-    except (BadInput, OSError) as e: return fail(e)
+    except (BadInput, OSError) as e:
+        if '.fastai' not in str(getattr(e, 'filename', '')): return fail(e)
+        return fail(f'fastai keeps its files in {e.filename}, which cannot be made: {e.strerror}. Set the environment '
+                    'variable FASTAI_HOME to a folder for them.')
     except (RuntimeError, MemoryError) as e:
         full = isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))
         if not full: raise
