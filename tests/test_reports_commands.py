@@ -224,7 +224,7 @@ def test_no_output_is_an_input(place, words, capsys):
 
 @pytest.mark.parametrize("words", [
     "report avg-1.csv --out R", "report avg-1.csv --out R/", "report avg-1.csv --out .", "report R --out x.csv", "report R --out avg-1.csv/x.html", "report R --out /proc/x.html",
-    "maps R/run --out R", "maps R --measure --out photos", "maps R/run --out nowhere/x.html", "maps R/run --out /proc/x.html", "data photos --out R", "data photos --out nowhere/x.png",
+    "maps R/run --out R", "maps R/run --out nowhere/x.html", "maps R/run --out /proc/x.html", "data photos --out R", "data photos --out nowhere/x.png",
     "data photos --out /proc/x.png", "complexity --networks resnet18 --out R", "complexity --networks resnet18 --out nowhere/x.csv", "complexity --networks resnet18 --out /proc/x.csv",
     "speed --quick --out avg-1.csv", "speed --quick --out /proc/speed", "lr photos --out avg-1.csv", "lr photos --out /proc/runs", "bench photos --out avg-1.csv", "bench photos --out /proc/x"])
 def test_an_output_that_cannot_be_is_told_before_the_work(place, words, capsys, monkeypatch):

@@ -80,7 +80,9 @@ def check_out(
     for o in [out, *(out.with_suffix(e) for e in endings if out.name)]:
         if o.is_dir(): raise BadInput(f"--out: {o} is a folder. Name a file in it, or elsewhere.")
         if not o.exists(): continue
-        def reads(i): return is_inside(o, i) and (is_run(o.parent) or is_picture(o)) if i.is_dir() else i.samefile(o)
+        def reads(i):   # a CSV file names pictures around it
+            below = is_inside(o, i if i.is_dir() else i.parent) and (i.is_dir() or i.suffix == '.csv')
+            return i.samefile(o) or below and (is_run(o.parent) or is_picture(o))
         if any(map(reads, inputs)):
             raise BadInput(f"--out: {o} is one of the files that this command reads, and would be overwritten. "
                            f"Choose another name, for example --out {out.with_name(f'{out.stem}-new{out.suffix}')}.")
