@@ -236,7 +236,7 @@ def maps(
         from attnpool.runs.train import open_run
         run, *pictures = runs
         further = read_list('classes', classes) if classes else ()
-        page = maps_page(open_run(run, device, data, check), out, pictures or None, top, further, n)
+        page = maps_page(open_run(run, device, data, check, not pictures), out, pictures or None, top, further, n)
         _say(f'Page: {page.resolve().as_uri()}')
 
 # %% ../nbs/70_cli.ipynb #6271c39f

@@ -23,6 +23,7 @@ from .augment import STATS
 from .check import check_pictures
 from .listing import OFFICIAL, digests, fingerprint
 from .pictures import DATASETS, SOURCES, data_name, find_pictures, is_path, picture_dls
+from .reader import MADE_HERE
 
 # %% ../../nbs/39_data.ipynb #cf754428
 @delegates(picture_dls)
@@ -58,6 +59,7 @@ def identify(
     if not is_path(data) and data not in SOURCES:   # made, not read
         return DataId(name, 'digits' if data == 'digits' else '', path=data)
     listing = find_pictures(data, cache=cache)
+    listing.tell()
     return DataId(name, listing.family, fingerprint(digests(listing)), str(data))
 
 # %% ../../nbs/39_data.ipynb #cab92d0f
@@ -119,6 +121,8 @@ def describe(
             a, b = OFFICIAL[listing.family]
             other = '' if (n, valid.total()) == (a, b) else f', which has {a:,} and {b:,}'
             note = [f"{listing.family}: {'not ' if other else ''}the official split{other}"]
+        note += listing.notes
+        listing.tell(aloud=False)
         lines = _about_files(listing, check)
         make = partial(picture_dls, data, size, max(1, min(16, n - len(broken))), 'cpu', True,
                        valid_pct=valid_pct, split_seed=split_seed, cache=cache)
@@ -132,7 +136,7 @@ def describe(
         if not picture.parent.is_dir(): raise FileNotFoundError(f"picture: there is no folder {picture.parent}.")
         with no_random(seed): make().show_batch(max_n=16, nrows=2, figsize=(12, 3.4))
         plt.tight_layout(pad=.3)
-        plt.savefig(picture, dpi=80)
+        plt.savefig(picture, dpi=80, metadata=MADE_HERE if picture.suffix.lower() in ('', '.png') else None)
         plt.close()
         lines += [f'Batch: {picture}']
     return Description(name, '\n'.join(head + lines), counts, broken, picture)

@@ -83,8 +83,8 @@ def cache_path(
     "Where something made of files is kept: another place when a file has another name, size or time, or is swapped."
     def stamp(file):
         try: s = (root/file).stat()
-        except OSError: return (file, 0, 0), 0
-        return (file, s.st_size, s.st_mtime_ns), s.st_ino
+        except (OSError, ValueError): return (file, 0, 0, 0), 0
+        return (file, s.st_size, s.st_mtime_ns, s.st_ctime_ns), s.st_ino   # an archive sets the first time, not both
     stamps = [stamp(f) for f in files]
     alike = Counter(about[1:] for about, _ in stamps)   # the inode tells whether such have swapped
     what = [(*about, inode) if alike[about[1:]] > 1 else about for about, inode in stamps]

@@ -8,14 +8,17 @@ __all__ = ['Pictures', 'cluttered_digits', 'digits_dls']
 # %% ../../nbs/36_data.digits.ipynb #08aedb3f
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.data.all import Categorize, DataLoaders, Datasets, IndexSplitter, default_device
+from PIL import Image, ImageOps
+from fastai.data.all import Categorize, DataLoaders, Datasets, IndexSplitter, Transform, default_device
 from fastai.vision.all import IntToFloatTensor, Normalize, TensorImage
 from torch import Tensor
 
+from .reader import open_picture
 from ..registry import BadInput
 
 # %% ../../nbs/36_data.digits.ipynb #746b9a1d
@@ -70,7 +73,12 @@ def cluttered_digits(
     return Pictures((images * 255).round().byte(), labels, boxes, sources, n_train)
 
 # %% ../../nbs/36_data.digits.ipynb #45b4166f
-def _picture(data, i): return TensorImage(data.images[i].expand(3, -1, -1))
+def _picture(data, o):
+    "A digit by its number; or any other picture, at the size of the digits."
+    if isinstance(o, (int, np.integer)): return TensorImage(data.images[o].expand(3, -1, -1))
+    im = ImageOps.fit(open_picture(o), data.images.shape[:0:-1], Image.Resampling.BILINEAR)
+    return TensorImage(torch.from_numpy(np.array(im)).permute(2, 0, 1))
+
 def _label(data, i): return int(data.labels[i])
 
 def digits_dls(
@@ -90,7 +98,9 @@ def digits_dls(
     data = cluttered_digits(size, n_train, n_valid)
     n = len(data.images)
     train = data.images[:n_train].float() / 255
-    dsets = Datasets(range(n), [partial(_picture, data), [partial(_label, data), Categorize(range(10))]],
+    read = Transform(partial(_picture, data))
+    read.input_types = int, str, Path, Image.Image, np.ndarray   # for `dls.test_dl`
+    dsets = Datasets(range(n), [read, [partial(_label, data), Categorize(range(10))]],
                      splits=IndexSplitter(range(n_train, n))(range(n)))
     stats = (torch.full((1, 3, 1, 1), s.item(), device=device) for s in (train.mean(), train.std()))
     dls = dsets.dataloaders(bs=bs, val_bs=256, device=device, num_workers=0,

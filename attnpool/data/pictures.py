@@ -224,6 +224,7 @@ def picture_dls(
     if size < 8: raise BadInput(f"size: expected 8 pixels or more, got {size}. 64, 128 and 224 are usual.")
     augment_name(augment)
     listing = find_pictures(data, valid_pct, split_seed, cache)
+    listing.tell()
     check = check_pictures(listing, cache)
     listing, sizes = without_broken(listing, check, skip_broken)
     if not 1 <= bs <= listing.n_train:

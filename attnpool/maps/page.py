@@ -15,10 +15,10 @@ from fastai.vision.all import Learner
 from torch import Tensor
 
 from ..data.cache import write_file
-from ..layers import evaluating
-from .compute import class_activation_map, enlarge, find_pools, maps_of
-from .draw import colours, data_uri
-from .learner import pictures_of
+from ..data.reader import is_picture
+from .compute import class_maps, enlarge, find_pools, maps_of
+from .draw import colours, data_uri, title_text
+from .learner import batches, outputs_of, pictures_of
 from ..registry import BadInput
 
 # %% ../../nbs/46_maps.page.ipynb #66cf0b32
@@ -56,7 +56,7 @@ def class_index(
     "The index of a class given by index or name; a name wins over an index that is written the same."
     names = [str(v) for v in vocab]
     if str(c) in names: return names.index(str(c))
-    if str(c).isdigit() and int(c) < len(names): return int(c)
+    if str(c).isdecimal() and int(c) < len(names): return int(c)
     known = ', '.join(names[:20]) + (', ...' if len(names) > 20 else '')
     raise BadInput(f"classes: {c!r} is not one of {len(names)} classes: {known}.")
 
@@ -65,7 +65,7 @@ _STYLE = '''.all { display: grid; grid-template-columns: repeat(auto-fill, minma
 .pic { position: relative; } .pic img { display: block; width: 100%; }
 .pic img.map { position: absolute; inset: 0; height: 100%; opacity: 0; } .pic img.on { opacity: .6; }
 button { display: block; width: 100%; text-align: left; font: inherit; background: none; border: 0;
-  border-bottom: 1px solid var(--line); padding: .15rem .3rem; cursor: pointer; }
+  overflow-wrap: anywhere; border-bottom: 1px solid var(--line); padding: .15rem .3rem; cursor: pointer; }
 button.on { background: #8883; } button span { float: right; font-variant-numeric: tabular-nums; }'''
 
 _CARDS = '''<p>{{ caption }}</p><div class="all">
@@ -89,30 +89,41 @@ for (const card of document.querySelectorAll('figure')) {
 
 # %% ../../nbs/46_maps.page.ipynb #02329b14
 def maps_page(
-    learn: Learner, # Trained; its data say how pictures are prepared and what the classes are called
+    learn: Learner, # Trained, or loaded; its data say how pictures are prepared, its loss what outputs mean
     path: Path | str, # The HTML file
     files: Sequence[Path | str] | Path | str | None = None, # Pictures or folders of them; None for validation pictures
-    top: int = 3, # How many of the likeliest classes each picture offers
-    classes: Sequence[int | str] = (), # Further classes, by index or name
+    top: int = 3, # How many of the likeliest classes each picture offers; of a regression, the first outputs
+    classes: Sequence[int | str] = (), # Further classes or outputs, by index or name
     n: int = 8, # How many of the validation set
 ) -> Path: # The file
     "A page of pictures: hover over a class and see its map. Where the head has one map for all classes, that one."
     if top < 1: raise BadInput(f"top: expected at least 1 class, got {top}.")
+    path = Path(path)
+    if not path.parent.is_dir(): raise FileNotFoundError(f"path: there is no folder {path.parent}.")
+    if path.is_file() and is_picture(path): raise BadInput(f"path: {path} is a picture. Give the page another name.")
     x, shown, *_ = pictures_of(learn, files, n)
-    with evaluating(learn.model): p = learn.model(x).as_subclass(Tensor).softmax(1)
-    vocab = [str(v) for v in getattr(learn.dls, 'vocab', range(p.shape[1]))]
-    further = p.new_tensor([class_index(c, vocab) for c in classes], dtype=torch.long).expand(len(x), -1)
-    chosen = torch.cat([p.topk(min(top, p.shape[1])).indices, further], 1)   # (b, classes offered)
-    per_class = True
-    if not find_pools(learn.model): maps = class_activation_map(learn.model, x, chosen).clamp(min=0)
+    out, reading = outputs_of(learn, x)
+    p, said = (t.cpu() for t in reading.read(out))
+    names, top, numbers = [reading.name(i) for i in range(p.shape[1])], min(top, p.shape[1]), said.is_floating_point()
+    best = torch.arange(top).expand(len(p), -1) if numbers else p.topk(top).indices
+    further = torch.tensor([class_index(c, names) for c in classes], dtype=torch.long).expand(len(p), -1)
+    chosen = torch.cat([best, further], 1)   # (b, outputs offered)
+    parts, per_class = batches(learn, x), out.shape[1] > 1
+    if not find_pools(learn.model):
+        targets = chosen.split(len(parts[0])) if per_class else [None] * len(parts)
+        maps = torch.cat([class_maps(learn.model, b, t) for b, t in zip(parts, targets)])
     else:
-        maps = maps_of(learn.model, x)
-        per_class = maps.shape[1] == p.shape[1] > 1
-        maps = maps[torch.arange(len(x), device=x.device)[:, None], chosen] if per_class else maps.mean(1, keepdim=True)
-    one = 'This head has one map for all classes: where it looks before it decides.'
+        maps = torch.cat([maps_of(learn.model, b) for b in parts])
+        per_class &= maps.shape[1] == out.shape[1]
+        rows = torch.arange(len(x), device=maps.device)[:, None]
+        maps = maps[rows, chosen.to(maps.device)] if per_class else maps.mean(1, keepdim=True)
+    one = 'This network has one map for all that it says: where it looks before it decides.'
     caption = 'Hover over a class to see its map.' if per_class else one
-    pixels = (shown.expand(-1, 3, -1, -1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    cards = [(data_uri(picture), [data_uri(colours(m)) for m in up], [(vocab[c], f'{q[c]:.1%}') for c in ids.tolist()])
-             for picture, up, ids, q in zip(pixels, enlarge(maps, x.shape[2:]), chosen, p)]
+    pixels = (shown[:, :3 if shown.shape[1] > 2 else 1].expand(-1, 3, -1, -1) * 255).round().byte()
+    pixels, form = pixels.permute(0, 2, 3, 1).cpu().numpy(), '.3g' if numbers else '.1%'
+    shown_as = [('output ' if numbers else '') + title_text(name, 200) for name in names]
+    said = [[(shown_as[c], format(q[c].item(), form)) for c in ids.tolist()] for ids, q in zip(chosen, p)]
+    cards = [(data_uri(picture), [data_uri(colours(m)) for m in up], answers)
+             for picture, up, answers in zip(pixels, enlarge(maps, x.shape[2:]), said)]
     write_file(path, html_page('Where the network looks', _CARDS, _STYLE, caption=caption, cards=cards))
-    return Path(path)
+    return path

@@ -115,6 +115,7 @@ class LateCommands(typer.core.TyperGroup):
         "The command that was typed, with all its options."
         name, command, rest = super().resolve_command(ctx, args)
         warnings.filterwarnings('ignore', category=FutureWarning)   # other packages'
+        warnings.filterwarnings('ignore', module=r'PIL\.')   # of pictures that are read all the same
         if name in self.made: command = self.made[name]()
         return name, command, rest
 

@@ -35,13 +35,13 @@ from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save as safetensors_bytes
 
 from ..data.cache import write_file
-from ..data.listing import differences, digests, fingerprint, read_digests, write_digests
+from ..data.listing import write_digests
 from ..data.pictures import find_pictures, valid_dl
 from ..distributed import distributed, is_first, join_processes, on_first_process, processes
 from ..recipe import learner_for
 from ..registry import BadInput
 from .spec import NewerVersion, Spec
-from .store import Result, load_run, write_result
+from .store import Result, earlier_data, load_run, open_data, write_about, write_result
 from ..tasks import TASKS
 
 # %% ../../nbs/53_runs.train.ipynb #32dae89d
@@ -170,6 +170,7 @@ def _finish(spec, folder, device, learn, log, sizes):
     if arrays:
         np.savez_compressed(buffer := io.BytesIO(), **arrays)
         write_file(folder/'maps.npz', buffer.getvalue())
+    write_about(dls, spec, folder)
     weights = {k: v.cpu().contiguous() for k, v in learn.model.state_dict().items()}
     write_file(folder/'weights.safetensors', safetensors_bytes(weights))
     last = {k: v for k, v in log.rows[-1].items() if k not in ('epoch', 'seconds', 'train_seconds')} if log.rows else {}
@@ -188,12 +189,11 @@ def open_run(
     device: str | None = None, # Where to put it; None for the GPU where there is one
     data: Path | str | None = None, # Where its data lie now; None for where they lay
     check: bool = True, # Whether data that have changed since are an error
-) -> Learner: # With the run's data and trained network
+    with_data: bool | None = None, # Whether to open its pictures too; None for where they are at hand
+) -> Learner: # With the run's data and trained network; without data others can be shown
     "The Learner of a run."
     result, folder = load_run(folder), Path(folder)
-    spec = result.spec if data is None else replace(result.spec, data=replace(result.spec.data, path=str(data)))
-    if check and spec.data.fingerprint: _check_data(spec, folder)
-    dls = TASKS[spec.task].dls(spec, spec.recipe.bs, device)
+    spec, dls = result.spec, open_data(result, device, data, check, with_data)
     learn = _learner(spec, dls)
     try: learn.model.load_state_dict(load_safetensors(folder/'weights.safetensors', device=str(dls.device)))
     except RuntimeError as e:
@@ -201,15 +201,6 @@ def open_run(
                        f"({str(e).splitlines()[-1].strip()}). Open it with the version that made it: "
                        f"pip install attnpool=={result.versions.get('attnpool')}.") from None
     return learn
-
-def _check_data(spec, folder):
-    "An error if the data are not those that the run was trained on."
-    now, file = digests(find_pictures(spec.data.path)), folder/'pictures.csv'
-    if fingerprint(now) == spec.data.fingerprint: return
-    what = f': {differences(read_digests(file), now)}' if file.exists() else ''
-    raise BadInput(f"data: {spec.data.path} has changed since {folder.name} was trained{what}. Put the pictures back, "
-                   "give data= (--data) for where they are, or check=False (--no-check) to take these as they are; "
-                   "attnpool bench trains on these and keeps the old run.")
 
 # %% ../../nbs/53_runs.train.ipynb #9b56d158
 def keep_memory():
@@ -244,6 +235,7 @@ def _found(specs, out, device, say):
         except ValueError as e:
             if on_first_process((out/spec.name).exists): say(f'{e} It is made again.')
     if results: say(f'{len(results)} of {len(specs)} runs are in {out} already.')
+    for text in on_first_process(earlier_data, [s for s in specs if s not in results], out): say(text)
     here = f'{device}, attnpool {attnpool.__version__}, torch {torch.__version__}'
     made = {f"{r.device}, attnpool {r.versions['attnpool']}, torch {r.versions['torch']}" for r in results.values()}
     if made - {here}:
