@@ -136,18 +136,18 @@ def test_changed_data_are_told_and_trained_on_anew(change_it, what, capfd):
     change_it(root)
     assert bench("photos") == 0
     said = capfd.readouterr()
-    assert f"photos holds other pictures than {old.parent.name} was trained on: " in said.out and what in said.out, said.out
+    assert f"photos is not what {old.parent.name} was trained on: " in said.out and what in said.out, said.out
     assert "already" not in said.out and said.err == "" and old.read_bytes() == content
     assert len(list(Path("R").glob("photos-avg-1-*/result.json"))) == 2
     assert bench("photos") == 0
-    assert "1 of 1 runs are in R already" in (said := capfd.readouterr()).out and "holds other pictures" not in said.out
+    assert "1 of 1 runs are in R already" in (said := capfd.readouterr()).out and "was trained on" not in said.out
 
 
 def test_other_data_of_the_same_name_are_others(capfd):
     for seed, where in enumerate("ab"): fill(f"{where}/photos", seed=seed)
     assert bench("a/photos") == 0 and bench("b/photos") == 0
     said = capfd.readouterr().out
-    assert said.count("b/photos holds other pictures than photos-avg-1-") == 1 and "18 changed" in said and "already" not in said
+    assert said.count("b/photos is not what photos-avg-1-") == 1 and "18 changed" in said and "already" not in said
     a, b = sorted(Path("R").glob("photos-*/result.json"))
     assert load_run(a.parent).spec.data.fingerprint != load_run(b.parent).spec.data.fingerprint
 
@@ -162,7 +162,7 @@ def test_of_many_earlier_runs_one_of_each_data_is_told():
     (Path("R") / "junk/spec.json").write_text("[1")
     Path("photos/red/0.png").unlink()
     text, = earlier_data([make_spec("./photos", seed=s, **SMALL) for s in (1, 2)], "R")
-    assert "other pictures" in text and "others" in text   # these runs hold no pictures.csv
+    assert text.startswith("./photos is not what photos-avg-1-") and "trained on: other pictures." in text   # these runs hold no pictures.csv
     assert earlier_data([make_spec("digits")], "R") == [] == earlier_data([], "R")
 
 
@@ -176,8 +176,14 @@ def test_the_names_of_a_run_are_its_own_whatever_became_of_its_data(trained, tmp
     fill("photos", ("yellow",))
     bare = open_run(trained, "cpu", with_data=False)
     assert told(bare) == "red" and len(bare.dls.valid_ds) == 0
-    with pytest.raises(BadInput, match="^data: .*photos has changed since"): open_run(trained, "cpu")
-    with pytest.raises(BadInput, match="has the classes a_red, blue, green, yellow, and .* was trained on blue, green, red"): open_run(trained, "cpu", check=False)
+    changed = open_run(trained, "cpu")
+    said = capfd.readouterr().err
+    assert told(changed) == "red" and said.startswith(f"attnpool: {trained.name} is opened without its data, to show others. data: ")
+    assert "photos has changed since" in said and "6 added: yellow/0.png" not in said and "added: a_red/0.png" in said
+    with pytest.raises(BadInput, match="^data: .*photos has changed since"): open_run(trained, "cpu", with_data=True)
+    for options in (dict(data="photos"), dict(with_data=True)):
+        with pytest.raises(BadInput, match="has the classes a_red, blue, green, yellow, and .* was trained on blue, green, red"):
+            open_run(trained, "cpu", check=False, **options)
     for options in ((), ("--no-check",)):
         assert called("maps", trained, "--device", "cpu", *options) == 2
         assert "Traceback" not in (said := capfd.readouterr().err) and said.count("\n") == 1
@@ -185,7 +191,8 @@ def test_the_names_of_a_run_are_its_own_whatever_became_of_its_data(trained, tmp
     (away := tmp_path / "away").mkdir()
     monkeypatch.chdir(away)
     gone = open_run(tmp_path / trained, "cpu")
-    assert f"attnpool: the data of {trained.name} are not at {tmp_path / 'photos'}. It is opened without them.\n" == capfd.readouterr().err
+    said = f"attnpool: {trained.name} is opened without its data, to show others. data: there is no file or folder {tmp_path / 'photos'}."
+    assert said in capfd.readouterr().err
     with gone.no_bar(): assert torch.equal(gone.predict("../red.png")[2], probabilities)
     with pytest.raises(FileNotFoundError, match="^data: there is no file or folder .*photos"): open_run(tmp_path / trained, "cpu", with_data=True)
     with pytest.raises(FileNotFoundError, match="nowhere"): open_run(tmp_path / trained, "cpu", "nowhere/photos")
@@ -230,7 +237,7 @@ def test_a_run_of_an_earlier_version_says_what_it_can(trained):
     assert about["vocab"] == ["blue", "green", "red"] and about["size"] == 16 and "mean" not in about
     assert told(open_run(trained, "cpu", with_data=False)) == "red"   # it needs its data for their statistics
     Path("photos/red").rename("photos/a_red")
-    with pytest.raises(BadInput, match="was trained on blue, green, red"): open_run(trained, "cpu", check=False)
+    with pytest.raises(BadInput, match="was trained on blue, green, red"): open_run(trained, "cpu", check=False, with_data=False)
     shutil.rmtree("photos")
     with pytest.raises(FileNotFoundError, match="^data: there is no file or folder ./photos"): open_run(trained, "cpu")
 

@@ -32,7 +32,7 @@ from .check import check_pictures, make_pixels, without_broken
 from .digits import digits_dls
 from .listing import LAYOUTS, Listing, first_few, list_csv, list_folder
 from .petals import record_files, unpack_tfrecords
-from .reader import load_picture
+from .reader import load_picture, open_picture
 from ..registry import BadInput, Registry
 
 # %% ../../nbs/37_data.pictures.ipynb #f3a2a988
@@ -170,6 +170,10 @@ class ReadPicture(Transform):
     ):
         if not isinstance(o, (int, np.integer)): return PILImage.create(load_picture(o, self.load))
         return PILImage.create(load_picture(self.files[o], self.load) if self.pixels is None else self.pixels[o])
+
+def _open(listing, pixels, i):   # it and the next are in Learners that earlier versions exported
+    return PILImage.create(pixels[i] if pixels else open_picture(listing.root/listing.files[i]))
+def _name_of(names, i): return names[i]
 
 class _ReadLabel(Transform):
     def __init__(self, names=()):

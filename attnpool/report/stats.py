@@ -166,7 +166,7 @@ def measure_maps(
         maps, rows = [], []
         for r in rs:
             if console: console.print(f'{name} seed {r.spec.seed}', markup=False, highlight=False)
-            learn = open_run(r.folder, device, **where)
+            learn = open_run(r.folder, device, with_data=True, **where)
             x, _, boxes = validation_pictures(learn.dls, n)
             m, row = _measures(learn, x, boxes)
             maps.append(m)

@@ -157,8 +157,8 @@ def earlier_data(
     for data, folder in old.items():
         if data == (mine := now[data.name]): continue
         table = folder/'pictures.csv'
-        what = differences(read_digests(table), digests(find_pictures(mine.path))) if table.exists() else 'others'
-        said.append(f'{mine.path} holds other pictures than {folder.name} was trained on: {what}. '
+        what = differences(read_digests(table), digests(find_pictures(mine.path))) if table.exists() else 'other pictures'
+        said.append(f'{mine.path} is not what {folder.name} was trained on: {what}. '
                     'That run is kept, and new ones are made beside it.')
     return said
 
@@ -189,7 +189,7 @@ def open_data(
     device: str | None = None, # Where the batches go; None for the GPU where there is one
     data: Path | str | None = None, # Where the data lie now; None for where they lay
     check: bool = True, # Whether data that have changed since are an error
-    with_data: bool | None = None, # Whether to open the pictures too; None for where they are at hand
+    with_data: bool | None = None, # Whether to open the pictures too; None for where they are at hand and the same
 ) -> DataLoaders: # Without pictures, they can prepare others
     "The data of a run."
     about = read_about(result)
@@ -199,8 +199,7 @@ def open_data(
     spec = replace(result.spec, data=replace(result.spec.data, path=path))
     if with_data is not False or not alone:
         try: return _own_data(spec, result.folder, device, check, about)
-        except FileNotFoundError:
+        except (BadInput, FileNotFoundError) as e:
             if with_data or data is not None or not alone: raise
-            print(f'attnpool: the data of {result.folder.name} are not at {path}. It is opened without them.',
-                  file=sys.stderr)
+            print(f'attnpool: {result.folder.name} is opened without its data, to show others. {e}', file=sys.stderr)
     return empty_dls(**about, bs=spec.recipe.bs, device=device)

@@ -189,7 +189,7 @@ def open_run(
     device: str | None = None, # Where to put it; None for the GPU where there is one
     data: Path | str | None = None, # Where its data lie now; None for where they lay
     check: bool = True, # Whether data that have changed since are an error
-    with_data: bool | None = None, # Whether to open its pictures too; None for where they are at hand
+    with_data: bool | None = None, # Whether to open its pictures too; None for where they are at hand and the same
 ) -> Learner: # With the run's data and trained network; without data others can be shown
     "The Learner of a run."
     result, folder = load_run(folder), Path(folder)
