@@ -421,7 +421,7 @@ def test_hostile_names_of_classes_are_escaped_on_the_page_of_maps(tmp_path, dls)
     mine.boxes, mine.vocab = dls.boxes, [f"<img src=x onerror=alert({i})>" for i in range(10)]
     learn = Learner(mine, xeca_resnext_tiny(10, custom_head=AvgPoolHead), loss_func=nn.functional.cross_entropy)
     page = maps_page(learn, tmp_path / "maps.html", n=1).read_text()
-    assert "<img src=x" not in page and page.count("&lt;img src=x onerror=alert(") == 3
+    assert "<img src=x" not in page and page.count("&lt;img src=x onerror=alert(") >= 4   # buttons, and what is said and true
 
 
 def test_a_page_of_a_head_with_a_query_per_class_shows_the_maps_of_the_classes(tmp_path, dls):

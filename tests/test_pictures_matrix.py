@@ -3,6 +3,8 @@ maps, on pages, at the command line; and they are those that the picture shows, 
 import base64
 import io
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import matplotlib
@@ -94,6 +96,26 @@ def one_bit(file, h, w): Image.fromarray(quadrants([0, 1, 1, 0], h, w, bool)).sa
 def sixteen_bits(file, h, w): Image.fromarray(quadrants(GREYS * 256 + [0, 255, 3, 200], h, w, np.uint16)).save(file)
 @kind("tif", grey(GREYS))
 def sixteen_bits_tif(file, h, w): Image.fromarray(quadrants(GREYS * 256 + 128, h, w, np.uint16)).save(file)
+@kind("tif", grey(GREYS))
+def sixteen_bits_big(file, h, w): Image.frombytes("I;16B", (w, h), quadrants(GREYS * 256 + 128, h, w, ">u2").tobytes()).save(file)
+
+
+def png(pixels, colour):
+    "A PNG of 16 bits, which Pillow does not write in colour."
+    def chunk(name, content): return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels.astype(">u2"))
+    head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@kind("png", COLOURS)
+def rgb_of_sixteen_bits(file, h, w): file.write_bytes(png(quadrants(COLOURS * 257, h, w, int), 2))
+@kind("png", on_white(COLOURS, CLEAR), 1)
+def rgba_of_sixteen_bits(file, h, w): file.write_bytes(png(quadrants(with_alpha(COLOURS) * 257, h, w, int), 6))
+@kind("png", on_white(grey(GREYS), CLEAR), 1)
+def la_of_sixteen_bits(file, h, w): file.write_bytes(png(quadrants(with_alpha(GREYS) * 257, h, w, int), 4))
+@kind("jp2", COLOURS)
+def jpeg_2000(file, h, w): Image.fromarray(quadrants(COLOURS, h, w)).save(file)
 @kind("tif", grey([*GREYS[:3], 255]))
 def int32(file, h, w): Image.fromarray(quadrants([*(GREYS[:3] * 256 + 5), 10**6], h, w, np.int32)).save(file)
 @kind("tif", grey(GREYS), 1)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastai.losses import BaseLoss
 from fastai.vision.all import (
-    aug_transforms, BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Datasets, get_image_files, ImageBlock,
+    aug_transforms, BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Datasets, get_image_files, ImageBlock, IntToFloatTensor,
     ImageDataLoaders, imagenet_stats, Learner, load_learner, MSELossFlat, MultiCategoryBlock, Normalize, parent_label, PILImage, PILImageBW,
     PointBlock, RandomResizedCrop, RandomSplitter, RegressionBlock, Resize, ResizeMethod, ToTensor, vision_learner)
 from PIL import Image
@@ -169,6 +169,14 @@ def test_exported_learners_show_maps_in_another_process(photos, tmp_path, monkey
     assert done.stdout.splitlines() == list(map(str, expected))
 
 
+def test_files_are_given_in_any_form(photos, tmpdir):
+    learn, file = Learner(block(photos), network(3)), sorted(get_image_files(photos))[0]
+    Image.open(file).save(str(tmpdir / "a.png"))
+    x = pictures_of(learn, file)[0]
+    for files in (str(file), [file], (str(file),), get_image_files(photos).sorted()[:1], iter([file]), np.array([str(file)]).tolist(), tmpdir, tmpdir / "a.png"):
+        assert torch.equal(pictures_of(learn, files)[0], x)
+
+
 def test_digits_learners_take_files_loaded_ones_too(tmp_path):
     Image.new("L", (60, 40), 200).save(tmp_path / "a.png")
     learn = Learner(digits_dls(40, n_train=64, n_valid=16, device="cpu"), network(10), path=tmp_path)
@@ -199,6 +207,25 @@ def test_data_that_are_no_files_tell_the_size(photos):
         learn = Learner(dls, network(2), loss_func=nn.CrossEntropyLoss())
         with inputs(learn.model) as seen: learn.show_attention(files)
         assert torch.equal(torch.stack(seen[:2]), open_pictures(files, 20))
+
+
+def test_data_without_labels(photos):
+    from fastai.vision.all import TfmdLists
+    files = sorted(get_image_files(photos))
+    only = TfmdLists(files, [PILImage.create], splits=[range(16), range(16, 24)]).dataloaders(bs=4, num_workers=0, device="cpu", after_item=[Resize(20), ToTensor()], after_batch=[IntToFloatTensor()])
+    for dls in (only, DataLoaders(*(torch.utils.data.DataLoader(list(torch.rand(6, 3, 20, 20)), 2) for _ in range(2)))):
+        learn = Learner(dls, network(3), loss_func=nn.CrossEntropyLoss())
+        assert len(titles(learn.show_attention(n=5))) == 5 == len(titles(learn.show_attention(files[:5])))
+        assert pictures_of(learn, n=5)[0].shape == (5, 3, 20, 20)
+
+
+def test_each_learner_has_its_own_names_and_a_pool_that_is_not_there_is_told(photos):
+    a, b = (Learner(block(photos), fixed([3., 1., 1.])) for _ in range(2))
+    b.dls.train.vocab = ["one", "two", "three"]
+    x, *_ = pictures_of(a, n=1)
+    def said(**kwargs): return [ax.texts[-1].get_text().split()[0] for ax in show_heads(dict(a=a, b=b, c=a.model), x, **kwargs).axes]
+    assert said() == ["blue", "one", "blue"] and said(vocab=np.array(["x", "y", "z"])) == ["x"] * 3
+    with pytest.raises(BadInput, match="^model: there is no attention pool in it"): a.show_attention(pool="1.0")
 
 
 def test_pictures_of_several_sizes_are_told_before_the_network_runs(photos):
@@ -307,6 +334,8 @@ def test_titles_and_pages_of_other_labels(photos, kind, tmp_path):
     for f, said in zip(dls.valid_ds.items, titles(learn.show_attention(n=99))):
         assert said == (title if right.get(kind, lambda f: False)(f) else f"{title}\n({truth(f)})")
     assert buttons(maps_page(learn, tmp_path / "m.html", files, top=2, classes=[0])) == [offered] * 3
+    page = maps_page(learn, tmp_path / "valid.html", n=99).read_text()
+    assert re.findall("<figcaption>(.*?)</figcaption>", page) == [t.replace("\n", " ") for t in titles(learn.show_attention(n=99))]
     drawn = show_heads({"a": learn}, pictures_of(learn, files)[0]).axes[0].texts
     assert [t.get_text() for t in drawn] == ["a", title.replace("\n", " ")]
 
@@ -346,7 +375,7 @@ def test_the_truth_stands_in_brackets_where_it_is_another():
     assert captions(p, "ab", [-100, 5]) == ["a 90% (-100)", "b 75% (5)"]
 
 
-HOSTILE = ["$x_1$", "a$b", r"\frac{1", "$", "[red]", "<b>&amp;", "a\nb", "n" * 200, "\N{GRINNING FACE}", "\udcff\x07", "", '"><script>alert(1)</script>', "{{ 7 * 7 }}"]
+HOSTILE = ["$x_1$", "a$b", r"$\frac{$", "$", "[red]", "<b>&amp;", "a\nb", "n" * 200, "\N{GRINNING FACE}", "\udcff\x07", "", '"><script>alert(1)</script>', "{{ 7 * 7 }}"]
 
 
 def test_names_are_shown_as_they_are(photos, tmp_path, recwarn):
@@ -436,8 +465,21 @@ def test_grad_cam_finds_the_last_map_of_any_network(name):
         logit = model(x)[[0, 1], target] - [m for m in model.modules() if isinstance(m, nn.Linear)][-1].bias[target]
         own = class_activation_map(model, x, target)
         assert own.shape == cam.shape and torch.allclose(own.mean((1, 2, 3)), logit, atol=1e-5)
+        assert torch.allclose(cam * cam[0].numel(), own.clamp(min=0), atol=1e-5)
     else:
         with pytest.raises(BadInput, match="^model: expected average pooling.*grad_cam"): class_activation_map(model, x, target)
+
+
+@pytest.mark.parametrize("name, kwargs, size, grid, layer, view", [
+    ("resnet18", {}, (33, 130), (2, 5), "layer4", None), ("vit_tiny_patch16_224", dict(img_size=(48, 80), depth=2), (48, 80), (3, 5), "blocks.1.norm1", partial(tokens, 1, 3)),
+    ("swin_tiny_patch4_window7_224", dict(img_size=(64, 128), window_size=2, embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)), (64, 128), (2, 4), "norm", last)])
+def test_grad_cam_of_oblong_pictures_with_checkpointing_too(name, kwargs, size, grid, layer, view):
+    model, x, target = timm_network(name, **kwargs).eval(), torch.randn(2, 3, *size), torch.tensor([1, 0])
+    cam = grad_cam(model, x, target)
+    expected = cam_by_hand(model, dict(model.named_modules())[layer], x, target, view or (lambda t: t))
+    assert cam.shape == (2, 1, *grid) and torch.allclose(cam, expected, rtol=1e-4, atol=1e-9)
+    model.set_grad_checkpointing(True)
+    assert torch.allclose(grad_cam(model, x, target), cam, atol=1e-9)
 
 
 def test_grad_cam_of_resnet18_at_any_layer_is_captums():
@@ -493,6 +535,12 @@ def test_grad_cam_in_any_mode_of_autograd():
     expected = grad_cam(model, x, target)
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode(): assert torch.equal(grad_cam(model, x.clone(), target), expected)
+
+
+def test_a_single_token_is_no_map():
+    model, x = timm_network("pit_xs_224"), torch.randn(1, 3, 224, 224)   # ends on its class tokens
+    with pytest.raises(BadInput, match="^model: expected average pooling"): class_activation_map(model, x)
+    assert grad_cam(model, x).shape == (1, 1, 7, 7)
 
 
 def test_layers_that_give_no_map_are_told():

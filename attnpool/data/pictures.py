@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from fastai.data.all import (
     Categorize, DataLoaders, Datasets, Pipeline, TfmdDL, Transform, URLs, default_device, fastai_path, to_device,
-    untar_data)
+    tuplify, untar_data)
 from fastai.vision.all import IntToFloatTensor, Normalize, PILImage
 from PIL import Image
 from torch import Tensor
@@ -315,5 +315,5 @@ def validation_pictures(
     boxes, dl = getattr(dls, 'boxes', None), dls.valid
     dl.before_iter()   # its transforms are those of validation
     some = np.linspace(0, total - 1, min(n, total)).round().astype(int) if boxes is None else range(min(n, total))
-    x, *y = dl.after_batch(to_device(dl.do_batch([dl.do_item(int(i)) for i in some]), dl.device))
+    x, *y = tuplify(dl.after_batch(to_device(dl.do_batch([dl.do_item(int(i)) for i in some]), dl.device)))
     return x.as_subclass(Tensor), y[0] if y else None, None if boxes is None else boxes[:len(x)]

@@ -115,7 +115,8 @@ def _watch(model, x, layer=None):
             if m is layer: maps.append(out)
         elif fmap is not None and out.ndim == 3:
             tokens.add(out.shape[1])
-            if 'norm' in type(m).__name__.lower(): maps.append(out)   # others are queries, keys, hidden layers
+            norm = 'norm' in type(m).__name__.lower()   # others are queries, keys, hidden layers
+            if norm and _positions(fmap) > 1: maps.append(out)
         elif fmap is not None and not tokens & {*out.shape[1:3]}:   # a weight for each pair of tokens is no map
             if _positions(fmap) > 1:
                 pooled = None
@@ -227,6 +228,6 @@ def maps_of(
     pool: str | None = None, # Which pool, if the network has several; None for the last
 ) -> Tensor: # `(b, k, h, w)`, 0 or more
     "Attention maps where there is an attention pool, else the positive class activation map of the predicted class."
-    if not find_pools(model): return class_activation_map(model, x).clamp(min=0)
+    if pool is None and not find_pools(model): return class_activation_map(model, x).clamp(min=0)
     maps = attention_maps(model, x, pool)
     return list(maps.values())[-1] if isinstance(maps, dict) else maps

@@ -199,19 +199,19 @@ def show_heads(
     images: Tensor, # `(b, 3, H, W)`, normalised as in training: every network gets the same
     labels: Sequence[int] | Tensor | None = None, # What is true of each picture; in brackets where a network is wrong
     boxes: Tensor | None = None, # Boxes to draw, `(b, 4)`: left, top, right, bottom, in pixels
-    vocab: Sequence | None = None, # Names of the classes; None for those of the first Learner, or numbers
+    vocab: Sequence | None = None, # Names of the classes; None for each Learner's own, those of the first, or numbers
     cell: float = 1.2, # Side of a picture, in inches
 ) -> plt.Figure: # `len(models)` x `b` pictures
     "The maps of several networks over the same pictures. For average pooling the class activation map."
     if not models: raise BadInput("models: there is no network in it. Pass at least one, as in {'slim': learn}.")
-    learners = [m for m in models.values() if not isinstance(m, nn.Module)]
-    if vocab is None: vocab = next((m.dls.vocab for m in learners if hasattr(m.dls, 'vocab')), None)
+    vocabs = [getattr(getattr(m, 'dls', None), 'vocab', None) for m in models.values()]
     names = [title_text(name) for name in models]
     left = .08 * max(map(len, names)) + .15   # inches
     fig, axs = _grid(len(models), len(images), cell, images, left=left, below=.25)
-    for row, name, m in zip(axs, names, models.values()):
+    for row, name, m, own in zip(axs, names, models.values(), vocabs):
         model = uncompiled(m if isinstance(m, nn.Module) else m.model)
-        reading = Reading(getattr(m, 'loss_func', None), vocab)
+        known = next((v for v in (vocab, own, *vocabs) if v is not None), None)
+        reading = Reading(getattr(m, 'loss_func', None), known)
         x = images.to(next(model.parameters()))
         with evaluating(model): said = reading.titles(*reading.read(model(x)), labels)
         maps, style = maps_of(model, x), dict(color=_GREY, parse_math=False)   # a class may be called $x$

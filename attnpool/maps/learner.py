@@ -6,6 +6,7 @@
 __all__ = ['open_pictures', 'pictures_of', 'batches', 'outputs_of']
 
 # %% ../../nbs/45_maps.learner.ipynb #6e327243
+import os
 import sys
 from pathlib import Path
 from typing import Sequence
@@ -16,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from fastai.vision.all import (
     DataLoaders, Datasets, IntToFloatTensor, Learner, Normalize, TensorImage, TfmdDL, TfmdLists, patch,
-    to_device)
+    to_device, tuplify)
 from torch import Tensor
 
 from ..data.listing import first_few
@@ -31,9 +32,10 @@ from ..registry import BadInput
 def _listed(files):
     "What was given as a list, with the pictures of folders in the order of their names."
     found = []
-    for f in [files] if isinstance(files, (str, Path, Image.Image, np.ndarray)) else files:
-        if not isinstance(f, (str, Path)):
-            if not isinstance(f, (Image.Image, np.ndarray)):
+    paths, pictures = (str, os.PathLike), (Image.Image, np.ndarray)
+    for f in [files] if isinstance(files, paths + pictures) else files:
+        if not isinstance(f, paths):
+            if not isinstance(f, pictures):
                 raise TypeError(f"files: expected paths, or pictures of Pillow or numpy, got {f!r}.")
             found.append(f)
         elif not (f := Path(f).expanduser()).exists(): raise FileNotFoundError(f"files: there is no {f}.")
@@ -92,8 +94,7 @@ def _test_batch(dls, files):
             if isinstance(t, Normalize): x = t(x)
         return x
     dl.before_iter()
-    x, *_ = dl.after_batch(to_device(dl.do_batch(_each(dl.do_item, files)), dl.device))
-    return x
+    return tuplify(dl.after_batch(to_device(dl.do_batch(_each(dl.do_item, files)), dl.device)))[0]
 
 def pictures_of(
     learn: Learner, # Its data say how pictures are prepared; those of an exported one know it too
@@ -148,5 +149,5 @@ def show_attention(self: Learner,
     x, shown, labels, boxes = pictures_of(self, files, n)
     out, reading = outputs_of(self, x)
     titles = reading.titles(*reading.read(out), labels, sep='\n')
-    def maps(b): return maps_of(self.model, b, pool) if find_pools(self.model) else class_maps(self.model, b)
+    def maps(b): return maps_of(self.model, b, pool) if pool or find_pools(self.model) else class_maps(self.model, b)
     return show_maps(shown, torch.cat(list(map(maps, batches(self, x)))), titles, boxes, ncols, cell)

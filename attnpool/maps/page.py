@@ -69,11 +69,14 @@ button { display: block; width: 100%; text-align: left; font: inherit; backgroun
 button.on { background: #8883; } button span { float: right; font-variant-numeric: tabular-nums; }'''
 
 _CARDS = '''<p>{{ caption }}</p><div class="all">
-{% for picture, maps, classes in cards %}
+{% for picture, maps, classes, title in cards %}
 <figure><div class="pic"><img alt="picture {{ loop.index }}" src="{{ picture }}">
 {% for src in maps %}
 <img class="map{{ ' on' if loop.first }}" data-i="{{ loop.index0 }}" alt="" src="{{ src }}">
 {% endfor %}</div>
+{% if title %}
+<figcaption>{{ title }}</figcaption>
+{% endif %}
 {% for name, p in classes %}
 {% set i = loop.index0 if maps|length > 1 else 0 %}
 <button class="{{ 'on' if loop.first }}" data-i="{{ i }}">{{ name }}<span>{{ p }}</span></button>
@@ -101,7 +104,7 @@ def maps_page(
     path = Path(path)
     if not path.parent.is_dir(): raise FileNotFoundError(f"path: there is no folder {path.parent}.")
     if path.is_file() and is_picture(path): raise BadInput(f"path: {path} is a picture. Give the page another name.")
-    x, shown, *_ = pictures_of(learn, files, n)
+    x, shown, labels, _ = pictures_of(learn, files, n)
     out, reading = outputs_of(learn, x)
     p, said = (t.cpu() for t in reading.read(out))
     names, top, numbers = [reading.name(i) for i in range(p.shape[1])], min(top, p.shape[1]), said.is_floating_point()
@@ -122,8 +125,9 @@ def maps_page(
     pixels = (shown[:, :3 if shown.shape[1] > 2 else 1].expand(-1, 3, -1, -1) * 255).round().byte()
     pixels, form = pixels.permute(0, 2, 3, 1).cpu().numpy(), '.3g' if numbers else '.1%'
     shown_as = [('output ' if numbers else '') + title_text(name, 200) for name in names]
-    said = [[(shown_as[c], format(q[c].item(), form)) for c in ids.tolist()] for ids, q in zip(chosen, p)]
-    cards = [(data_uri(picture), [data_uri(colours(m)) for m in up], answers)
-             for picture, up, answers in zip(pixels, enlarge(maps, x.shape[2:]), said)]
+    answers = [[(shown_as[c], format(q[c].item(), form)) for c in ids.tolist()] for ids, q in zip(chosen, p)]
+    titles = [''] * len(p) if labels is None else reading.titles(p, said, labels)   # with the truth, where it is known
+    cards = [(data_uri(picture), [data_uri(colours(m)) for m in up], *texts)
+             for picture, up, *texts in zip(pixels, enlarge(maps, x.shape[2:]), answers, titles)]
     write_file(path, html_page('Where the network looks', _CARDS, _STYLE, caption=caption, cards=cards))
     return path

@@ -103,7 +103,8 @@ def load_run(
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{folder}: no result.json, so the run did not finish.") from None
     except ValueError: raise BadInput(f"{folder}: result.json is torn.") from None
-    if not isinstance(values, dict) or not {'spec', 'status', 'files'} <= values.keys():
+    if not isinstance(values, dict) or not {'spec', 'status', 'files'} <= values.keys() \
+            or not isinstance(values['files'], dict):
         raise BadInput(f"{folder}: result.json is not the result of a run.")
     for name, size in values['files'].items():
         if not (folder/name).exists(): raise BadInput(f"{folder}: {name} is missing.")
