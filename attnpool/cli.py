@@ -15,7 +15,7 @@ from rich.console import Console
 
 from .registry import BadInput
 from .runs.options import (
-    LateCommands, check_device, check_out, expand, guarded, late_options, make_runs, read_list, read_specs)
+    LateCommands, check_device, check_out, expand, guarded, late_options, make_runs, path_of, read_list, read_specs)
 
 # %% ../nbs/70_cli.ipynb #36a013b6
 app = typer.Typer(cls=LateCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -49,7 +49,7 @@ _DEVICE = 'cpu, cuda, mps, or auto.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
 _OUT = 'Folder for the runs, the table and the report. What is complete there is not made again.'
-_FILE = dict(parser=lambda text: Path(expand(text)), metavar='PATH')
+_FILE = dict(parser=path_of, metavar='PATH')
 _RUNS = _FILE | dict(metavar='RUNS')
 _TABLES = '.csv', '.md', '.runs.csv'   # beside a report
 _GPUS = 'GPUs of a job, with one process each: the batch grows by their number n, the learning rate by its root.'
@@ -67,12 +67,12 @@ def bench(
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
-    out: Annotated[Path, typer.Option(help=_OUT, **_FILE)] = Path('runs'),
+    out: Annotated[Path, typer.Option(help=_OUT, **_FILE)] = 'runs',
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
-    gpus: Annotated[int, typer.Option(help=_GPUS)] = 0,
+    gpus: Annotated[int, typer.Option(help=_GPUS, min=0)] = 0,
     time_limit: Annotated[int, typer.Option(help='Minutes for a job. What runs out of time starts over.')] = 240,
-    array_size: Annotated[int | None, typer.Option(help='Jobs at a time.  [default: 1 locally, 256 in Slurm]')] = None,
+    array_size: Annotated[int | None, typer.Option(help='Jobs at a time.  [default: 1, in Slurm 256]', min=1)] = None,
     wait: Annotated[bool, typer.Option(help='Stay until all jobs are done. The same command later goes on.')] = True,
     **overrides
 ):
@@ -110,7 +110,7 @@ def bench(
     if not is_first() or not results: return
     results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
     report = write_report(results, out/'report.html')
-    _say(f'\n{data}, {arch}, recipe {recipe}')   # no title of the table, which would be cut to its width
+    _say(f'{data}, {arch}, recipe {recipe}')   # no title of the table, which would be cut to its width
     console.print(rich_table(summarize(results)))
     _say(f'Report: {report.resolve().as_uri()}\nTable:  {report.with_suffix(".csv")}')
 
@@ -140,7 +140,7 @@ def report(
         raise BadInput(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
     page, groups = write_report(results, out, data=published), group_by_setting(results)
     for (title, _), group in zip(tell_apart(groups), groups):
-        _say(f'\n{title}')
+        _say(title)
         Console().print(rich_table(summarize(group)))
     _say(f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}')
 
@@ -181,7 +181,7 @@ def lr(
 def data(
     data: Annotated[str, typer.Argument(help=_DATA, parser=expand)],
     out: Annotated[Path | None, typer.Option(help='PNG of a training batch.  [default: NAME.png]', **_FILE)] = None,
-    size: Annotated[int, typer.Option(help='Side of the pictures in it, in pixels.')] = 128,
+    size: Annotated[int, typer.Option(help='Side of the pictures in it, in pixels.', min=1)] = 128,
 ):
     """Describe and check a data set: pictures per class, sizes, broken files, and a batch to look at.
 
@@ -203,7 +203,7 @@ def maps(
                                                'run folders or folders of runs.', **_RUNS)],
     top: Annotated[int, typer.Option(help='Likeliest classes to offer for each picture.')] = 3,
     classes: Annotated[str, typer.Option(help='Further classes, by name or index, separated by commas.')] = '',
-    n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.')] = 8,
+    n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.', min=1)] = 8,
     measure: Annotated[bool, typer.Option('--measure', help="Measure the runs' maps of validation pictures.")] = False,
     data: Annotated[str | None, typer.Option(help='Where the pictures are now.', parser=expand, metavar='PATH')] = None,
     check: Annotated[bool, typer.Option(help='Stop if pictures have changed since the run.')] = True,

@@ -136,18 +136,18 @@ def test_changed_data_are_told_and_trained_on_anew(change_it, what, capfd):
     change_it(root)
     assert bench("photos") == 0
     said = capfd.readouterr()
-    assert f"photos holds other pictures than {old.parent.name} was trained on: " in said.out and what in said.out, said.out
+    assert f"photos is not what {old.parent.name} was trained on: " in said.out and what in said.out, said.out
     assert "already" not in said.out and said.err == "" and old.read_bytes() == content
     assert len(list(Path("R").glob("photos-avg-1-*/result.json"))) == 2
     assert bench("photos") == 0
-    assert "1 of 1 runs are in R already" in (said := capfd.readouterr()).out and "holds other pictures" not in said.out
+    assert "1 of 1 runs are in R already" in (said := capfd.readouterr()).out and "was trained on" not in said.out
 
 
 def test_other_data_of_the_same_name_are_others(capfd):
     for seed, where in enumerate("ab"): fill(f"{where}/photos", seed=seed)
     assert bench("a/photos") == 0 and bench("b/photos") == 0
     said = capfd.readouterr().out
-    assert said.count("b/photos holds other pictures than photos-avg-1-") == 1 and "18 changed" in said and "already" not in said
+    assert said.count("b/photos is not what photos-avg-1-") == 1 and "18 changed" in said and "already" not in said
     a, b = sorted(Path("R").glob("photos-*/result.json"))
     assert load_run(a.parent).spec.data.fingerprint != load_run(b.parent).spec.data.fingerprint
 
@@ -162,7 +162,7 @@ def test_of_many_earlier_runs_one_of_each_data_is_told():
     (Path("R") / "junk/spec.json").write_text("[1")
     Path("photos/red/0.png").unlink()
     text, = earlier_data([make_spec("./photos", seed=s, **SMALL) for s in (1, 2)], "R")
-    assert "other pictures" in text and "others" in text   # these runs hold no pictures.csv
+    assert text.startswith("./photos is not what photos-avg-1-") and "trained on: other pictures." in text   # these runs hold no pictures.csv
     assert earlier_data([make_spec("digits")], "R") == [] == earlier_data([], "R")
 
 

@@ -96,6 +96,7 @@ WHITE = (255, 255, 255)
     (lambda: png((2, 1), 16, 2, b"\0" + struct.pack(">6H", 0x1234, 0, 0, 0xff00, 0, 0), (b"tRNS", struct.pack(">3H", 0x1234, 0, 0))), [WHITE, (255, 0, 0)]),
     (lambda: png((2, 1), 16, 0, b"\0" + struct.pack(">2H", 0x1234, 0x8000), (b"tRNS", struct.pack(">H", 0x1234))), [WHITE, (128,) * 3]),
     (lambda: png((4, 1), 2, 0, b"\0\x1b", (b"tRNS", b"\0\1")), [(0,) * 3, WHITE, (170,) * 3, WHITE]),   # levels 0 to 3, of which 1 is clear
+    (lambda: png((4, 1), 2, 0, b"\0\x1b"), [(0,) * 3, (85,) * 3, (170,) * 3, WHITE]), (lambda: png((2, 1), 1, 0, b"\0\x80", (b"tRNS", b"\0\0")), [WHITE, WHITE]),
     (lambda: png((2, 1), 4, 0, b"\0\x0f", (b"tRNS", b"\0\0")), [WHITE, WHITE]), (lambda: png((2, 1), 4, 0, b"\0\x1f", (b"tRNS", b"\0\x0f")), [(17,) * 3, WHITE]),
     (lambda: png((1, 1), 16, 6, b"\0" + struct.pack(">4H", 0x8000, 0x4000, 0, 0xffff)), [(128, 64, 0)]),
     (lambda: saved(np.array([[True, False]]), "x.png"), [WHITE, (0, 0, 0)]),
@@ -169,8 +170,20 @@ def test_what_cannot_be_read_is_one_kind_of_error_everywhere(make, why):
     root = pictures("pets")
     if Path("x.png").is_dir(): return   # in a folder it is a folder
     shutil.move("x.png", root / "red/x.png")
-    assert check_pictures(list_folder(root)).broken == {"red/x.png": e.value.why}
+    assert identify(root).fingerprint and check_pictures(list_folder(root)).broken == {"red/x.png": e.value.why}
     with pytest.raises(BadInput, match="^data: 1 of 9 pictures in pets are broken: red/x.png"): get_dls("./pets", 16, 4, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_whatever_is_damaged_is_read_or_broken_and_nothing_else(kind):
+    noise((90, 90, 90), 0, (24, 24)).save(whole := io.BytesIO(), kind)
+    rng, broken = np.random.default_rng(0), 0
+    for i in range(60):
+        content = bytearray(whole.getvalue())
+        for at in rng.integers(len(content), size=3): content[at] ^= rng.integers(1, 256)
+        try: assert open_picture(bytes(content[:rng.integers(1, len(content))] if i % 3 else content)).mode == "RGB"
+        except BrokenPicture as e: broken += "\n" not in str(e) and bool(e.why)
+    assert broken > 10
 
 
 def test_without_the_right_to_read(monkeypatch):
@@ -298,6 +311,11 @@ def test_pictures_are_told_by_endings_of_our_own_and_by_content(capfd):
     assert capfd.readouterr().err == ""   # it has been told
     assert identify(shutil.copytree(root, "others")).fingerprint == identify(root).fingerprint
     assert capfd.readouterr().err == f"attnpool: others: {note}.\n"
+
+
+def test_a_folder_of_other_files_only_says_what_they_are():
+    for i in range(9): (f := Path(f"phone/red/{i}.heic")).parent.mkdir(parents=True, exist_ok=True) or f.write_bytes(b"ftypheic")
+    with pytest.raises(BadInput, match=r"^data: phone holds no pictures, but 9 other files \(0.heic, 1.heic, 2.heic and 6 more\). Expected"): list_folder("phone")
 
 
 def test_a_picture_by_its_ending_that_is_none_is_broken_and_not_left_out():

@@ -155,7 +155,9 @@ def list_folder(
     train, valid, test = folder_roles(root)
     if valid and not train: raise BadInput(f"data: {root} has a folder {valid.name} but no folder train. {LAYOUTS}")
     files, labels, left_out = _of_folder(root, unwrapped(train) if train else root)
-    if not files: raise BadInput(f"data: {root} holds no pictures. {LAYOUTS}")
+    if not files:
+        other = f', but {len(left_out):,} other files ({first_few((f.name for f in left_out), 3)})' if left_out else ''
+        raise BadInput(f"data: {root} holds no pictures{other}. {LAYOUTS}")
     if test and not valid:
         tested = {d.name for d in inner_folders(unwrapped(test, set(labels)))}
         if tested & set(labels): valid, said = test, 'there is no folder val, so the pictures of {} validate'
@@ -209,7 +211,7 @@ def _once(file, rows):
     kept, again = {}, []
     for r in rows:
         path = os.path.expanduser(r['path'])
-        if '\\' in path and not (file.parent/path).exists(): path = path.replace('\\', '/')   # as Windows writes it
+        if '\\' in path and not os.path.exists(file.parent/path): path = path.replace('\\', '/')   # Windows
         r['valid'] = r.get('split', '').lower() in VALID
         first = kept.setdefault(os.path.realpath(file.parent/path), r | dict(path=path))
         if first['line'] == r['line']: continue
@@ -250,6 +252,7 @@ def in_threads(
 
 def _digest(file):
     try:
+        if not os.path.isfile(file): return ''   # a pipe would have no end
         with open(file, 'rb') as f:
             size = os.fstat(f.fileno()).st_size
             if size <= 4 * PIECE: content = f.read()

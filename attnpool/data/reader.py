@@ -61,7 +61,7 @@ def _rgb(im):
     except Exception: turn = None   # where the camera's notes are damaged, the pixels are not
     if im.mode[0] in 'IF': im = _grey(im)
     elif im.mode == 'La': im = im.convert('LA')
-    elif im.mode == 'RGB' and max(clear := im.info.get('transparency') or (0,)) > 255:   # of a file with 16 bits
+    elif isinstance(clear := im.info.get('transparency'), tuple) and max(clear) > 255:   # of a file with 16 bits
         im.info['transparency'] = tuple(v >> 8 for v in clear)
     if im.has_transparency_data:
         im = im.convert('RGBA')
@@ -81,9 +81,9 @@ def open_picture(
             raise OSError(0, 'Is a directory' if stat.S_ISDIR(mode) else 'not a file')
         with Image.open(file) as im:
             if im.format == 'EPS': raise Image.UnidentifiedImageError   # a program, that another one would run
-            clear, kind = im.info.get('transparency'), str(im.tile[0][-1]) if im.tile else ''
-            if kind in ('L;2', 'L;4'): im.info['transparency'] = clear and clear * (85 if kind == 'L;2' else 17)
+            times = {'L;2': 85, 'L;4': 17}.get(str(im.tile[0][-1]) if im.tile else '', 1)   # levels of a few bits
             im.load()
+            if isinstance(clear := im.info.get('transparency'), int): im.info['transparency'] = clear * times
             return _rgb(im)
     except Exception as e:   # Pillow's decoders raise all sorts
         why, name = _why(file, e), file if isinstance(file, (str, Path)) else 'the picture'

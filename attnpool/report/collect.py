@@ -43,7 +43,10 @@ def _fits(path):
     starts = [i for i, line in enumerate(lines) if i == 0 or line.split(',')[0].strip() == 'epoch']
     if len(lines) > 1 and lines[-1].count(',') < lines[starts[-1]].count(','):
         sys.stderr.write(f'attnpool: the last line of {path} is cut off and left out: {lines.pop()}\n')
-    fits = [_table('\n'.join(lines[a:b]), path) for a, b in zip(starts, [*starts[1:], len(lines)])]
+    parts = [lines[a:b] for a, b in zip(starts, [*starts[1:], len(lines)])]
+    if wide := next((line for header, *rest in parts for line in rest if line.count(',') > header.count(',')), None):
+        raise BadInput(f"runs: a line of {path} has more cells than its header: {wide}. Pass files of a CSVLogger.")
+    fits = [_table('\n'.join(part), path) for part in parts]
     return [fit for fit in fits if len(fit)] or fits
 
 def _seconds(clock):
@@ -181,7 +184,8 @@ def _with_whole_epochs(results):
 # %% ../../nbs/60_report.collect.ipynb #3f1a345a
 def _of_head(spec):
     "Those of the options that are the head's."
-    known = head_options(spec.head) if spec.options else ()
+    try: known = head_options(spec.head) if spec.options else ()
+    except BadInput: known = ()   # a head that is not known here
     return [o for o in spec.options if o[0] in known]
 
 def group_by_setting(

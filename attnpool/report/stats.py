@@ -107,7 +107,8 @@ def format_table(
 def _rich(texts, title=None):
     "A table for the terminal: names to the left, the rest to the right."
     def plain(v): return Text(str(v))   # a name may look like markup
-    out = Table(title=title and plain(title), box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
+    title = title and Text(title, no_wrap=True, overflow='ignore')   # names in one piece
+    out = Table(title=title, box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
     for name in texts: out.add_column(plain(name), justify='left' if name == 'head' else 'right')
     for row in texts.itertuples(index=False): out.add_row(*map(plain, row))
     return out

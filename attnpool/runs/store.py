@@ -103,7 +103,8 @@ def load_run(
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{folder}: no result.json, so the run did not finish.") from None
     except ValueError: raise BadInput(f"{folder}: result.json is torn.") from None
-    if not isinstance(values, dict) or not {'spec', 'status', 'files'} <= values.keys():
+    if not isinstance(values, dict) or not {'spec', 'status', 'files'} <= values.keys() \
+            or not isinstance(values['files'], dict):
         raise BadInput(f"{folder}: result.json is not the result of a run.")
     for name, size in values['files'].items():
         if not (folder/name).exists(): raise BadInput(f"{folder}: {name} is missing.")
@@ -156,8 +157,9 @@ def earlier_data(
     for data, folder in old.items():
         if data == (mine := now[data.name]): continue
         table = folder/'pictures.csv'
-        what = differences(read_digests(table), digests(find_pictures(mine.path))) if table.exists() else 'others'
-        said.append(f'{mine.path} holds other pictures than {folder.name} was trained on: {what}. '
+        known = table.exists()   # not of very many pictures
+        what = differences(read_digests(table), digests(find_pictures(mine.path))) if known else 'other pictures'
+        said.append(f'{mine.path} is not what {folder.name} was trained on: {what}. '
                     'That run is kept, and new ones are made beside it.')
     return said
 
