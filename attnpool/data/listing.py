@@ -211,7 +211,7 @@ def _once(file, rows):
     kept, again = {}, []
     for r in rows:
         path = os.path.expanduser(r['path'])
-        if '\\' in path and not (file.parent/path).exists(): path = path.replace('\\', '/')   # as Windows writes it
+        if '\\' in path and not os.path.exists(file.parent/path): path = path.replace('\\', '/')   # Windows
         r['valid'] = r.get('split', '').lower() in VALID
         first = kept.setdefault(os.path.realpath(file.parent/path), r | dict(path=path))
         if first['line'] == r['line']: continue

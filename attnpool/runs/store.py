@@ -157,7 +157,8 @@ def earlier_data(
     for data, folder in old.items():
         if data == (mine := now[data.name]): continue
         table = folder/'pictures.csv'
-        what = differences(read_digests(table), digests(find_pictures(mine.path))) if table.exists() else 'other pictures'
+        known = table.exists()   # not of very many pictures
+        what = differences(read_digests(table), digests(find_pictures(mine.path))) if known else 'other pictures'
         said.append(f'{mine.path} is not what {folder.name} was trained on: {what}. '
                     'That run is kept, and new ones are made beside it.')
     return said
