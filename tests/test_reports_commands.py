@@ -325,8 +325,9 @@ def test_a_log_of_one_or_more_fits(tmp_path, capsys, text, epochs, value, second
     assert says in err and bool(says) == bool(err) and str(tmp_path) in err or not says
 
 
-@pytest.mark.parametrize("text", ['', '\n', HEAD, 'a,b\n1,2\n', 'epoch,loss\n0,"1\n', LOG + 'epoch,train_loss,time\n0,1.1,00:30\n', 'no commas', HEAD + '0,1,2,3,4,5,6\n1,2,3\n0,1'])
+@pytest.mark.parametrize("text", ['', '\n', HEAD, 'a,b\n1,2\n', 'epoch,loss\n0,"1\n', LOG + 'epoch,train_loss,time\n0,1.1,00:30\n', 'no commas', 'head,n,accuracy,sd\navg,2,.9,.01\n', HEAD + '0,1,2,3,4,5,6\n1,2,3\n0,1'])
 def test_what_is_no_log_is_one_line(tmp_path, capsys, text):
+    assert read_log(log(tmp_path / 'slim-1.csv', LOG)).value == .66
     code, out, err = run('report', log(tmp_path / 'avg-1.csv', text), '--out', tmp_path / 'r.html', capsys=capsys)
     assert code == 2 and 'runs: ' in err and err.splitlines()[-1].startswith('attnpool: ') and not (tmp_path / 'r.html').exists()
 

@@ -62,7 +62,7 @@ def read_log(
     fits = _fits(path) or [pd.DataFrame()]
     table = pd.concat(fits, ignore_index=True)
     task = next((name for name, t in TASKS.items() if t.primary in fits[-1]), None)
-    if task is None or table.empty:
+    if task is None or table.empty or 'epoch' not in table:
         names = ' or '.join(t.primary for t in TASKS.values())
         where = f"the last fit in {path}" if len(fits) > 1 else path
         raise BadInput(f"runs: expected a CSVLogger file with epochs and a column {names} in {where}, "
