@@ -7,11 +7,25 @@ __all__ = ['PutsBack']
 
 # %% ../../nbs/29_callback.ends.ipynb #1e448c05
 import sys
+from functools import partial
 
-from fastai.basics import Learner, patch
 from fastai.callback.core import Callback
 
 # %% ../../nbs/29_callback.ends.ipynb #1c595fd5
+def _own(learn): return [cb for cb in learn.cbs.sorted('order') if isinstance(cb, PutsBack)]
+
+def _remove_cbs(learn, cbs):
+    "fastai's method; where an error or Ctrl-C ends a fit, what callbacks have changed is put back first."
+    own = _own(learn) if sys.exc_info()[0] else []
+    for cb in own: cb.put_back()
+    if own: vars(learn).pop('remove_cbs', None)
+    type(learn).remove_cbs(learn, cbs)
+    for cb in own:
+        if any(cb is o for o in learn.cbs):   # one of the same name, or the same given twice, had taken its place
+            cb.learn = learn
+            setattr(learn, cb.name, cb)
+    return learn
+
 class PutsBack(Callback):
     "A callback that changes something for the time of a fit: its `put_back` is called however the fit ends."
     def before_fit(self): self.put_back()   # what another loop than fastai's has left
@@ -21,20 +35,11 @@ class PutsBack(Callback):
     def put_back(self):
         "Undo the change; there may be none."
 
-_remove_cbs = Learner.remove_cbs
-
-@patch
-def remove_cbs(
-    self: Learner,
-    cbs, # Callbacks to take out, or their classes
-) -> Learner: # The same
-    "fastai's; where an error or Ctrl-C ends a fit, what callbacks have changed is put back first."
-    if sys.exc_info()[0]:
-        for cb in self.cbs:
-            if isinstance(cb, PutsBack): cb.put_back()
-    _remove_cbs(self, cbs)
-    for cb in self.cbs:   # one of the same name, or the same given twice, has taken its place
-        if isinstance(cb, PutsBack) and getattr(self, cb.name, None) is not cb:
-            cb.learn = self
-            setattr(self, cb.name, cb)
-    return self
+    def __call__(self,
+        event_name: str, # Of fastai's events
+    ):
+        "Called at every event; from the first to the last of a fit its Learner tells of errors."
+        if event_name == 'before_fit': vars(self.learn).setdefault('remove_cbs', partial(_remove_cbs, self.learn))
+        result = super().__call__(event_name)
+        if event_name == 'after_fit' and self is _own(self.learn)[-1]: vars(self.learn).pop('remove_cbs', None)
+        return result
