@@ -458,7 +458,7 @@ def test_grad_cam_finds_the_last_map_of_any_network(name):
     expected = cam_by_hand(model, layers[layer], x, target, view or (lambda t: t))
     cam = grad_cam(model, x, target)
     assert cam.shape == expected.shape and min(cam.shape[2:]) > 1 and torch.allclose(cam, expected, rtol=1e-4, atol=1e-9)
-    assert torch.equal(cam, grad_cam(model, x, target, layers[layer]))
+    assert torch.allclose(cam, grad_cam(model, x, target, layers[layer]), rtol=1e-4, atol=1e-9)   # hooks change the form
     both = grad_cam(model, x, torch.tensor([[1, 0], [0, 1]]))
     assert both.shape == (2, 2, *cam.shape[2:]) and torch.allclose(both[:, :1], cam) and not any(m._forward_hooks for m in model.modules())
     if averaged:
