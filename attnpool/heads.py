@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from fastcore.basics import copy_func
 from torch import Tensor, nn
 
-from .fold import affine, fold_query, foldable, gather, norm_options, scores
+from .fold import fold_query, foldable, gather, norm_options, scores
 from .forms import is_traced, no_autocast, readable, wide
 from .layers import check_channels, make_norm, TokenBatchNorm
 from .pooling.attention import (
@@ -213,7 +213,7 @@ class FoldedAttention(nn.Module):
         if getattr(norm, 'weight', None) is not None: weight = weight * norm.weight
         self.register_buffer('u', u.to(wide(dtype)))
         self.register_buffer('weight', weight.flatten(1).to(dtype))   # (c_out, heads*c)
-        self.register_buffer('bias', (wo @ value + bo).to(dtype))
+        self.register_buffer('bias', (wo @ value + (0 if bo is None else bo)).to(dtype))
 
     def forward(self,
         x: Tensor, # `(b, ni, h, w)`
@@ -261,24 +261,33 @@ def fold(
     if any(m.training for m in model.modules()):
         raise BadInput("model: it is in training mode, where its weights still change and dropout is on. "
                        "Use fold(model.eval()).")
-    model = deepcopy(model).requires_grad_(False)
     pools = {name: m for name, m in model.named_modules() if hasattr(m, 'query')
              and isinstance(getattr(m, 'attn', None), AttentionPool2d)}
     def owns_u(m): return hasattr(m, 'query') and hasattr(m, 'attention_map') and not hasattr(m, 'attn')
     if not pools and not any(map(owns_u, model.modules())):
-        raise BadInput("model: there is no attention pool in it that folds. "
+        raise BadInput("model: there is no attention pool in it that folds, or it is folded already. "
                        "Give it a head that has one, for example AvgAttnConcatPoolHead.")
     for name, pool in pools.items():
         attn, where = pool.attn, f"{name or 'the pool'}.attn"
         if not (foldable(attn.norm, attn.ni) or _at_rest(attn.norm)):
             raise BadInput(f"model: the norm of {where} is a {type(attn.norm).__name__} that cannot be folded. "
                            "Use norm=nn.LayerNorm, nn.RMSNorm or TokenBatchNorm, or the model as it is.")
-        for part in 'q', 'k', 'v', 'proj':
-            if callable(layer := affine(getattr(attn, part))):
-                kind = type(layer).__name__
-                raise BadInput(f"model: {where}.{part} is a {kind} with a hook or a forward of its own, so its weights "
-                               "do not say all. Make it a plain nn.Linear, or use the model as it is.")
-        pool.attn = FoldedAttention(attn, pool.query, isinstance(pool, PaperAggregation)).eval()
+        kinds = {'attn': AttentionPool2d, 'attn.proj_drop': nn.Dropout} | {
+            f'attn.{part}': nn.Linear for part in ('q', 'k', 'v', 'proj')}
+        for part, kind in kinds.items():
+            if not readable(layer := pool.get_submodule(part), kind):
+                raise BadInput(f"model: {where}{part[4:]} is a {type(layer).__name__} with a hook or a forward of its "
+                               f"own, so its weights do not say all. Make it a plain {kind.__name__}, or use the model "
+                               "as it is.")
+        if not inspect.getmodule(type(pool).forward).__name__.startswith('attnpool.'):
+            raise BadInput(f"model: {name or 'the pool'} is a {type(pool).__name__} with a forward of its own, which may "
+                           "give the attention another query. Use the model as it is.")
+    try: model = deepcopy(model).requires_grad_(False)
+    except RuntimeError as e:   # of weights that a hook has computed
+        raise BadInput(f"model: it cannot be copied ({str(e).partition('.')[0]}). Take the hooks off its layers, as "
+                       "with torch.nn.utils.remove_weight_norm, or use the model as it is.") from None
+    for pool in map(model.get_submodule, pools):
+        pool.attn = FoldedAttention(pool.attn, pool.query, isinstance(pool, PaperAggregation)).eval()
     return model
 
 # %% ../nbs/16_heads.ipynb #547f6e61

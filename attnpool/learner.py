@@ -19,7 +19,7 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .heads import build_head, check_n_out
-from .models.body import built_for_a_size, picture_size
+from .models.body import for_pictures
 from .models.surgery import body_of, build_network, check_arch, timm_splitter
 from .models.xresnet import ARCHS
 
@@ -28,8 +28,7 @@ def _fastais(dls, arch, init, splitter, **kwargs):
     "fastai's own `vision_learner`, with the groups of a PatchConvNet and an error that helps."
     if splitter is None and isinstance(arch, str) and arch.startswith('patchconvnet'): splitter = timm_splitter
     if init is not None: kwargs['init'] = init
-    if isinstance(arch, str) and built_for_a_size(arch): kwargs.setdefault('img_size', picture_size(dls))
-    try: return fastai_learner.vision_learner(dls, arch, splitter=splitter, **kwargs)
+    try: return fastai_learner.vision_learner(dls, arch, splitter=splitter, **for_pictures(arch, dls, kwargs))
     except StopIteration:
         body_of(arch)   # says why it cannot be cut
         raise
@@ -62,8 +61,8 @@ def vision_learner(
     if custom_head is None:
         custom_head = partial(fastai_learner.create_head, **of_head)
         if init is None: init = nn.init.kaiming_normal_
-    size = partial(picture_size, dls)
-    network = build_network(arch, n_out, custom_head, pretrained, cut=cut, weights=weights, size=size, **kwargs)
+    options = for_pictures(arch, dls, kwargs)
+    network = build_network(arch, n_out, custom_head, pretrained, cut=cut, weights=weights, **options)
     if init is not None: apply_init(network.model[-1], init)
     if normalize and network.stats is not None and not any(isinstance(t, Normalize) for t in dls.after_batch.fs):
         dls.add_tfms([Normalize.from_stats(*network.stats)], 'after_batch')

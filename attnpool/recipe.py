@@ -26,7 +26,7 @@ from .callback.ends import PutsBack
 from .callback.precision import ChannelsLast, MixedPrecision
 from .data.augment import AUGMENTS
 from .heads import ABLATIONS, HEADS
-from .models.body import picture_size
+from .models.body import for_pictures
 from .models.surgery import build_network
 from .models.xresnet import ARCHS
 from .registry import BadInput, Registry, unknown
@@ -228,7 +228,7 @@ def scratch_network(
     if drop_path and not isinstance(arch, str):
         raise BadInput(f"drop_path: it needs a network's name for arch, got {drop_path}. Leave it out, or give a name.")
     if drop_path: options['stoch_depth' if arch in ARCHS else 'drop_path_rate'] = drop_path
-    try: network = build_network(arch, get_c(dls), head, size=partial(picture_size, dls), **options)
+    try: network = build_network(arch, get_c(dls), head, **for_pictures(arch, dls, options))
     except TypeError as e:
         strange = re.search(r"unexpected keyword argument '(\w+)'", str(e))
         if not strange or strange[1] not in options: raise   # a head's or a network's own fault

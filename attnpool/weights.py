@@ -21,12 +21,17 @@ from .registry import BadInput
 _AVERAGES = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema_model', 'ema', 'params_ema', 'teacher')
 _WRAPPERS = ('state_dict', 'model_state_dict', 'model_state', 'model', 'module', '_orig_mod', 'network', 'net',
              'weights', 'params', 'student')
-_COUNTERS = ('n_averaged', 'initted', 'step')   # what an average writes beside its weights
+_COUNTERS = ('n_averaged', 'initted', 'step', 'decay')   # what an average writes beside its weights
+_INNER = re.compile(r'(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.')   # anywhere in a name
+
+def _holds_weights(o):
+    return isinstance(o, nn.Module) or isinstance(o, Mapping) and any(
+        _holds_weights(v) or isinstance(v, Tensor) and k not in _COUNTERS for k, v in o.items())
 
 def _inside(found, order):
     "What is left with one wrapper or prefix less; None where there is none to take off."
     for name in order:
-        if isinstance(found.get(name), (Mapping, nn.Module)): return found[name]
+        if _holds_weights(found.get(name)): return found[name]
     parts = [(*key.partition('.'), value) for key, value in found.items()]
     firsts = {first if dot else '' for first, dot, *_ in parts}
     if not firsts or not firsts <= {*order}: return None
@@ -54,7 +59,7 @@ def weights_in(
         if not isinstance(found, Mapping):
             raise BadInput(f"checkpoint: expected a dict of weights or a network, got {type(found).__name__}. "
                            "Pass a state dict, or what torch.load returns.")
-        last = {key: value for key, value in found.items() if isinstance(key, str) and not (
+        last = {_INNER.sub('', key): value for key, value in found.items() if isinstance(key, str) and not (
                 key in _COUNTERS and key not in names)}
         found = _inside(last, order) if names.isdisjoint(last) else None
     if names.isdisjoint(last): last = _under(last, names, order)

@@ -512,3 +512,57 @@ def test_a_feed_forward_part_without_width_is_refused():
     for width in (0, -1, .01, None):
         with pytest.raises(BadInput, match="^ffn_expand: expected a factor above 0 that leaves a channel"): PaperAggregation(16, ffn_expand=width)
     with pytest.raises(BadInput, match="^ffn_expand"): small(ffn_expand=0)
+
+
+def hooked(head): head[0].attn.register_forward_hook(lambda m, args, out: 3 * out)
+def other_drop(head): head[0].attn.proj_drop = torch.nn.Tanh()
+def other_query(head): head[0].__class__ = type("Own", (type(head[0]),), dict(forward=lambda self, x: self.attn(x, 2 * self.query), __module__="own"))
+def normed(head): torch.nn.utils.weight_norm(head[-1])
+
+
+@pytest.mark.parametrize("change, words", [
+    (hooked, "0.attn is a AttentionPool2d with a hook"), (other_drop, "0.attn.proj_drop is a Tanh"),
+    (other_query, "0 is a Own with a forward of its own"), (normed, "cannot be copied")])
+def test_what_fold_would_lose_is_refused(change, words):
+    head = HEADS["learned"](16, 4).eval()
+    change(head)
+    with pytest.raises(BadInput, match=words): fold(head.eval())
+
+
+def test_fold_without_a_bias_after_the_attention():
+    head = HEADS["learned"](16, 4).double().eval()
+    head[0].attn.proj = torch.nn.Linear(16, 16, bias=False).double()
+    x = torch.randn(2, 16, 5, 5).double()
+    torch.testing.assert_close(fold(head.eval())(x), head(x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: {"model": s, "ema": {"decay": .9}}, lambda s: {"model": s, "model_ema": {}}, lambda s: {"model": s, "ema": {"decay": torch.tensor(.9)}},
+    lambda s: {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in s.items()}])
+def test_averages_without_weights_and_compiled_blocks(wrap):
+    one, two = (timm.create_model("patchconvnet_s20", embed_dim=16, depth=2, num_classes=3) for _ in range(2))
+    load_deit(two, wrap(one.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+
+
+def test_plain_loading_takes_the_weights_not_their_average():
+    one, two, net = (timm.create_model("patchconvnet_s20", embed_dim=16, depth=2, num_classes=3) for _ in range(3))
+    net.load_state_dict({"model": one.state_dict(), "model_ema": two.state_dict()})
+    assert torch.equal(net.stem[0].weight, one.stem[0].weight)
+
+
+def test_a_quantised_network_and_one_with_other_layers_load_and_run():
+    net = timm.create_model("patchconvnet_s20", embed_dim=16, depth=2, num_classes=3).eval()
+    small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(net), {torch.nn.Linear})
+    small.load_state_dict(small.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    net.pool.attn.scale *= 30   # the aggregation counts
+    with torch.no_grad(): net.pool.gamma_1.fill_(1)
+    torch.testing.assert_close(torch.jit.script(net)(x), net(x))
+    for layer in (torch.nn.Conv2d(16, 16, 1, bias=False), torch.nn.Conv2d(16, 16, 1, groups=4)):
+        net.blocks[0].pw2 = layer
+        block = net.blocks[0]
+        y = block.norm(net.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        expected = net.stem(x) + block.gamma_1[:, None, None] * layer(block.se(block.act(block.dw(block.act(block.pw1(y))))))
+        torch.testing.assert_close(block(net.stem(x)), expected)
+    with pytest.raises(BadInput, match="global_pool: expected"): net.reset_classifier(5, "max")

@@ -1,5 +1,8 @@
 "One network of every family of timm, as body of a head; networks that are built for one size."
+import copy
+
 import pytest
+
 import timm
 import torch
 from timm.models import _registry
@@ -7,7 +10,7 @@ from timm.models import _registry
 from attnpool.data.digits import digits_dls
 from attnpool.heads import HEADS
 from attnpool.learner import vision_learner
-from attnpool.models.body import map_width, picture_size, timm_net, TimmMap
+from attnpool.models.body import for_pictures, map_width, timm_net, TimmMap
 from attnpool.models.surgery import body_of, build_network, restore_pool, swap_pool, with_head
 from attnpool.recipe import recipe_learner
 from attnpool.registry import BadInput
@@ -58,7 +61,7 @@ def test_the_map_is_that_of_timm(arch, options, size):
 def test_a_network_for_one_size_gets_that_of_the_pictures(build):
     dls = digits_dls(size=48, bs=8, n_train=16, n_valid=8)
     state = torch.get_rng_state()
-    assert picture_size(dls) == (48, 48) and torch.equal(torch.get_rng_state(), state)
+    assert for_pictures("vit_tiny_patch16_224", dls, {}) == dict(img_size=(48, 48)) and torch.equal(torch.get_rng_state(), state)
     learn = build(dls)
     assert learn.model[0].model.default_cfg["input_size"] == (3, 48, 48)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
@@ -71,7 +74,7 @@ def test_pretrained_weights_are_resampled(tmp_path):
     "From a file, as they would come from the hub."
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "weights.pt")
-    net = timm_net("test_vit", pretrained=True, size=96, pretrained_cfg_overlay=dict(file=str(tmp_path / "weights.pt"), num_classes=1000))
+    net = timm_net("test_vit", pretrained=True, img_size=96, pretrained_cfg_overlay=dict(file=str(tmp_path / "weights.pt"), num_classes=1000))
     torch.manual_seed(0)
     whole = timm.create_model("test_vit")
     assert net.pos_embed.shape[1] == 1 + 6 * 6 and torch.equal(net.blocks[0].attn.qkv.weight, whole.blocks[0].attn.qkv.weight)
@@ -105,8 +108,8 @@ def test_fastais_own_head_on_a_network_for_one_size():
 
 
 def test_a_size_that_cannot_be_built():
-    with pytest.raises(BadInput, match=r"size: nest_tiny cannot be built for pictures of \(96, 128\) px"): timm_net("nest_tiny", size=(96, 128))
-    with pytest.raises(BadInput, match="fails on a picture of 12x12 px"): body_of("test_vit", size=12).ni
+    with pytest.raises(BadInput, match=r"img_size: nest_tiny cannot be built for pictures of \(96, 128\) px"): timm_net("nest_tiny", img_size=(96, 128))
+    with pytest.raises(BadInput, match="fails on a picture of 12x12 px"): body_of("test_vit", img_size=12).ni
 
 
 def test_a_pool_is_taken_out_only_where_the_classifier_can_be_cut():
@@ -117,3 +120,30 @@ def test_a_pool_is_taken_out_only_where_the_classifier_can_be_cut():
     assert torch.equal(net(x), before)
     handle.remove()
     assert restore_pool(net).fc.in_features == 512
+
+
+class Child(timm.models.vision_transformer.VisionTransformer):
+    "One of somebody's own, that goes by its parent's methods."
+    def forward_features(self, x): return super().forward_features(x)
+    def forward_head(self, x, pre_logits=False): return super().forward_head(self.norm(x), pre_logits)
+
+
+def test_what_a_parents_method_needs_stays(monkeypatch):
+    monkeypatch.setitem(_registry._model_entrypoints, "child_vit", child_vit)
+    net = timm_net("child_vit")
+    assert isinstance(net.norm, torch.nn.LayerNorm) and net.forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 5, 16)
+
+
+def child_vit(num_classes=0, **_): return Child(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=1, num_classes=num_classes)
+
+
+def test_a_file_of_the_whole_network_loads_into_a_body_and_a_new_classifier_has_its_own(tmp_path):
+    whole = timm.create_model("resnet10t")
+    torch.save(whole.state_dict(), tmp_path / "w.pth")
+    body = with_head("resnet10t", "slim", 4, checkpoint_path=str(tmp_path / "w.pth"))[0].model
+    assert torch.equal(body.layer4[0].conv1.weight, whole.layer4[0].conv1.weight)
+    body.reset_classifier(3)
+    other = copy.deepcopy(body)
+    other.reset_classifier(3)
+    other.load_state_dict(body.state_dict())
+    assert torch.equal(other.fc.weight, body.fc.weight)

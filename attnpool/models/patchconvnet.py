@@ -69,7 +69,8 @@ class PatchConvBlock(nn.Module):
         gamma = gain * self.gamma_1
         if not torch.jit.is_scripting():
             # half floats have no room for weights times 1e-6
-            if y.dtype != torch.float16 and readable(self.pw2, nn.Conv2d):
+            plain = readable(self.pw2, nn.Conv2d) and self.pw2.bias is not None
+            if y.dtype != torch.float16 and plain and self.pw2.weight.shape == (x.shape[1], x.shape[1], 1, 1):
                 return F.conv2d(y, gamma[:, None, None, None] * self.pw2.weight, gamma * self.pw2.bias)
         return gamma[:, None, None] * self.pw2(y)
 
@@ -104,6 +105,10 @@ class _Head:
         "A new classifier, and with one query per class new queries. The rest of the aggregation stays."
         if num_classes < 0: raise BadInput(f"num_classes: expected 0 (features) or more, got {num_classes}.")
         pool = self.global_pool if global_pool is None else global_pool
+        if pool not in ('learned', 'avg', ''):
+            raise BadInput(f"global_pool: expected 'learned', 'avg' or '', got {pool!r}.")
+        if self.class_queries and pool == 'avg':
+            raise BadInput("class_queries: an average has no queries. Use global_pool='learned'.")
         if pool == '' and num_classes:
             raise BadInput("global_pool: '' leaves the map as it is, and the classifier of "
                            f"{num_classes} classes needs a vector. Use num_classes=0.")
@@ -223,10 +228,6 @@ class PatchConvNet(_Head, _Column, nn.Module):
     ):
         super().__init__()
         if depth < 1: raise BadInput(f"depth: expected at least 1 block, got {depth}.")
-        if global_pool not in ('learned', 'avg', ''):
-            raise BadInput(f"global_pool: expected 'learned', 'avg' or '', got {global_pool!r}.")
-        if class_queries and global_pool == 'avg':
-            raise BadInput("class_queries: an average has no queries. Use global_pool='learned'.")
         self.patch_size, self.class_queries, self.grad_checkpointing = patch_size, class_queries, False
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.stem = patch_stem(in_chans, embed_dim, patch_size, stem, act_cls)

@@ -66,7 +66,6 @@ def body_of(
     n_in: int = 3, # Channels of the pictures
     cut: int | Callable | None = None, # Where it ends: first child to drop, or a function; None as fastai knows
     weights=None, # torchvision weights, for a function of torchvision
-    size: int | tuple | Callable | None = None, # Of the pictures, or a function that tells: built in where it has to be
     **options # Of a timm network, for `timm.create_model`
 ) -> Network: # Without pool and classifier
     "Any network up to its last map."
@@ -77,7 +76,7 @@ def body_of(
         if cut is not None:
             raise BadInput(f"cut: a timm network is used whole up to its map, got cut={cut!r} with arch={arch!r}. "
                            "Leave cut out.")
-        net = timm_net(arch, pretrained, n_in, size, **options)
+        net = timm_net(arch, pretrained, n_in, **options)
         model, stats = TimmMap(net), (net.default_cfg['mean'], net.default_cfg['std'])
         splitter = timm_splitter if isinstance(net, PatchConvNet) else split_head
     else:
@@ -112,7 +111,6 @@ def build_network(
     n_in: int = 3, # Channels of the pictures
     cut: int | Callable | None = None, # As for `body_of`
     weights=None, # As for `body_of`
-    size: int | tuple | Callable | None = None, # As for `body_of`
     **options # Of the network: for `timm.create_model`, or of the function in `ARCHS`
 ) -> Network: # The last child of its model is the head
     "Any network with any head, ready for a Learner."
@@ -121,7 +119,7 @@ def build_network(
     if isinstance(arch, str) and arch in ARCHS and cut is None:
         model = ARCHS[arch](n_out, custom_head=head, c_in=n_in, pretrained=pretrained, **options)
         return Network(model, split_head, None, ARCHS[arch], n_in)
-    body = body_of(arch, pretrained, n_in, cut, weights, size, **options)
+    body = body_of(arch, pretrained, n_in, cut, weights, **options)
     ni = None if isinstance(head, nn.Module) else body.ni
     return body._replace(model=nn.Sequential(body.model, build_head(head, ni, n_out)))
 
