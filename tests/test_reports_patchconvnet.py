@@ -545,12 +545,6 @@ def test_averages_without_weights_and_compiled_blocks(wrap):
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
 
 
-def test_plain_loading_takes_the_weights_not_their_average():
-    one, two, net = (timm.create_model("patchconvnet_s20", embed_dim=16, depth=2, num_classes=3) for _ in range(3))
-    net.load_state_dict({"model": one.state_dict(), "model_ema": two.state_dict()})
-    assert torch.equal(net.stem[0].weight, one.stem[0].weight)
-
-
 def test_a_quantised_network_and_one_with_other_layers_load_and_run():
     net = timm.create_model("patchconvnet_s20", embed_dim=16, depth=2, num_classes=3).eval()
     small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(net), {torch.nn.Linear})

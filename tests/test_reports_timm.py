@@ -138,12 +138,13 @@ def child_vit(num_classes=0, **_): return Child(img_size=32, patch_size=16, embe
 
 
 def test_a_file_of_the_whole_network_loads_into_a_body_and_a_new_classifier_has_its_own(tmp_path):
-    whole = timm.create_model("resnet10t")
+    options = dict(embed_dim=16, depth=1)
+    whole = timm.create_model("patchconvnet_s20", **options)
     torch.save(whole.state_dict(), tmp_path / "w.pth")
-    body = with_head("resnet10t", "slim", 4, checkpoint_path=str(tmp_path / "w.pth"))[0].model
-    assert torch.equal(body.layer4[0].conv1.weight, whole.layer4[0].conv1.weight)
-    body.reset_classifier(3)
+    body = with_head("patchconvnet_s20", "slim", 4, checkpoint_path=str(tmp_path / "w.pth"), **options)[0].model
+    assert torch.equal(body.stem[0].weight, whole.stem[0].weight)
+    body.reset_classifier(3, "avg")
     other = copy.deepcopy(body)
-    other.reset_classifier(3)
+    other.reset_classifier(3, "avg")
     other.load_state_dict(body.state_dict())
-    assert torch.equal(other.fc.weight, body.fc.weight)
+    assert torch.equal(other.head.weight, body.head.weight) and torch.equal(other.norm.weight, body.norm.weight)

@@ -92,11 +92,10 @@ def _rename(key, names):
 
 def from_deit(
     state: dict | nn.Module, # State dict of the authors' code, or a checkpoint that `weights_in` finds one in
-    averages: bool = True, # Take the moving average of the weights where there is one
 ) -> dict[str, Tensor]:
     "The authors' state dict under our names; `to_deit` is the way back. What has our names already keeps them."
     out, rows = {}, {}
-    for key, value in weights_in(state, _STEMS, averages).items():
+    for key, value in weights_in(state, _STEMS).items():
         if key == 'cls_token': out['pool.query'] = value[0]
         elif m := re.fullmatch(r'patch_embed\.proj\.(\d+)\.0\.weight', key): out[f'stem.{m[1]}.weight'] = value
         elif m := re.fullmatch(r'head\.(\d+)(\.weight|\.bias)', key):
@@ -179,7 +178,7 @@ def _as_ours(net, state, prefix, *_):
     if prefix + _STEMS[1] in state: return
     given = {key: state.pop(key) for key in [*state] if key.startswith(prefix)}
     if not given: return
-    given = from_deit({key.removeprefix(prefix): value for key, value in given.items()}, averages=False)
+    given = from_deit({key.removeprefix(prefix): value for key, value in given.items()})
     state.update({prefix + key: value for key, value in given.items()})
 
 def _create(variant, pretrained=False, out_indices=3, feature_cfg=None, **kwargs):
