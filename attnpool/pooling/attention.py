@@ -29,7 +29,8 @@ class AttentionPool2d(nn.Module):
 
     The weights of `q`, `k`, `v`, `proj` and the norm are read and folded as long as the layers are plain. One that has
     a hook, or another `forward` (an adapter, a quantised layer), is called; where that is `k`, `v` or the norm, keys
-    and values of every position are computed: the same numbers, slowly.
+    and values of every position are computed: the same numbers, slowly. Hooks for all
+    modules at once see no layer inside.
     """
     def __init__(self,
         ni: int, # Channels of the map
