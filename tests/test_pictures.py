@@ -389,7 +389,9 @@ def test_classes_that_are_called_like_a_split():
 @pytest.mark.parametrize("folders, message", [
     (["train", "Train"], "has the folders Train and train, and only one can be train"), (["train", "val", "valid"], "has the folders val and valid, and only one can be val"),
     (["one", "two"], r"the folders one, two in pets all have the same subfolders \(green, red\), which are probably the classes.*pass one of them: pets/one"),
-    (["train/one", "train/two", "val/red"], r"the folders one, two in pets/train all have the same subfolders"), (["Val"], "has a folder Val but no folder train")])
+    (["train/one", "train/two", "val/red"], r"the folders one, two in pets/train all have the same subfolders"), (["Val"], "has a folder Val but no folder train"),
+    (["cats/train", "cats/val", "dogs/train", "dogs/val"], "split lies one level too deep: the classes cats, dogs in pets have the folders train, val. Move cats/train to train/cats"),
+    (["cats/Test", "cats/train", "dogs/train"], "split lies one level too deep.* have the folders Test, train")])
 def test_folders_that_cannot_be_meant(folders, message):
     for f in folders: pictures(f"pets/{f}", n=2)
     with pytest.raises(BadInput, match=f"^data: .*{message}"): list_folder("pets").checked()
@@ -440,3 +442,17 @@ def test_no_word_of_the_decoder_at_the_command_line():
     words = [sys.executable, "-c", code, "data", "photos", "--size", "16"]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | dict(PYTHONWARNINGS=""))
     assert done.returncode == 0 and done.stderr == "" and "Broken pictures: none" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["x.html", "x.xyz", "x.SVGG"])
+def test_a_picture_of_the_batch_in_a_format_that_is_none(name, capfd):
+    pictures("photos")
+    with pytest.raises(BadInput, match=f"^picture: no picture can be written as .*, got {name}. Expected a name ending in .*pdf.*png.*svg"): describe("photos", name)
+    assert called("data", "photos", "--out", name) == 2 and capfd.readouterr().err.count("\n") == 1
+    assert not list(Path("home").rglob("*-check"))   # told before the work
+
+
+@pytest.mark.parametrize("name, head", [("x.svg", b"<?xml"), ("x.PDF", b"%PDF"), ("x.jpg", b"\xff\xd8")])
+def test_a_picture_of_the_batch_in_other_formats(name, head):
+    describe(pictures("photos"), name, 16)
+    assert Path(name).read_bytes().startswith(head)

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from .cache import cache_path, made_once
-from .listing import Listing, first_few, in_threads
-from .reader import READER, BrokenPicture, load_picture, open_picture, shrunk_size
+from .listing import Listing, first_few
+from .reader import READER, BrokenPicture, in_threads, load_picture, open_picture, shrunk_size
 from ..registry import BadInput
 
 # %% ../../nbs/34_data.check.ipynb #9046140b
