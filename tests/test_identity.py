@@ -196,7 +196,8 @@ def test_the_names_of_a_run_are_its_own_whatever_became_of_its_data(trained, tmp
     with gone.no_bar(): assert torch.equal(gone.predict("../red.png")[2], probabilities)
     with pytest.raises(FileNotFoundError, match="^data: there is no file or folder .*photos"): open_run(tmp_path / trained, "cpu", with_data=True)
     with pytest.raises(FileNotFoundError, match="nowhere"): open_run(tmp_path / trained, "cpu", "nowhere/photos")
-    assert called("maps", tmp_path / trained, "--device", "cpu") == 2 and "there is no file or folder" in capfd.readouterr().err
+    assert called("maps", tmp_path / trained, "--device", "cpu") == 2
+    assert "there is no file or folder" in (said := capfd.readouterr().err) and "give data= (--data)" in said and "pictures of your own" in said and "Known names" not in said
 
 
 @pytest.mark.parametrize("options", [(), ("--no-check",)])
