@@ -310,7 +310,7 @@ def test_tables_that_cannot_be_read_say_so(content, message):
 
 @pytest.mark.parametrize("text, message", [
     ("path,label\ncs/0.png,car, red\ncs/1.png,x\n\ncs/2.png,car,blue\n", 'in lines 2, 5. .*in quotes; perhaps "car, red"'), ("label;path\nx;a.png;b\n", 'in lines 2. .*perhaps "a.png; b"'),
-    ("path,label,is_valid\na.png,x,maybe\n", "has 'maybe' in its column is_valid. Expected 0 or 1")])
+    ("path,label,Label\na.png,car,red\n", "has the column label more than once"), ("path,label,is_valid\na.png,x,maybe\n", "has 'maybe' in its column is_valid. Expected 0 or 1")])
 def test_what_stands_in_a_row_is_not_lost(text, message):
     Path("t.csv").write_text(text)
     with pytest.raises(BadInput, match=f"^data: t.csv .*{message}"): list_csv("t.csv")
@@ -358,6 +358,8 @@ def test_names_that_are_not_utf8(capfd):
     assert list(open_run(folder, "cpu", with_data=True).dls.vocab) == list(dls.vocab) and bench(root) == 0 and len(list(Path("R").glob("*/result.json"))) == 1
     away = root.rename(os.fsdecode(b"d\xe9"))
     assert called("data", away) == 0 and bench(away, out="S") == 0, capfd.readouterr().err
+    run, = (f.parent for f in Path("S").glob("*/result.json"))
+    assert run.name.startswith("d\\xe9-avg-1-") and called("maps", run, "--device", "cpu", "--out", "m.html") == 0
     Path(os.fsdecode(b"d\xe9/green/\xfe.png")).touch()
     assert called("data", away) == 0 and "green/\\xfe.png: zero bytes" in capfd.readouterr().out
 

@@ -208,6 +208,8 @@ def _rows(file):
     if missing:
         raise BadInput(f"data: {file} has no column {' and no column '.join(missing)}; its columns are "
                        f"{first_few(map(repr, found[0][1]))}. Expected path and label, and split if you have one.")
+    twice = [c for c in ('path', 'label', *_ROLES) if header.count(c) > 1]
+    if twice: raise BadInput(f"data: {file} has the column {twice[0]} more than once. Give the others another name.")
     long = [(at, values) for at, values in found[1:] if any(values[len(header):])]
     if long:
         joined = f'{reader.dialect.delimiter} '.join(long[0][1][-2:])
