@@ -177,7 +177,7 @@ def test_folders_that_cannot_be_meant(make, message, packed):
 @pytest.mark.parametrize("text,message", [
     ("", "has no rows"), ("path,label\n", "has no rows"), ("file,class\na.png,cat\n", "no column path and no column label; its columns are 'file', 'class'"),
     ("path,label\na.png,\n", "without a path or a label: lines 2"), ("path,label\n\na.png,cat\n,dog\n", "lines 4"), ("path,label\na.png\n", "lines 2"),
-    ("path,label,split\na.png,cat,test\n", "has 'test' in its column split"), ("path,label,split\na.png,cat,\n", "has '' in its column split"),
+    ("path,label,split\na.png,cat,later\n", "has 'later' in its column split"), ("path,label,split\na.png,cat,\n", "has '' in its column split"),
     ("path,label\na.png,cat\na.png,dog\n", "more than once: a.png"), ("path,label,split\na.png,cat,train\nb.png,dog,val\n", "one class only")])
 def test_tables_that_cannot_be_meant(text, message):
     Path("x.csv").write_text(text)

@@ -196,7 +196,8 @@ def test_the_names_of_a_run_are_its_own_whatever_became_of_its_data(trained, tmp
     with gone.no_bar(): assert torch.equal(gone.predict("../red.png")[2], probabilities)
     with pytest.raises(FileNotFoundError, match="^data: there is no file or folder .*photos"): open_run(tmp_path / trained, "cpu", with_data=True)
     with pytest.raises(FileNotFoundError, match="nowhere"): open_run(tmp_path / trained, "cpu", "nowhere/photos")
-    assert called("maps", tmp_path / trained, "--device", "cpu") == 2 and "there is no file or folder" in capfd.readouterr().err
+    assert called("maps", tmp_path / trained, "--device", "cpu") == 2
+    assert "there is no file or folder" in (said := capfd.readouterr().err) and "give data= (--data)" in said and "pictures of your own" in said and "Known names" not in said
 
 
 @pytest.mark.parametrize("options", [(), ("--no-check",)])
@@ -300,11 +301,67 @@ def test_tables_as_programs_write_them(options, monkeypatch):
 
 @pytest.mark.parametrize("content, message", [
     ("path,label\na.png,x\n".encode("utf-16"), "not a CSV in UTF-8"), (b'path,label\na.png,x\n"b.png,y\n', "not a CSV in UTF-8 .line 3: unexpected end"), (b"path,label\na\0.png,x\n", "holds a zero byte"),
-    (b"\n\n", "has no rows"), (b"path,label,split\na,x,Test\n", "has 'Test' in its column split"), (b"file;label\na;x\n", "no column path; its columns are 'file', 'label'")])
+    (b"\n\n", "has no rows"), (b"path,label,split\na,x,Later\n", "has 'Later' in its column split"), (b"file;label\na;x\n", "no column path; its columns are 'file', 'label'")])
 def test_tables_that_cannot_be_read_say_so(content, message):
     Path("t.csv").write_bytes(content)
     with pytest.raises(BadInput, match=f"^data: t.csv .*{message}"): list_csv("t.csv")
     assert called("data", "t.csv") == 2
+
+
+@pytest.mark.parametrize("text, message", [
+    ("path,label\ncs/0.png,car, red\ncs/1.png,x\n\ncs/2.png,car,blue\n", 'in lines 2, 5. .*in quotes; perhaps "car, red"'), ("label;path\nx;a.png;b\n", 'in lines 2. .*perhaps "a.png; b"'),
+    ("path,label,Label\na.png,car,red\n", "has the column label more than once"), ("path,label,is_valid\na.png,x,maybe\n", "has 'maybe' in its column is_valid. Expected 0 or 1")])
+def test_what_stands_in_a_row_is_not_lost(text, message):
+    Path("t.csv").write_text(text)
+    with pytest.raises(BadInput, match=f"^data: t.csv .*{message}"): list_csv("t.csv")
+    assert called("data", "t.csv") == 2
+    fill("photos", ("red", "green"))
+    quoted = list_csv(table(header="path,label,,", rows=lambda f: f'{f},"car, {f.parent.name}",,,'))   # empty cells are none
+    assert list(quoted.classes) == ["car, green", "car, red"]
+
+
+@pytest.mark.parametrize("no, yes", [("0", "1"), ("False", "True"), ("false", "TRUE")])
+def test_the_column_of_fastai_is_a_split(no, yes):
+    fill("photos", ("red", "green"))
+    l = list_csv(table(header=",path,label,Is_Valid", rows=lambda f: f"7,{f},{f.parent.name},{no if int(f.stem) else yes}"))
+    assert l.n_train == 10 and l.files[10:] == ["photos/green/0.png", "photos/red/0.png"] and l.notes == ()
+    with pytest.raises(BadInput, match=r"0.png in line 2 \(green, val\) and .* in line 14 \(green, train\)"):
+        list_csv(table(header="path,label,is_valid", rows=lambda f: f"{f},{f.parent.name},{no if int(f.stem) else yes}", more=f"photos/green/0.png,green,{no}\n"))
+
+
+def test_a_test_split_validates_where_no_other_does():
+    fill("photos", ("red", "green"))
+    def split(*splits): return list_csv(table(header="path,label,split", rows=lambda f: f"{f},{f.parent.name},{splits[min(int(f.stem), 2)]}"))
+    l = split("Test", "train", "train")
+    assert l.n_train == 10 and l.files[10:] == ["photos/green/0.png", "photos/red/0.png"] and "those of test validate" in l.notes[0]
+    l = split("test", "valid", "train")
+    assert l.n_train == 8 and l.files[8:] == ["photos/green/1.png", "photos/red/1.png"] and l.notes == ("rows of the split test, which are left alone: 2",)
+
+
+def test_a_hard_link_is_the_same_picture():
+    fill("photos", ("red", "green"))
+    os.link("photos/red/0.png", "link.png")
+    assert list_csv(table(more="\nlink.png,red\n")).notes == ("rows that name a picture again, and are left out: lines 15",)
+    with pytest.raises(BadInput, match=r"photos/red/0.png in line 8 \(red, train\) and link.png in line 14 \(red, val\)"):
+        list_csv(table(header="path,label,split", rows=lambda f: f"{f},{f.parent.name},train", more="link.png,red,val\n"))
+
+
+def test_names_that_are_not_utf8(capfd):
+    root, red = fill("photos", ("red", "green")), os.fsdecode(b"photos/r\xe9d")
+    os.rename("photos/red", red)
+    os.rename(f"{red}/0.png", os.fsdecode(b"photos/r\xe9d/\xff.png"))
+    dls = get_dls(root, 16, 4, "cpu")
+    assert list(dls.vocab) == ["green", "r\\xe9d"] and called("data", root) == 0 and "\nr\\xe9d  " in capfd.readouterr().out
+    assert bench(root) == 0, capfd.readouterr().err
+    folder, = (f.parent for f in Path("R").glob("*/result.json"))
+    assert read_digests(folder / "pictures.csv") == digests(dls.listing) and "r\\xe9d/\\xff.png" in digests(dls.listing)
+    assert list(open_run(folder, "cpu", with_data=True).dls.vocab) == list(dls.vocab) and bench(root) == 0 and len(list(Path("R").glob("*/result.json"))) == 1
+    away = root.rename(os.fsdecode(b"d\xe9"))
+    assert called("data", away) == 0 and bench(away, out="S") == 0, capfd.readouterr().err
+    run, = (f.parent for f in Path("S").glob("*/result.json"))
+    assert run.name.startswith("d\\xe9-avg-1-") and called("maps", run, "--device", "cpu", "--out", "m.html") == 0
+    Path(os.fsdecode(b"d\xe9/green/\xfe.png")).touch()
+    assert called("data", away) == 0 and "green/\\xfe.png: zero bytes" in capfd.readouterr().out
 
 
 def test_a_split_in_any_case():

@@ -389,7 +389,9 @@ def test_classes_that_are_called_like_a_split():
 @pytest.mark.parametrize("folders, message", [
     (["train", "Train"], "has the folders Train and train, and only one can be train"), (["train", "val", "valid"], "has the folders val and valid, and only one can be val"),
     (["one", "two"], r"the folders one, two in pets all have the same subfolders \(green, red\), which are probably the classes.*pass one of them: pets/one"),
-    (["train/one", "train/two", "val/red"], r"the folders one, two in pets/train all have the same subfolders"), (["Val"], "has a folder Val but no folder train")])
+    (["train/one", "train/two", "val/red"], r"the folders one, two in pets/train all have the same subfolders"), (["Val"], "has a folder Val but no folder train"),
+    (["cats/train", "cats/val", "dogs/train", "dogs/val"], "split lies one level too deep: the classes cats, dogs in pets have the folders train, val. Move cats/train to train/cats"),
+    (["cats/Test", "cats/train", "dogs/train"], "split lies one level too deep.* have the folders Test, train")])
 def test_folders_that_cannot_be_meant(folders, message):
     for f in folders: pictures(f"pets/{f}", n=2)
     with pytest.raises(BadInput, match=f"^data: .*{message}"): list_folder("pets").checked()
@@ -440,3 +442,67 @@ def test_no_word_of_the_decoder_at_the_command_line():
     words = [sys.executable, "-c", code, "data", "photos", "--size", "16"]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | dict(PYTHONWARNINGS=""))
     assert done.returncode == 0 and done.stderr == "" and "Broken pictures: none" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["x.html", "x.xyz", "x.SVGG"])
+def test_a_picture_of_the_batch_in_a_format_that_is_none(name, capfd):
+    pictures("photos")
+    with pytest.raises(BadInput, match=f"^picture: no picture can be written as .*, got {name}. Expected a name ending in .*pdf.*png.*svg"): describe("photos", name)
+    assert called("data", "photos", "--out", name) == 2 and capfd.readouterr().err.count("\n") == 1
+    assert not list(Path("home").rglob("*-check"))   # told before the work
+
+
+@pytest.mark.parametrize("name, head", [("x.svg", b"<?xml"), ("x.PDF", b"%PDF"), ("x.jpg", b"\xff\xd8")])
+def test_a_picture_of_the_batch_in_other_formats(name, head):
+    describe(pictures("photos"), name, 16)
+    assert Path(name).read_bytes().startswith(head)
+
+
+# Labels of other files
+
+def test_other_files_are_labelled_by_their_folders(monkeypatch):
+    from attnpool.recipe import recipe_learner
+    ids = ("n02102040", "n01440764")   # English springer, tench
+    for split, n in (("train", 6), ("val", 3)): pictures(f"nette/{split}", ids, n)
+    dls = picture_dls("nette", 16, 4, "cpu")
+    learn = recipe_learner(dls, "xeca_resnext_tiny", "avg", epochs=1)
+    files = [dls.listing.root / f for f in dls.listing.files[dls.listing.n_train:]]
+    with learn.no_bar(): want = learn.validate()
+    learn.export("x.pkl")
+    other = [Path("more", ids[0] if ids[0] in f.parts else "tench", "images", f.name) for f in files]   # ids and names
+    for f, o in zip(files, other):
+        o.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(f, o)
+    again, bare = load_learner("x.pkl"), empty_dls(**dls.about, bs=4, device="cpu")
+    for some in (files, list(map(str, files)), other):
+        for d in (dls, again.dls, bare):
+            dl = d.test_dl(some, with_labels=True)
+            assert torch.cat([y for _, y in dl]).tolist() == [dls.valid_ds[i][1].item() for i in range(len(files))]
+        for l in (learn, again):
+            with l.no_bar(): assert np.allclose(l.validate(dl=l.dls.test_dl(some, with_labels=True)), want, atol=1e-5)
+    monkeypatch.chdir(f"nette/val/{ids[0]}")
+    assert next(iter(bare.test_dl(["0.png"], with_labels=True)))[1].tolist() == [1]
+    monkeypatch.chdir("../../..")
+    pictures("tench/far/away", ("unknown",))   # another folder above is not that of the class
+    with pytest.raises(BadInput, match="^files: tench/far/away/unknown/0.png lies in no folder of a class: tench, English springer"):
+        next(iter(learn.dls.test_dl(["tench/far/away/unknown/0.png"], with_labels=True)))
+    assert len(learn.dls.test_dl(["tench/far/away/unknown/0.png"]).one_batch()) == 1
+
+
+def test_the_largest_size(capfd):
+    pictures("photos", size=(8, 8))
+    with pytest.raises(BadInput, match="^size: expected 8 to 2048 pixels, got 5000"): get_dls("./photos", 5000, 2, "cpu")
+    assert called("data", "photos", "--size", "5000") == 2 and "got 5000" in capfd.readouterr().err
+    assert valid_dl(picture_dls("photos", 16, 2, "cpu"), 2100, bs=1).one_batch()[0].shape[-1] == 2100
+
+
+@pytest.mark.parametrize("options", [(), ("--skip-broken",)])
+def test_a_table_whose_pictures_are_elsewhere(options, capfd):
+    pictures("photos")
+    Path("sub").mkdir()
+    Path("sub/rel.csv").write_text("path,label\n" + "".join(f"{f},{f.parent.name}\n" for f in sorted(Path("photos").rglob("*.png"))))
+    want = "data: none of the 8 pictures of rel is there: photos/green/0.png, "
+    assert called("bench", "sub/rel.csv", *BENCH, *options) == 2 and want in (said := capfd.readouterr().err)
+    assert f"relative to its folder, which is {Path('sub').resolve()}, or begin with /" in said
+    assert called("data", "sub/rel.csv") == 2 and want in capfd.readouterr().err
+    with pytest.raises(BadInput, match=want): picture_dls("sub/rel.csv", 16, 2, "cpu", skip_broken=bool(options))

@@ -7,6 +7,7 @@ __all__ = ['Check', 'check_pictures', 'without_broken', 'PixelFile', 'make_pixel
 
 # %% ../../nbs/34_data.check.ipynb #644853cd
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from .cache import cache_path, made_once
-from .listing import Listing, first_few, in_threads
-from .reader import READER, BrokenPicture, load_picture, open_picture, shrunk_size
+from .listing import Listing, first_few
+from .reader import READER, BrokenPicture, in_threads, load_picture, open_picture, shrunk_size
 from ..registry import BadInput
 
 # %% ../../nbs/34_data.check.ipynb #9046140b
@@ -60,8 +61,13 @@ def without_broken(
     skip_broken: bool = False, # Leave broken pictures out instead of stopping
 ) -> tuple[Listing, np.ndarray]: # What can be trained on, and the sizes of its pictures
     "The listing without broken pictures, or an error that names them."
+    n = len(listing.files)
+    if len(check.broken) == n and not any(map(os.path.exists, (listing.root/f for f in listing.files))):
+        raise BadInput(f"data: none of the {n:,} pictures of {listing.name} is there: {first_few(listing.files, 3)}. "
+                       f"Paths in a CSV are relative to its folder, which is {listing.root.resolve()}, "
+                       "or begin with /.")
     if check.broken and not skip_broken:
-        raise BadInput(f"data: {len(check.broken):,} of {len(listing.files):,} pictures in {listing.root} are broken: "
+        raise BadInput(f"data: {len(check.broken):,} of {n:,} pictures in {listing.root} are broken: "
                        f"{first_few(f'{f} ({why})' for f, why in check.broken.items())}. "
                        "Mend or delete them, or leave them out with skip_broken=True (--skip-broken).")
     good = [f not in check.broken for f in listing.files]

@@ -20,17 +20,16 @@ from typing import NamedTuple, Sequence
 import numpy as np
 import torch
 from fastai.data.all import (
-    Categorize, DataLoaders, Datasets, Pipeline, TfmdDL, Transform, URLs, default_device, fastai_path, to_device,
-    tuplify, untar_data)
-from fastai.vision.all import IntToFloatTensor, Normalize, PILImage
+    Categorize, DataLoaders, Datasets, Pipeline, TfmdDL, Transform, URLs, default_device, fastai_path, to_device)
+from fastai.vision.all import IntToFloatTensor, Normalize, PILImage, tuplify, untar_data
 from PIL import Image
 from torch import Tensor
 
 from .augment import AUGMENTS, STATS, augment_name
-from .cache import NO_ROOM, made_once, short_name, unpack
+from .cache import NO_ROOM, made_once, printable, short_name, unpack
 from .check import check_pictures, make_pixels, without_broken
 from .digits import digits_dls
-from .listing import LAYOUTS, Listing, first_few, list_csv, list_folder
+from .listing import LAYOUTS, READABLE, Listing, first_few, list_csv, list_folder
 from .petals import record_files, unpack_tfrecords
 from .reader import load_picture, open_picture
 from ..registry import BadInput, Registry
@@ -66,8 +65,7 @@ def fetch(
                        f"or move it to {home/name}.")
     def make(tmp):
         archives = Path(fastai_path('archive'))
-        # with base it leaves fastai's own configuration alone
-        try: inside = untar_data(source.url, archive=archives, data=tmp/'data', base=tmp)
+        try: inside = untar_data(source.url, archive=archives, data=tmp/'data', base=tmp)   # its own config stays
         except Exception as e:   # whatever the network brings
             (archives/f'{Path(source.url).name}.part').unlink(missing_ok=True)
             if getattr(e, 'errno', None) in NO_ROOM: raise
@@ -176,23 +174,29 @@ def _open(listing, pixels, i):   # it and the next are in Learners that earlier 
 def _name_of(names, i): return names[i]
 
 class _ReadLabel(Transform):
-    def __init__(self, names=()):
+    input_types = int, str, Path   # for `dls.test_dl` with labels
+    def __init__(self, vocab, names=()):
         super().__init__()
-        self.names = names
+        self.known, self.names = vocab, names   # dls.vocab is that of another transform
 
-    def encodes(self, o): return self.names[o]
+    def encodes(self, o):
+        if not isinstance(o, (str, Path)): return self.names[o]
+        near = Path(os.path.abspath(o)).parts[-2:-4:-1]   # the folder of a class may hold another, of its pictures
+        names = [name for f in near for name in (f, READABLE.get(f), printable(f)) if name in self.known]
+        if names: return names[0]
+        raise BadInput(f"files: {o} lies in no folder of a class: {first_few(self.known)}. Leave out with_labels=True.")
 
 class _Datasets(Datasets):
     def new_empty(self):
         "As an exported Learner keeps them: without the files, their pixels and their labels."
         new = super().new_empty()
-        for tl, first in zip(new.tls, (ReadPicture(self.tls[0].tfms[0].load), _ReadLabel())):
+        for tl, first in zip(new.tls, (ReadPicture(self.tls[0].tfms[0].load), _ReadLabel(list(self.vocab)))):
             tl.tfms = Pipeline([first, *tl.tfms.fs[1:]], split_idx=tl.split_idx)
         return new
 
 def _datasets(read, names, vocab, n_train):
-    n = len(names)
-    return _Datasets(range(n), [read, [_ReadLabel(names), Categorize(list(vocab), sort=False)]],
+    n, vocab = len(names), list(vocab)
+    return _Datasets(range(n), [read, [_ReadLabel(vocab, names), Categorize(vocab, sort=False)]],
                      splits=(list(range(n_train)), list(range(n_train, n))))
 
 def _listed(listing, load, pixels=None):
@@ -205,9 +209,9 @@ def _loaders(dsets, about, bs, device, num_workers):
     if num_workers is None: num_workers = 0 if device.type == 'cpu' else min(16, os.cpu_count())
     mean, std = (torch.tensor(about[k], dtype=torch.float32, device=device).view(1, 3, 1, 1) for k in ('mean', 'std'))
     items, batch = AUGMENTS[about['augment']]
+    after = [IntToFloatTensor(), *batch(), Normalize(mean, std)]
     dls = dsets.dataloaders(bs=bs, val_bs=2 * bs, device=device, num_workers=num_workers,
-                            after_item=items(about['size']),
-                            after_batch=[IntToFloatTensor(), *batch(), Normalize(mean, std)])
+                            after_item=items(about['size']), after_batch=after)
     dls.about, dls.size = about, about['size']
     return dls
 
@@ -225,7 +229,7 @@ def picture_dls(
     cache_gb: float = 4., # Largest file of decoded pictures, in GB; above it they are decoded each time, as with 0
 ) -> DataLoaders: # With `listing`, the pictures used, and their `family`; see also `valid_dl`, `empty_dls`
     "`DataLoaders` of pictures on a disk, checked first."
-    if size < 8: raise BadInput(f"size: expected 8 pixels or more, got {size}. 64, 128 and 224 are usual.")
+    if not 8 <= size <= 2048: raise BadInput(f"size: expected 8 to 2048 pixels, got {size}. 128 and 224 are usual.")
     augment_name(augment)
     listing = find_pictures(data, valid_pct, split_seed, cache)
     listing.tell()
@@ -257,8 +261,7 @@ def empty_dls(
     device: str | torch.device | None = None, # Where the batches go; None for fastai's default, a GPU if there is one
 ) -> DataLoaders: # For `dls.test_dl`, `learn.predict` and maps
     "`DataLoaders` that hold no pictures and prepare others as `picture_dls` does in validation. See `dls.about`."
-    about = dict(size=size, vocab=list(vocab), mean=list(mean), std=list(std),
-                 augment=AUGMENTS.check(augment))
+    about = dict(size=size, vocab=list(vocab), mean=list(mean), std=list(std), augment=AUGMENTS.check(augment))
     black = [np.zeros((size, size, 3), np.uint8)]   # for fastai, which looks at the type of a first picture
     filled = _loaders(_datasets(ReadPicture(2 * size, pixels=black), vocab[:1], vocab, 1), about, bs, device, 0)
     dls = filled.new_empty()
@@ -277,8 +280,7 @@ def _with_larger(listing, larger, cache):
                        f"but {len(lost):,} are not there or have another label: {first_few(lost)}. Copy it again, "
                        "or do without and move it away.")
     files = [theirs[k] for k in keys]
-    found = replace(larger, files=files, labels=[l for _, l in keys], n_train=0)
-    check = check_pictures(found, cache)
+    check = check_pictures(replace(larger, files=files, labels=[l for _, l in keys], n_train=0), cache)
     if check.broken:
         raise BadInput(f"data: broken pictures in {larger.root}: {first_few(check.broken)}. Copy it again, "
                        "or do without and move it away.")
@@ -290,8 +292,7 @@ def valid_dl(
     bs: int | None = None, # Batch size; None for the same number of pixels as at the size of `dls`, at least 1
 ) -> TfmdDL:
     "The validation pictures at another size, as DataLoaders of that size have them; or larger files of the same."
-    if not hasattr(dls, 'listing'):
-        raise BadInput("dls: these pictures have one size. Pass DataLoaders from picture_dls.")
+    if not hasattr(dls, 'listing'): raise BadInput("dls: these pictures have one size. Pass those of picture_dls.")
     if size < 8: raise BadInput(f"size: expected 8 pixels or more, got {size}. 224, 256 and 384 are usual.")
     if bs is None: bs = max(1, int(dls.valid.bs * min(1, (dls.size / size)**2)))
     larger = dls.larger() if size >= LARGER_FROM else None

@@ -201,6 +201,9 @@ def open_data(
     if with_data is not False or not alone:
         try: return _own_data(spec, result.folder, device, check, about)
         except (BadInput, FileNotFoundError) as e:
-            if with_data or data is not None or not alone: raise
+            if data is None and is_path(path) and not Path(path).exists():
+                e = FileNotFoundError(f"data: there is no file or folder {path}. If the data are elsewhere now, "
+                                      "give data= (--data) for where they are; or give pictures of your own.")
+            if with_data or data is not None or not alone: raise e from None
             print(f'attnpool: {result.folder.name} is opened without its data, to show others. {e}', file=sys.stderr)
     return empty_dls(**about, bs=spec.recipe.bs, device=device)
