@@ -280,8 +280,8 @@ def fold(
                                f"own, so its weights do not say all. Make it a plain {kind.__name__}, or use the model "
                                "as it is.")
         if not inspect.getmodule(type(pool).forward).__name__.startswith('attnpool.'):
-            raise BadInput(f"model: {name or 'the pool'} is a {type(pool).__name__} with a forward of its own, which may "
-                           "give the attention another query. Use the model as it is.")
+            raise BadInput(f"model: {name or 'the pool'} is a {type(pool).__name__} with a forward of its own, which "
+                           "may give the attention another query. Use the model as it is.")
     try: model = deepcopy(model).requires_grad_(False)
     except RuntimeError as e:   # of weights that a hook has computed
         raise BadInput(f"model: it cannot be copied ({str(e).partition('.')[0]}). Take the hooks off its layers, as "

@@ -70,10 +70,9 @@ class PaperAggregation(nn.Module):
         k, n = self.query.shape[0], self.attn.num_heads
         t = self.attn.norm(self._seen(x))
         seen = t if self.sees_itself else t[:, k:]
-        drop = float(self.attn.attn_drop) if self.training else 0.
+        drop, scale = float(self.attn.attn_drop) if self.training else 0., float(self.attn.scale)
         found = F.scaled_dot_product_attention(_heads(self.attn.q(t[:, :k]), n), _heads(self.attn.k(seen), n),
-                                               _heads(self.attn.v(seen), n), dropout_p=drop,
-                                               scale=float(self.attn.scale))
+                                               _heads(self.attn.v(seen), n), dropout_p=drop, scale=scale)
         found = self.attn.proj(found.transpose(1, 2).flatten(2))
         z = self.query + self.gamma_1 * self.attn.proj_drop(found)
         return self._digest(z.squeeze(1) if k == 1 else z)
