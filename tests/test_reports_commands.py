@@ -247,6 +247,29 @@ def test_outputs_of_before_are_written_again(place, capsys):
     assert (place / 'R/report.html').stat().st_size > 1e4 and (place / 'avg-1.csv').read_text() == LOG
 
 
+@pytest.mark.parametrize("words, theirs", [
+    ("report R --out mine.html", 'mine.md'), ("report R --out mine.html", 'mine.csv'), ("report R --out mine.html", 'mine.runs.csv'), ("maps R --measure --out mine.html", 'mine.csv'),
+    ("maps R --measure --out R/report.runs.csv", None), ("report R --out L/rates.html", 'L/rates.csv'), (f"bench photos {' '.join(FAST)} --out L", 'L/report.csv'),
+    (f"bench photos {' '.join(FAST)} --out L", 'L/report.html'), (f"lr photos {' '.join(FAST)} --rates 1e-3 --out L", 'L/rates.csv')])
+def test_no_file_of_another_is_replaced_by_a_derived_one(place, words, theirs, capsys):
+    (place / 'L').mkdir()
+    if theirs: (place / theirs).write_text('head,0.001\navg,0.5\n' if theirs == 'L/rates.csv' and 'report' in words else 'my own words\n')
+    before = contents(place)
+    code, out, err = run(*words.split(), capsys=capsys)
+    assert code == 2 and re.match(r'attnpool: --out: \S+ was not written by this command, .* --out \S*new', err) and err.count('\n') == 1, (words, err)
+    assert (theirs or 'R/report.runs.csv') in err and contents(place) == before
+
+
+def test_our_tables_are_written_again(place, capsys):
+    for _ in range(2):
+        for words in ("maps R --measure --device cpu --out m.csv", "report R --out r.html", f"bench photos {' '.join(FAST)} --out R", f"lr photos {' '.join(FAST)} --rates 1e-3 --out L"):
+            code, out, err = run(*words.split(), capsys=capsys)
+            assert code == 0, (words, err)
+    (place / 'report.csv').write_text((place / 'list.csv').read_text())
+    code, out, err = run('bench', 'report.csv', *FAST, '--out', '.', capsys=capsys)
+    assert code == 2 and 'report.csv is one of the files that this command reads' in err and '--out new.' in err, err   # a folder, as was asked for
+
+
 def test_hard_links_are_the_same_file(tmp_path):
     (tmp_path / 'a.csv').write_text(LOG)
     os.link(tmp_path / 'a.csv', tmp_path / 'b.html')
@@ -382,6 +405,9 @@ def test_an_unusable_home_has_a_remedy(place):
     words, home = ('data', 'photos', '--out', 'd.png', '--size', '20'), str(place / 'avg-1.csv')   # a file
     done = command(*words, cwd=place, HOME=home, FASTAI_HOME=None)
     assert done.returncode == 2 and done.stderr.decode().count('\n') == 1 and b'FASTAI_HOME' in done.stderr, done.stderr
+    for named in ('/proc/x', '/dev/null'):
+        done = command(*words, cwd=place, FASTAI_HOME=named)
+        assert done.returncode == 2 and done.stderr.decode().count('\n') == 1 and f'its files in {named}' in done.stderr.decode(), done.stderr
     done = command(*words, cwd=place, HOME=home, FASTAI_HOME=str(place / 'fastai'))
     assert done.returncode == 0 and not done.stderr, done.stderr
 
