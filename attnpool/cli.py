@@ -174,7 +174,7 @@ def lr(
     table.to_csv(out/'rates.csv')
     for head, rate in best.items():
         edge = ' (at the edge of the grid: try further)' if len(grid) > 1 and rate in (min(grid), max(grid)) else ''
-        _say(f'{head}: {rate:g}{edge}')
+        _say(f'{head}: ' + ('all runs diverged: try smaller rates' if rate is None else f'{rate:g}{edge}'))
 
 # %% ../nbs/70_cli.ipynb #32f44534
 @late_options(app)

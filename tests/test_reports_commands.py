@@ -368,6 +368,68 @@ def test_fastais_own_log_of_fine_tune(tmp_path, dls, capsys):
     assert code == 0 and 'holds 2 fits, of 1 and 2 epochs: joined to one training of 3.' in err and '3 epochs' in out
 
 
+# Runs and logs by other words
+
+def test_the_same_run_twice_is_one(trained, tmp_path, capsys):
+    shutil.copytree(trained / 'R', tmp_path / 'copy')
+    folder = next((trained / 'R').glob('photos-*'))
+    alone, _ = collect([trained / 'R'])
+    for more in (tmp_path / 'copy', trained / 'R/report.runs.csv', folder, folder / 'history.csv', folder / 'result.json'):
+        for paths in ([trained / 'R', more], [more, trained / 'R']): assert [r.spec for r in collect(paths)[0]] == [alone[0].spec]
+        assert [r.spec for r in collect([more])[0]] == [alone[0].spec] and len(collect([more])[0][0].history()) == 1
+    (tmp_path / 'logs').mkdir()
+    a = log(tmp_path / 'logs/avg-1.csv', LOG)
+    assert len(collect([a, f'{tmp_path}/logs/../logs/avg-1.csv', trained / 'R'])[0]) == 2
+    (tmp_path / 'b/logs').mkdir(parents=True)
+    b = log(tmp_path / 'b/logs/avg-1.csv', LOG.replace('.66', '.67'))
+    code, out, err = run('report', a, b, '--out', tmp_path / 'r.html', capsys=capsys)
+    assert code == 2 and f'two runs of the head avg with seed 1, in {a} and in {b}' in err and err.count('\n') == 1, err
+
+
+def test_tables_put_together(tmp_path, capsys):
+    fake_run(tmp_path / 'A', spec_of(seed=1), .9)
+    fake_run(tmp_path / 'B', spec_of(seed=2), .8)
+    for k in 'AB': assert run('report', tmp_path / k, '--out', tmp_path / f'{k}.html', capsys=capsys)[0] == 0
+    texts = [(tmp_path / f'{k}.runs.csv').read_text() for k in 'AB']
+    both = log(tmp_path / 'c.runs.csv', ''.join(texts))
+    assert [r.value for r in collect([both])[0]] == [r.value for k in 'AB' for r in collect([tmp_path / k])[0]]
+    table = pd.read_csv(tmp_path / 'A.runs.csv', dtype=str, keep_default_na=False)
+    for column in ('accuracy', 'metrics.accuracy', 'epoch', 'parameters', 'seconds', 'spec.seed'):
+        table.assign(**{column: 'abc'}).to_csv(tmp_path / 'd.runs.csv', index=False)
+        code, out, err = run('report', tmp_path / 'd.runs.csv', '--out', tmp_path / 'r.html', capsys=capsys)
+        assert code == 2 and 'abc' in err and err.startswith('attnpool: ') and err.count('\n') == 1, (column, err)
+
+
+def test_a_log_that_is_none_says_why(tmp_path, capsys):
+    (tmp_path / 'logs').mkdir()
+    a = tmp_path / 'logs/avg-1.csv'
+    for text, words in ((LOG.replace('.66', 'abc').replace('0abc', 'abc'), f"a cell of column accuracy in {a} is no number (could not convert string to float: 'abc')"),
+                        (LOG.replace('1.1,', 'x,'), f'a cell of column valid_loss in {a} is no number'), (HEAD, f'{a} has a header, but no epochs')):
+        code, out, err = run('report', log(a, text), '--out', tmp_path / 'r.html', capsys=capsys)
+        assert code == 2 and words in err and err.count('\n') == 1, err
+    code, out, err = run('report', tmp_path / 'logs', '--out', tmp_path / 'r.html', capsys=capsys)
+    assert code == 2 and 'no runs, but CSV files (avg-1.csv). Name the files.' in err, err
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / os.fsdecode(b'by\xe9'))
+    code, out, err = run('bench', os.fsdecode(b'by\xe9'), *FAST, '--out', 'R', capsys=capsys)
+    assert code == 0 and r'by\udce9' in (tmp_path / 'R/report.html').read_text() and len(collect(['R/report.runs.csv'])[0]) == 1
+    assert run('report', 'R', capsys=capsys)[0] == 0
+
+
+def test_a_grid_that_all_diverged_has_no_best(place, capsys):
+    code, out, err = run('lr', 'photos', *FAST, '--rates', '1e30,2e30', '--out', 'L', '--epochs', '3', capsys=capsys)
+    assert code == 0 and 'avg: all runs diverged: try smaller rates' in out and 'avg: 1e+30' not in out, out
+
+
+def test_settings_to_measure_are_named(place, capsys):
+    run('bench', 'photos', *FAST, '--size', '24', '--out', 'R', capsys=capsys)
+    code, out, err = run('maps', 'R', '--measure', '--out', 'm.csv', '--device', 'cpu', capsys=capsys)
+    assert code == 2 and 'several settings: photos, xeca_resnext_tiny, quick, 24 px, 1 epochs; photos, xeca_resnext_tiny, quick, 20 px, 1 epochs. Name' in err, err
+
+
 # Terminals and homes
 
 def command(*args, cwd, **env):
