@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -424,6 +425,13 @@ def test_a_grid_that_all_diverged_has_no_best(place, capsys):
     assert code == 0 and 'avg: all runs diverged: try smaller rates' in out and 'avg: 1e+30' not in out, out
 
 
+@pytest.mark.parametrize("what, words", [("R", "R: a folder of runs, not a run. Name one of those in it: run."), ("avg-1.csv", "avg-1.csv: a file, not the folder of a run."),
+                                         ("nowhere", "nowhere: there is no such folder."), ("photos", "photos: no result.json, so the run did not finish.")])
+def test_what_is_no_run_is_told_as_what_it_is(place, what, words, capsys):
+    code, out, err = run('maps', what, '--device', 'cpu', capsys=capsys)
+    assert code == 2 and err.startswith(f'attnpool: {words}') and err.count('\n') == 1, err
+
+
 def test_settings_to_measure_are_named(place, capsys):
     run('bench', 'photos', *FAST, '--size', '24', '--out', 'R', capsys=capsys)
     code, out, err = run('maps', 'R', '--measure', '--out', 'm.csv', '--device', 'cpu', capsys=capsys)
@@ -523,6 +531,26 @@ def test_a_mistake_is_one_line(args, words, tmp_path, capsys, monkeypatch):
     args = [a.strip("'") for a in args.format(photos=tmp_path).split()]
     code, out, err = run(*args, capsys=capsys)
     assert code == 2 and words in err and err.startswith('attnpool: ') and err.count('\n') == 1, err
+
+
+@pytest.mark.parametrize("more, words", [
+    ("--arch densenet121 --size 16", "size: densenet121 with the head avg cannot take pictures of 16 px (Given input size"),
+    ("--arch vit_tiny_patch16_224 --size 32 --eval-sizes 48", "eval_sizes: vit_tiny_patch16_224 with the head avg cannot take pictures of 48 px (Input height")])
+def test_a_size_that_the_network_cannot_take_is_told_before_the_training(place, more, words, capsys):
+    code, out, err = run('bench', 'photos', *FAST, *more.split(), '--out', 'N', capsys=capsys)
+    assert code == 2 and err.startswith(f'attnpool: {words}') and err.count('\n') == 1, err
+    assert 'epochs' not in out and not list((place / 'N').glob('photos-*'))   # nothing trained, nothing left
+
+
+def test_trying_the_sizes_leaves_the_network_as_it_was(dls):
+    from attnpool.runs.train import _check_sizes, _learner
+    spec = make_spec('digits', 'slim', size=64, bs=16, eval_sizes=[48, 96])
+    learn = _learner(spec, dls)
+    before, modes = {k: v.clone() for k, v in learn.model.state_dict().items()}, [m.training for m in learn.model.modules()]
+    state = torch.get_rng_state()
+    _check_sizes(learn, spec)
+    assert torch.equal(state, torch.get_rng_state()) and modes == [m.training for m in learn.model.modules()]
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
 
 
 @pytest.mark.parametrize("make, error, words", [
