@@ -94,7 +94,7 @@ def _is_map(x): return isinstance(x, Tensor) and x.ndim == 4
 class ChannelsLast(PutsBack):
     """Train with weights and pictures in the channels-last memory format.
 
-    What is saved during the fit has it too: for safetensors, write `{k: v.contiguous() for k, v in state_dict.items()}`.
+    What is saved during the fit has it too. Of a checkpoint for safetensors make each tensor `.contiguous()`.
     """
     order, turned = 5, ()   # after the pictures are mixed, before mixed precision and before anything wraps the model
 

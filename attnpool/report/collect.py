@@ -64,8 +64,7 @@ def read_log(
     fits = _fits(path) or [pd.DataFrame()]
     table = pd.concat(fits, ignore_index=True)
     task = next((name for name, t in TASKS.items() if t.primary in fits[-1]), None)
-    if task and 'epoch' in table and table.empty:
-        raise BadInput(f"runs: {path} has a header, but no epochs. Pass files of trainings with an epoch or more.")
+    if task and table.empty: raise BadInput(f"runs: {path} has a header, but no epochs. Leave it out.")
     if task is None or table.empty or 'epoch' not in table:
         names = ' or '.join(t.primary for t in TASKS.values())
         where = f"the last fit in {path}" if len(fits) > 1 else path
@@ -136,13 +135,13 @@ def write_runs(
 def _read_runs(path):
     "The results of a table that `write_runs` wrote."
     lines, read = _text(path).splitlines(keepends=True), []
-    starts = [i for i, line in enumerate(lines) if i == 0 or 'spec.head' in line.split(',')]   # put together
+    starts = [i for i, line in enumerate(lines) if not i or 'spec.head' in line.split(',')]   # files put together
     try:
         for a, b in zip(starts, [*starts[1:], None]):
             read += _runs_of(_table(''.join(lines[a:b]), path, dtype=str, keep_default_na=False))
         return read
     except BadInput: raise
-    except ValueError as e: raise BadInput(f"runs: a cell of {path} is no number ({e}). Write the file again.") from None
+    except ValueError as e: raise BadInput(f"runs: a cell of {path} is no number ({e}). Write it again.") from None
     except (KeyError, TypeError, AttributeError) as e:
         raise BadInput(f"runs: {path} is not as write_report writes it ({e!r}). Write it again.") from None
 
@@ -165,6 +164,26 @@ def _runs_of(table):
                   result['spec'].get('seed', 0)]: float(v)
         yield read_result(result, epochs=history.reset_index(drop=True))
 
+# %% ../../nbs/60_report.collect.ipynb #142271aa
+def _once(pairs):
+    "Results with their places, each once: the same run may lie in several."
+    kept = {}
+    for r, place in pairs:
+        first, there = kept.setdefault((r.spec, str(r.pictures)), (r, place))
+        if replace(first, files={}) != replace(r, files={}) or len(first.history()) != len(r.history()):
+            raise BadInput(f"runs: there are two runs of the head {r.spec.head} with seed {r.spec.seed}, in {there} "
+                           f"and in {place}, which differ. Name one of them.")
+    return [r for r, _ in kept.values()]
+
+def _with_whole_epochs(results):
+    "A log that stopped early belongs to those that did not: it was to have as many epochs as they."
+    longest = {}
+    for r in results:
+        if not r.spec.arch: longest[r.spec.data] = max(r.spec.recipe.epochs, longest.get(r.spec.data, 0))
+    def whole(spec): return replace(spec, recipe=replace(spec.recipe, epochs=longest[spec.data]))
+    return [r if r.spec.arch or r.status == 'complete' else replace(r, spec=whole(r.spec)) for r in results]
+
+# %% ../../nbs/60_report.collect.ipynb #10b9482a
 def collect(
     paths: Sequence[Path | str] # Run folders, folders of them, files of `write_runs`, CSVLogger files
 ) -> tuple[list[Result], list[str]]: # Results, and a line for each folder that was left out
@@ -196,24 +215,6 @@ def collect(
     problems += [f'{r.folder}: made again by a later version, left out.' for r in results if again(r)]
     both = zip(_with_whole_epochs(results), places, map(again, results))
     return _once([(r, place) for r, place, old in both if not old]), problems
-
-def _once(pairs):
-    "Results with their places, each once: the same run may lie in several."
-    kept = {}
-    for r, place in pairs:
-        first, there = kept.setdefault((r.spec, str(r.pictures)), (r, place))
-        if replace(first, files={}) != replace(r, files={}) or len(first.history()) != len(r.history()):
-            raise BadInput(f"runs: there are two runs of the head {r.spec.head} with seed {r.spec.seed}, in {there} and in "
-                           f"{place}, which differ. Name one of them.")
-    return [r for r, _ in kept.values()]
-
-def _with_whole_epochs(results):
-    "A log that stopped early belongs to those that did not: it was to have as many epochs as they."
-    longest = {}
-    for r in results:
-        if not r.spec.arch: longest[r.spec.data] = max(r.spec.recipe.epochs, longest.get(r.spec.data, 0))
-    def whole(spec): return replace(spec, recipe=replace(spec.recipe, epochs=longest[spec.data]))
-    return [r if r.spec.arch or r.status == 'complete' else replace(r, spec=whole(r.spec)) for r in results]
 
 # %% ../../nbs/60_report.collect.ipynb #3f1a345a
 def _of_head(spec):

@@ -131,7 +131,7 @@ def plain_table(
 # %% ../../nbs/61_report.stats.ipynb #de26c2c0
 def learning_rates(
     results: Sequence[Result] # Runs of several heads at several learning rates
-) -> tuple[dict, pd.DataFrame]: # Head: best rate, None where all diverged; and the means by head (rows) and rate (columns)
+) -> tuple[dict, pd.DataFrame]: # Head: best rate, None if all diverged; and the means by head (rows) and rate (columns)
     "Each head's learning rate with the best mean of the primary metric. A run that diverged counts as 0."
     rows = [dict(head=r.spec.head, lr=r.spec.recipe.lr, value=r.value or 0.) for r in results]
     table = pd.DataFrame(rows).pivot_table(index='head', columns='lr', values='value', sort=False).sort_index(axis=1)

@@ -101,7 +101,8 @@ def load_run(
     folder = Path(folder)
     try: values = json.loads((folder/'result.json').read_text())
     except (FileNotFoundError, NotADirectoryError):
-        runs, what = sorted(f.parent.name for f in folder.glob('*/result.json')), 'no result.json, so the run did not finish'
+        runs = sorted(f.parent.name for f in folder.glob('*/result.json'))
+        what = 'no result.json, so the run did not finish'
         if folder.is_file(): what = 'a file, not the folder of a run. Name the folder that attnpool bench made'
         elif not folder.exists(): what = 'there is no such folder'
         elif runs: what = f'a folder of runs, not a run. Name one of those in it: {first_few(runs)}'

@@ -152,6 +152,7 @@ def _check_sizes(learn, spec):
             raise BadInput(f"{name}: {spec.arch} with the head {spec.head} cannot take pictures of {size} px "
                            f"({(str(e) or repr(e)).splitlines()[0]}). Choose another size, or another network.") from e
 
+# %% ../../nbs/53_runs.train.ipynb #86103a77
 def _finite(values): return {k: v for k, v in values.items() if np.isfinite(v)}
 
 def _make(spec, folder, device, on_epoch):
