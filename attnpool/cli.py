@@ -51,7 +51,7 @@ _SIZES = ("Further picture sizes at which to validate after training, separated 
 _OUT = 'Folder for the runs, the table and the report. What is complete there is not made again.'
 _FILE = dict(parser=path_of, metavar='PATH')
 _RUNS = _FILE | dict(metavar='RUNS')
-_TABLES = '.csv', '.md', '.runs.csv'   # beside a report
+_TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | parameters |', '.runs.csv': 'spec.head'}   # beside a report
 _GPUS = 'GPUs of a job, with one process each: the batch grows by their number n, the learning rate by its root.'
 
 # %% ../nbs/70_cli.ipynb #6b9daf66
@@ -105,7 +105,7 @@ def bench(
         also = ' and '.join(map(str, specs[0].eval_sizes))
         _say(f'As in the blog: trained on {specs[0].data.name}, validated at {also} px as well.')
     job = dict(partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size, wait=wait)
-    if is_first(): check_out(out/'report.html', [data], _TABLES, make=True)
+    if is_first(): check_out(out/'report.html', [data], _TABLES, make=True, own='--line: #8884', folder=True)
     results = make_runs(specs, out, device, console, **(dict(cluster=cluster, **job) if cluster else {}))
     if not is_first() or not results: return
     results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
@@ -168,13 +168,13 @@ def lr(
     grid, console, device = read_list('rates', rates, float), Console(), check_device(device)
     common = dict(arch=arch, eval_sizes=(), skip_broken=skip_broken) | overrides
     specs = read_specs(data, heads, seeds, recipe, rates=grid, **common)
-    check_out(out/'rates.csv', [data], make=True)
+    check_out(out/'rates.csv', [data], make=True, own='head,', folder=True)
     best, table = learning_rates(make_runs(specs, out, device, console))
     _say(table.to_string())
     table.to_csv(out/'rates.csv')
     for head, rate in best.items():
         edge = ' (at the edge of the grid: try further)' if len(grid) > 1 and rate in (min(grid), max(grid)) else ''
-        _say(f'{head}: {rate:g}{edge}')
+        _say(f'{head}: ' + ('all runs diverged: try smaller rates' if rate is None else f'{rate:g}{edge}'))
 
 # %% ../nbs/70_cli.ipynb #32f44534
 @late_options(app)
@@ -223,7 +223,7 @@ def maps(
     """
     console, device = Console(), check_device(device)
     if measure and out.name: out = out.with_suffix('.csv')
-    check_out(out, [*runs, *filter(None, [data])])
+    check_out(out, [*runs, *filter(None, [data])], own='head,runs,' if measure else '')
     if measure:
         from attnpool.report.stats import measure_maps, plain_table
         done = [r for r in _collected(runs) if r.status == 'complete']

@@ -16,7 +16,7 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.all import Pipeline
 from fastai.vision.all import (Callback, CancelEpochException, CancelFitException, CrossEntropyLossFlat,
-                               FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, SchedCos)
+                               FocalLossFlat, LabelSmoothingCrossEntropyFlat, Adam, Learner, OptimWrapper, SchedCos, SGD)
 from safetensors.torch import save
 from torch import nn
 
@@ -324,6 +324,20 @@ def test_an_error_that_a_callback_of_a_lower_order_raises_at_the_end():
     learn = make_learn(conv_dls(), None, conv_net(), cbs=[ChannelsLast(), BodyStands()])
     with learn.no_logging(), pytest.raises(RuntimeError): learn.fit(1, .1, cbs=Break('after_fit', RuntimeError('x'), order=-5))
     assert all(p.is_contiguous() and p.requires_grad for p in learn.model.parameters())
+
+
+@pytest.mark.parametrize("make", [partial(SGD, mom=.9), Adam, partial(OptimWrapper, opt=torch.optim.Adam)], ids=['sgd', 'adam', 'torch'])
+def test_the_optimizers_own_maps_are_turned_back_too(make):
+    seen = []
+    class Look(Callback):
+        def after_step(self): seen.append([v.is_contiguous() for v in maps()])
+    def maps(): return [v for p in learn.model.parameters() for v in getattr(learn.opt, "opt", learn.opt).state[p].values() if isinstance(v, torch.Tensor) and v.ndim == 4]
+    learn = Learner(conv_dls(), conv_net(), CrossEntropyLossFlat(), opt_func=make, cbs=[ChannelsLast(), Look()])
+    with learn.no_logging(), learn.no_bar(): learn.fit(1, .1)
+    assert not all(seen[-1]) and maps() and all(v.is_contiguous() for v in maps())
+    weights = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    with learn.no_logging(), learn.no_bar(): learn.fit(1, .1)   # goes on from its state
+    assert maps() and all(v.is_contiguous() for v in maps()) and any(not torch.equal(v, weights[k]) for k, v in learn.model.state_dict().items())
 
 
 def test_a_fit_inside_an_except_block_and_a_learner_that_is_pickled():

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -247,6 +248,29 @@ def test_outputs_of_before_are_written_again(place, capsys):
     assert (place / 'R/report.html').stat().st_size > 1e4 and (place / 'avg-1.csv').read_text() == LOG
 
 
+@pytest.mark.parametrize("words, theirs", [
+    ("report R --out mine.html", 'mine.md'), ("report R --out mine.html", 'mine.csv'), ("report R --out mine.html", 'mine.runs.csv'), ("maps R --measure --out mine.html", 'mine.csv'),
+    ("maps R --measure --out R/report.runs.csv", None), ("report R --out L/rates.html", 'L/rates.csv'), (f"bench photos {' '.join(FAST)} --out L", 'L/report.csv'),
+    (f"bench photos {' '.join(FAST)} --out L", 'L/report.html'), (f"lr photos {' '.join(FAST)} --rates 1e-3 --out L", 'L/rates.csv')])
+def test_no_file_of_another_is_replaced_by_a_derived_one(place, words, theirs, capsys):
+    (place / 'L').mkdir()
+    if theirs: (place / theirs).write_text('head,0.001\navg,0.5\n' if theirs == 'L/rates.csv' and 'report' in words else 'my own words\n')
+    before = contents(place)
+    code, out, err = run(*words.split(), capsys=capsys)
+    assert code == 2 and re.match(r'attnpool: --out: \S+ was not written by this command, .* --out \S*new', err) and err.count('\n') == 1, (words, err)
+    assert (theirs or 'R/report.runs.csv') in err and contents(place) == before
+
+
+def test_our_tables_are_written_again(place, capsys):
+    for _ in range(2):
+        for words in ("maps R --measure --device cpu --out m.csv", "report R --out r.html", f"bench photos {' '.join(FAST)} --out R", f"lr photos {' '.join(FAST)} --rates 1e-3 --out L"):
+            code, out, err = run(*words.split(), capsys=capsys)
+            assert code == 0, (words, err)
+    (place / 'report.csv').write_text((place / 'list.csv').read_text())
+    code, out, err = run('bench', 'report.csv', *FAST, '--out', '.', capsys=capsys)
+    assert code == 2 and 'report.csv is one of the files that this command reads' in err and '--out new.' in err, err   # a folder, as was asked for
+
+
 def test_hard_links_are_the_same_file(tmp_path):
     (tmp_path / 'a.csv').write_text(LOG)
     os.link(tmp_path / 'a.csv', tmp_path / 'b.html')
@@ -345,6 +369,75 @@ def test_fastais_own_log_of_fine_tune(tmp_path, dls, capsys):
     assert code == 0 and 'holds 2 fits, of 1 and 2 epochs: joined to one training of 3.' in err and '3 epochs' in out
 
 
+# Runs and logs by other words
+
+def test_the_same_run_twice_is_one(trained, tmp_path, capsys):
+    shutil.copytree(trained / 'R', tmp_path / 'copy')
+    folder = next((trained / 'R').glob('photos-*'))
+    alone, _ = collect([trained / 'R'])
+    for more in (tmp_path / 'copy', trained / 'R/report.runs.csv', folder, folder / 'history.csv', folder / 'result.json'):
+        for paths in ([trained / 'R', more], [more, trained / 'R']): assert [r.spec for r in collect(paths)[0]] == [alone[0].spec]
+        assert [r.spec for r in collect([more])[0]] == [alone[0].spec] and len(collect([more])[0][0].history()) == 1
+    (tmp_path / 'logs').mkdir()
+    a = log(tmp_path / 'logs/avg-1.csv', LOG)
+    assert len(collect([a, f'{tmp_path}/logs/../logs/avg-1.csv', trained / 'R'])[0]) == 2
+    (tmp_path / 'b/logs').mkdir(parents=True)
+    b = log(tmp_path / 'b/logs/avg-1.csv', LOG.replace('.66', '.67'))
+    code, out, err = run('report', a, b, '--out', tmp_path / 'r.html', capsys=capsys)
+    assert code == 2 and f'two runs of the head avg with seed 1, in {a} and in {b}' in err and err.count('\n') == 1, err
+
+
+def test_tables_put_together(tmp_path, capsys):
+    fake_run(tmp_path / 'A', spec_of(seed=1), .9)
+    fake_run(tmp_path / 'B', spec_of(seed=2), .8)
+    for k in 'AB': assert run('report', tmp_path / k, '--out', tmp_path / f'{k}.html', capsys=capsys)[0] == 0
+    texts = [(tmp_path / f'{k}.runs.csv').read_text() for k in 'AB']
+    both = log(tmp_path / 'c.runs.csv', ''.join(texts))
+    assert [r.value for r in collect([both])[0]] == [r.value for k in 'AB' for r in collect([tmp_path / k])[0]]
+    table = pd.read_csv(tmp_path / 'A.runs.csv', dtype=str, keep_default_na=False)
+    for column in ('accuracy', 'metrics.accuracy', 'epoch', 'parameters', 'seconds', 'spec.seed'):
+        table.assign(**{column: 'abc'}).to_csv(tmp_path / 'd.runs.csv', index=False)
+        code, out, err = run('report', tmp_path / 'd.runs.csv', '--out', tmp_path / 'r.html', capsys=capsys)
+        assert code == 2 and 'abc' in err and err.startswith('attnpool: ') and err.count('\n') == 1, (column, err)
+
+
+def test_a_log_that_is_none_says_why(tmp_path, capsys):
+    (tmp_path / 'logs').mkdir()
+    a = tmp_path / 'logs/avg-1.csv'
+    for text, words in ((LOG.replace('.66', 'abc').replace('0abc', 'abc'), f"a cell of column accuracy in {a} is no number (could not convert string to float: 'abc')"),
+                        (LOG.replace('1.1,', 'x,'), f'a cell of column valid_loss in {a} is no number'), (HEAD, f'{a} has a header, but no epochs')):
+        code, out, err = run('report', log(a, text), '--out', tmp_path / 'r.html', capsys=capsys)
+        assert code == 2 and words in err and err.count('\n') == 1, err
+    code, out, err = run('report', tmp_path / 'logs', '--out', tmp_path / 'r.html', capsys=capsys)
+    assert code == 2 and 'no runs, but CSV files (avg-1.csv). Name the files.' in err, err
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / os.fsdecode(b'by\xe9'))
+    code, out, err = run('bench', os.fsdecode(b'by\xe9'), *FAST, '--out', 'R', capsys=capsys)
+    assert code == 0 and r'by\udce9' in (tmp_path / 'R/report.html').read_text() and len(collect(['R/report.runs.csv'])[0]) == 1
+    assert run('report', 'R', capsys=capsys)[0] == 0
+
+
+def test_a_grid_that_all_diverged_has_no_best(place, capsys):
+    code, out, err = run('lr', 'photos', *FAST, '--rates', '1e30,2e30', '--out', 'L', '--epochs', '3', capsys=capsys)
+    assert code == 0 and 'avg: all runs diverged: try smaller rates' in out and 'avg: 1e+30' not in out, out
+
+
+@pytest.mark.parametrize("what, words", [("R", "R: a folder of runs, not a run. Name one of those in it: run."), ("avg-1.csv", "avg-1.csv: a file, not the folder of a run."),
+                                         ("nowhere", "nowhere: there is no such folder."), ("photos", "photos: no result.json, so the run did not finish.")])
+def test_what_is_no_run_is_told_as_what_it_is(place, what, words, capsys):
+    code, out, err = run('maps', what, '--device', 'cpu', capsys=capsys)
+    assert code == 2 and err.startswith(f'attnpool: {words}') and err.count('\n') == 1, err
+
+
+def test_settings_to_measure_are_named(place, capsys):
+    run('bench', 'photos', *FAST, '--size', '24', '--out', 'R', capsys=capsys)
+    code, out, err = run('maps', 'R', '--measure', '--out', 'm.csv', '--device', 'cpu', capsys=capsys)
+    assert code == 2 and 'several settings: photos, xeca_resnext_tiny, quick, 24 px, 1 epochs; photos, xeca_resnext_tiny, quick, 20 px, 1 epochs. Name' in err, err
+
+
 # Terminals and homes
 
 def command(*args, cwd, **env):
@@ -382,6 +475,9 @@ def test_an_unusable_home_has_a_remedy(place):
     words, home = ('data', 'photos', '--out', 'd.png', '--size', '20'), str(place / 'avg-1.csv')   # a file
     done = command(*words, cwd=place, HOME=home, FASTAI_HOME=None)
     assert done.returncode == 2 and done.stderr.decode().count('\n') == 1 and b'FASTAI_HOME' in done.stderr, done.stderr
+    for named in ('/proc/x', '/dev/null'):
+        done = command(*words, cwd=place, FASTAI_HOME=named)
+        assert done.returncode == 2 and done.stderr.decode().count('\n') == 1 and f'its files in {named}' in done.stderr.decode(), done.stderr
     done = command(*words, cwd=place, HOME=home, FASTAI_HOME=str(place / 'fastai'))
     assert done.returncode == 0 and not done.stderr, done.stderr
 
@@ -435,6 +531,26 @@ def test_a_mistake_is_one_line(args, words, tmp_path, capsys, monkeypatch):
     args = [a.strip("'") for a in args.format(photos=tmp_path).split()]
     code, out, err = run(*args, capsys=capsys)
     assert code == 2 and words in err and err.startswith('attnpool: ') and err.count('\n') == 1, err
+
+
+@pytest.mark.parametrize("more, words", [
+    ("--arch densenet121 --size 16", "size: densenet121 with the head avg cannot take pictures of 16 px (Given input size"),
+    ("--arch vit_tiny_patch16_224 --size 32 --eval-sizes 48", "eval_sizes: vit_tiny_patch16_224 with the head avg cannot take pictures of 48 px (Input height")])
+def test_a_size_that_the_network_cannot_take_is_told_before_the_training(place, more, words, capsys):
+    code, out, err = run('bench', 'photos', *FAST, *more.split(), '--out', 'N', capsys=capsys)
+    assert code == 2 and err.startswith(f'attnpool: {words}') and err.count('\n') == 1, err
+    assert 'epochs' not in out and not list((place / 'N').glob('photos-*'))   # nothing trained, nothing left
+
+
+def test_trying_the_sizes_leaves_the_network_as_it_was(dls):
+    from attnpool.runs.train import _check_sizes, _learner
+    spec = make_spec('digits', 'slim', size=64, bs=16, eval_sizes=[48, 96])
+    learn = _learner(spec, dls)
+    before, modes = {k: v.clone() for k, v in learn.model.state_dict().items()}, [m.training for m in learn.model.modules()]
+    state = torch.get_rng_state()
+    _check_sizes(learn, spec)
+    assert torch.equal(state, torch.get_rng_state()) and modes == [m.training for m in learn.model.modules()]
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
 
 
 @pytest.mark.parametrize("make, error, words", [

@@ -89,8 +89,13 @@ def to_amp(
     return self.remove_cb(FastaiMixedPrecision).add_cb(MixedPrecision(amp_mode, **kwargs))
 
 # %% ../../nbs/43_callback.precision.ipynb #4fa63779
+def _is_map(x): return isinstance(x, Tensor) and x.ndim == 4
+
 class ChannelsLast(PutsBack):
-    "Train with weights and pictures in the channels-last memory format."
+    """Train with weights and pictures in the channels-last memory format.
+
+    What is saved during the fit has it too. Of a checkpoint for safetensors make each tensor `.contiguous()`.
+    """
     order, turned = 5, ()   # after the pictures are mixed, before mixed precision and before anything wraps the model
 
     def before_fit(self):
@@ -102,8 +107,7 @@ class ChannelsLast(PutsBack):
 
     def before_batch(self):
         "Turn the pictures."
-        def is_map(x): return isinstance(x, Tensor) and x.ndim == 4
-        self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if is_map(x) else x for x in self.xb)
+        self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if _is_map(x) else x for x in self.xb)
 
     def put_back(self):
         "Turn the weights back."
@@ -111,6 +115,10 @@ class ChannelsLast(PutsBack):
         self.turned = ()
 
     def _turn(self, memory_format):
+        opt = getattr(self, 'opt', None)
+        state = getattr(getattr(opt, 'opt', opt), 'state', {})   # momentum and the like; torch's optimizers are wrapped
         for p in self.turned:
             p.data = p.data.contiguous(memory_format=memory_format)
             if p.grad is not None: p.grad = p.grad.contiguous(memory_format=memory_format)
+            its = state.get(p, {})
+            its.update({k: v.contiguous(memory_format=memory_format) for k, v in its.items() if _is_map(v)})

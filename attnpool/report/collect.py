@@ -19,6 +19,8 @@ import pandas as pd
 
 from ..data import DataId
 from ..data.cache import write_file
+from ..data.listing import first_few
+from ..data.reader import is_run
 from ..recipe import Recipe
 from ..registry import BadInput
 from ..runs.spec import Spec
@@ -62,6 +64,7 @@ def read_log(
     fits = _fits(path) or [pd.DataFrame()]
     table = pd.concat(fits, ignore_index=True)
     task = next((name for name, t in TASKS.items() if t.primary in fits[-1]), None)
+    if task and table.empty: raise BadInput(f"runs: {path} has a header, but no epochs. Leave it out.")
     if task is None or table.empty or 'epoch' not in table:
         names = ' or '.join(t.primary for t in TASKS.values())
         where = f"the last fit in {path}" if len(fits) > 1 else path
@@ -74,6 +77,9 @@ def read_log(
     name = re.fullmatch(r'(.+?)[-_ ](\d+)', path.stem)
     head, seed = (name[1], int(name[2])) if name else (path.stem, 0)
     spec = Spec(task, DataId(path.resolve().parent.name), '', head, seed, Recipe(epochs=len(table), size=None, bs=None))
+    for c in (c for c in table if c == TASKS[task].primary or str(c).endswith('loss')):
+        try: table[c] = table[c].astype(float)
+        except ValueError as e: raise BadInput(f"runs: a cell of column {c} in {path} is no number ({e}).") from None
     primary, numbers = TASKS[task].primary, table.select_dtypes('number').drop(columns='epoch', errors='ignore')
     last = numbers[[c for c in numbers if c in fits[-1]]].iloc[-1].to_dict()
     whole = primary in last and all(np.isfinite(v) for k, v in last.items() if k == primary or k.endswith('loss'))
@@ -123,12 +129,19 @@ def write_runs(
         rows.append(history.assign(**cells))
     table = pd.concat(rows)
     asked = sorted(table, key=lambda c: not c.startswith(('spec.', 'data.', 'recipe.')))   # before what came out
-    write_file(path, table[asked].to_csv(index=False))
+    write_file(path, table[asked].to_csv(index=False).encode(errors='backslashreplace'))
 
 # %% ../../nbs/60_report.collect.ipynb #60a1d1c4
 def _read_runs(path):
     "The results of a table that `write_runs` wrote."
-    try: return list(_runs_of(_table(_text(path), path, dtype=str, keep_default_na=False)))
+    lines, read = _text(path).splitlines(keepends=True), []
+    starts = [i for i, line in enumerate(lines) if not i or 'spec.head' in line.split(',')]   # files put together
+    try:
+        for a, b in zip(starts, [*starts[1:], None]):
+            read += _runs_of(_table(''.join(lines[a:b]), path, dtype=str, keep_default_na=False))
+        return read
+    except BadInput: raise
+    except ValueError as e: raise BadInput(f"runs: a cell of {path} is no number ({e}). Write it again.") from None
     except (KeyError, TypeError, AttributeError) as e:
         raise BadInput(f"runs: {path} is not as write_report writes it ({e!r}). Write it again.") from None
 
@@ -146,32 +159,21 @@ def _runs_of(table):
             result['spec'] |= dict(data=part('data.'), recipe=dict(size=None, bs=None) | part('recipe.'))
             result['metrics'] = part('metrics.')
         elif len(history): result |= history.filter(regex='^(?!epoch$|.*seconds$)').iloc[-1].dropna()
+        counts = {f.name for f in fields(Result) if 'int' in str(f.type) or 'float' in str(f.type)} - {'pictures'}
+        for v in [*result.get('metrics', {}).values(), *(v for k, v in result.items() if k in counts),
+                  result['spec'].get('seed', 0)]: float(v)
         yield read_result(result, epochs=history.reset_index(drop=True))
 
-def collect(
-    paths: Sequence[Path | str] # Run folders, folders of them, files of `write_runs`, CSVLogger files
-) -> tuple[list[Result], list[str]]: # Results, and a line for each folder that was left out
-    "The results below the given paths."
-    results, problems, seen = [], [], set()
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"runs: there is no {path}. Pass folders that attnpool bench wrote, or CSV files.")
-        if path.is_file():
-            header, *_ = _text(path).partition('\n')
-            if 'spec.head' in header: results += _read_runs(path)
-            else: results.append(read_log(path))
-            continue
-        tunings = [file.parent for file in path.rglob('rates.csv') if file.parent != path]
-        problems += [f'{folder}: runs of attnpool lr, left out. Name the folder to report them.' for folder in tunings]
-        for file in sorted(path.rglob('spec.json')):
-            if file.parent.resolve() in seen or set(tunings) & set(file.parents): continue
-            seen.add(file.parent.resolve())
-            try: results.append(load_run(file.parent))
-            except ValueError as e: problems.append(str(e))
-    today = {r.spec for r in results if r.folder and r.folder.name == r.spec.name}
-    def again(r): return r.folder and r.folder.name != r.spec.name and r.spec in today   # earlier ones hashed otherwise
-    problems += [f'{r.folder}: made again by a later version, left out.' for r in results if again(r)]
-    return _with_whole_epochs([r for r in results if not again(r)]), problems
+# %% ../../nbs/60_report.collect.ipynb #142271aa
+def _once(pairs):
+    "Results with their places, each once: the same run may lie in several."
+    kept = {}
+    for r, place in pairs:
+        first, there = kept.setdefault((r.spec, str(r.pictures)), (r, place))
+        if replace(first, files={}) != replace(r, files={}) or len(first.history()) != len(r.history()):
+            raise BadInput(f"runs: there are two runs of the head {r.spec.head} with seed {r.spec.seed}, in {there} "
+                           f"and in {place}, which differ. Name one of them.")
+    return [r for r, _ in kept.values()]
 
 def _with_whole_epochs(results):
     "A log that stopped early belongs to those that did not: it was to have as many epochs as they."
@@ -180,6 +182,39 @@ def _with_whole_epochs(results):
         if not r.spec.arch: longest[r.spec.data] = max(r.spec.recipe.epochs, longest.get(r.spec.data, 0))
     def whole(spec): return replace(spec, recipe=replace(spec.recipe, epochs=longest[spec.data]))
     return [r if r.spec.arch or r.status == 'complete' else replace(r, spec=whole(r.spec)) for r in results]
+
+# %% ../../nbs/60_report.collect.ipynb #10b9482a
+def collect(
+    paths: Sequence[Path | str] # Run folders, folders of them, files of `write_runs`, CSVLogger files
+) -> tuple[list[Result], list[str]]: # Results, and a line for each folder that was left out
+    "The results below the given paths."
+    results, problems, seen, places = [], [], set(), []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"runs: there is no {path}. Pass folders that attnpool bench wrote, or CSV files.")
+        if path.is_file() and is_run(path.parent): path = path.parent   # its own history is no log
+        if path.is_file():
+            if path.resolve() in seen: continue
+            seen.add(path.resolve())
+            header, *_ = _text(path).partition('\n')
+            results += _read_runs(path) if 'spec.head' in header else [read_log(path)]
+            places += [path] * (len(results) - len(places))
+            continue
+        tunings = [file.parent for file in path.rglob('rates.csv') if file.parent != path]
+        problems += [f'{folder}: runs of attnpool lr, left out. Name the folder to report them.' for folder in tunings]
+        for file in sorted(path.rglob('spec.json')):
+            if file.parent.resolve() in seen or set(tunings) & set(file.parents): continue
+            seen.add(file.parent.resolve())
+            try: results.append(load_run(file.parent))
+            except ValueError as e: problems.append(str(e))
+            else: places.append(file.parent)
+        if not any(path.rglob('spec.json')) and (tables := sorted(path.glob('*.csv'))):
+            problems.append(f'{path}: no runs, but CSV files ({first_few(f.name for f in tables)}). Name the files.')
+    today = {r.spec for r in results if r.folder and r.folder.name == r.spec.name}
+    def again(r): return r.folder and r.folder.name != r.spec.name and r.spec in today   # earlier ones hashed otherwise
+    problems += [f'{r.folder}: made again by a later version, left out.' for r in results if again(r)]
+    both = zip(_with_whole_epochs(results), places, map(again, results))
+    return _once([(r, place) for r, place, old in both if not old]), problems
 
 # %% ../../nbs/60_report.collect.ipynb #3f1a345a
 def _of_head(spec):

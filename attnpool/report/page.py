@@ -175,8 +175,9 @@ def write_report(
     csv = pd.concat([t.assign(**{k: plain(v) for k, v in s.items()}) for t, (_, s) in zip(tables, settings)])
     text = [f'{_line(name)}\n\n{markdown(format_table(t))}' for t, (name, _) in zip(tables, settings)]
     text += [f'Table {t}\n\n{markdown(b)}' for t, b in blog.items()]
-    write_file(path.with_suffix('.csv'), csv.to_csv(index=False))
-    write_file(path.with_suffix('.md'), '\n\n'.join(text) + '\n')
+    def write(path, text): write_file(path, text.encode(errors='backslashreplace'))   # a folder's name may be no UTF-8
+    write(path.with_suffix('.csv'), csv.to_csv(index=False))
+    write(path.with_suffix('.md'), '\n\n'.join(text) + '\n')
     write_runs(results, path.with_suffix('.runs.csv'))
-    write_file(path, page)
+    write(path, page)
     return path

@@ -23,7 +23,7 @@ from ..data.pictures import validation_pictures
 from ..maps.compute import maps_of
 from ..maps.measures import agreement, deletion_insertion, energy_in_box, entropy, pointing_game
 from ..registry import BadInput
-from .collect import by_row, group_by_setting
+from .collect import by_row, group_by_setting, tell_apart
 from ..runs.store import Result
 from ..runs.train import open_run
 
@@ -131,11 +131,12 @@ def plain_table(
 # %% ../../nbs/61_report.stats.ipynb #de26c2c0
 def learning_rates(
     results: Sequence[Result] # Runs of several heads at several learning rates
-) -> tuple[dict, pd.DataFrame]: # Head: best rate; and the means by head (rows) and rate (columns)
+) -> tuple[dict, pd.DataFrame]: # Head: best rate, None if all diverged; and the means by head (rows) and rate (columns)
     "Each head's learning rate with the best mean of the primary metric. A run that diverged counts as 0."
     rows = [dict(head=r.spec.head, lr=r.spec.recipe.lr, value=r.value or 0.) for r in results]
     table = pd.DataFrame(rows).pivot_table(index='head', columns='lr', values='value', sort=False).sort_index(axis=1)
-    return table.idxmax(axis=1).to_dict(), table
+    learned = {r.spec.head for r in results if r.status == 'complete'}
+    return {head: rate if head in learned else None for head, rate in table.idxmax(axis=1).items()}, table
 
 # %% ../../nbs/61_report.stats.ipynb #0d89f905
 def _measures(learn, x, boxes):
@@ -159,7 +160,9 @@ def measure_maps(
 ) -> pd.DataFrame: # One row per head: means over runs and pictures; NaN where there are no boxes, or one seed only
     "Pointing game, energy, entropy, deletion, insertion and agreement over seeds, for each head."
     if not results: raise BadInput("runs: there is no complete run to measure. attnpool bench makes some.")
-    if len(group_by_setting(results)) > 1: raise BadInput("runs: they are of several settings. Measure one at a time.")
+    if len(groups := group_by_setting(results)) > 1:
+        titles = '; '.join(title for title, _ in tell_apart(groups))
+        raise BadInput(f"runs: they are of several settings: {titles}. Name the runs of one.")
     if any(r.folder is None for r in results): raise BadInput("runs: some come from a table. Pass the folders of runs.")
     table = []
     for name, rs in by_row(results).items():

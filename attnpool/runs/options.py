@@ -75,24 +75,31 @@ def is_inside(
 def check_out(
     out: Path, # What the command writes
     inputs: Iterable[Path | str] = (), # Files and folders that it reads
-    endings: Sequence[str] = (), # Of files beside `out` that are written too
+    endings: dict[str, str] | None = None, # Of files beside `out` that are written too: what stands at their beginning
     make: bool = False, # Make its folder where that is missing
+    own: str = '', # What stands at the beginning of an `out` that the command wrote before; '' replaces any file
+    folder: bool = False, # Whether the folder of `out` was named, not `out` itself
 ):
-    "An error, before the work, for files that cannot be written, or that the command reads."
+    "An error, before the work, for files that cannot be written, that the command reads, or that are another's."
     from attnpool.data.reader import is_picture, is_run
     from attnpool.runs.train import check_writable
+    endings = endings or {}
     if out.suffix in endings:
         raise BadInput(f"--out: {out} is the name of a table beside the page. Name the page: {out.stem}.html.")
     inputs = [Path(i) for i in inputs if os.path.exists(i)]
-    for o in [out, *(out.with_suffix(e) for e in endings if out.name)]:
+    def refuse(o, why):
+        other = out.parent/'new' if folder else out.with_name(f'{out.stem}-new{out.suffix}')
+        raise BadInput(f"--out: {o} {why}, and would be overwritten. Choose another name, for example --out {other}.")
+    for o, its in {out: own, **{out.with_suffix(e): text for e, text in endings.items() if out.name}}.items():
         if o.is_dir(): raise BadInput(f"--out: {o} is a folder. Name a file in it, or elsewhere.")
         if not o.exists(): continue
         def reads(i):   # a CSV file names pictures around it
             below = is_inside(o, i if i.is_dir() else i.parent) and (i.is_dir() or i.suffix == '.csv')
             return i.samefile(o) or below and (is_run(o.parent) or is_picture(o))
-        if any(map(reads, inputs)):
-            raise BadInput(f"--out: {o} is one of the files that this command reads, and would be overwritten. "
-                           f"Choose another name, for example --out {out.with_name(f'{out.stem}-new{out.suffix}')}.")
+        if any(map(reads, inputs)): refuse(o, 'is one of the files that this command reads')
+        if its and o.is_file():
+            with open(o, 'rb') as f: start = f.read(1 << 16)
+            if start and its.encode() not in start: refuse(o, 'was not written by this command')
     if not (make or out.parent.is_dir()):
         raise FileNotFoundError(f"--out: there is no folder {out.parent}. Make it, or choose another.")
     check_writable(out.parent)
@@ -228,7 +235,9 @@ def guarded(
         return 1
     except typer.Abort: return 130
     except (BadInput, OSError) as e:
-        if '.fastai' not in str(getattr(e, 'filename', '')): return fail(e)
+        file, home = getattr(e, 'filename', None), expand(os.environ.get('FASTAI_HOME') or '~/.fastai')
+        usable = os.path.isdir(home) and os.access(home, os.W_OK)
+        if file is None or '.fastai' not in str(file) and (usable or not is_inside(file, home)): return fail(e)
         return fail(f'fastai keeps its files in {e.filename}, which cannot be made: {e.strerror}. Set the environment '
                     'variable FASTAI_HOME to a folder for them.')
     except (RuntimeError, MemoryError) as e:

@@ -101,7 +101,12 @@ def load_run(
     folder = Path(folder)
     try: values = json.loads((folder/'result.json').read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"{folder}: no result.json, so the run did not finish.") from None
+        runs = sorted(f.parent.name for f in folder.glob('*/result.json'))
+        what = 'no result.json, so the run did not finish'
+        if folder.is_file(): what = 'a file, not the folder of a run. Name the folder that attnpool bench made'
+        elif not folder.exists(): what = 'there is no such folder'
+        elif runs: what = f'a folder of runs, not a run. Name one of those in it: {first_few(runs)}'
+        raise BadInput(f"{folder}: {what}.") from None
     except ValueError: raise BadInput(f"{folder}: result.json is torn.") from None
     if not isinstance(values, dict) or not {'spec', 'status', 'files'} <= values.keys() \
             or not isinstance(values['files'], dict):

@@ -38,6 +38,7 @@ from ..data.cache import write_file
 from ..data.listing import write_digests
 from ..data.pictures import find_pictures, valid_dl
 from ..distributed import distributed, is_first, join_processes, on_first_process, processes
+from ..layers import evaluating
 from ..recipe import learner_for
 from ..registry import BadInput
 from .spec import NewerVersion, Spec
@@ -135,6 +136,23 @@ def _learner(spec, dls, cbs=None):
     model, options = task.model(spec, dls)
     return learner_for(dls, model, spec.recipe, task.loss(spec.recipe), task.metrics(), cbs, **options)
 
+def _check_sizes(learn, spec):
+    "An error now, not after the training, for sizes that the network cannot take."
+    def fault(size):
+        x = next(learn.model.parameters()).new_zeros(1, 3, size, size)
+        try:
+            with evaluating(learn.model): learn.model(x)
+        except (RuntimeError, AssertionError, ValueError) as e:
+            if 'memory' in str(e): raise
+            return e.__cause__ or e   # timm's own words
+    for name, sizes in dict(size=[spec.recipe.size], eval_sizes=spec.eval_sizes).items():
+        for size in sizes:
+            if not (e := fault(size)): continue
+            if name == 'size' and fault(256): raise e   # the size is not to blame
+            raise BadInput(f"{name}: {spec.arch} with the head {spec.head} cannot take pictures of {size} px "
+                           f"({(str(e) or repr(e)).splitlines()[0]}). Choose another size, or another network.") from e
+
+# %% ../../nbs/53_runs.train.ipynb #86103a77
 def _finite(values): return {k: v for k, v in values.items() if np.isfinite(v)}
 
 def _make(spec, folder, device, on_epoch):
@@ -146,12 +164,13 @@ def _make(spec, folder, device, on_epoch):
     set_seed(spec.seed)   # before the DataLoaders, which draw the seed of their order when they are made
     dls = TASKS[spec.task].dls(spec, bs // processes(), device)
     larger = {str(size): valid_dl(dls, size) for size in spec.eval_sizes}
-    on_first_process(_empty, folder, spec)
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
 
     log = RunLog(folder/'history.csv', on_epoch)
     set_seed(spec.seed)
     learn, sizes = _learner(spec, dls, log), {}
+    _check_sizes(learn, spec)
+    on_first_process(_empty, folder, spec)
     set_seed(spec.seed)   # the heads have drawn different numbers of weights
     with learn.no_bar(), learn.no_logging(), distributed(learn):
         learn.fit_recipe()
