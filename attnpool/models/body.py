@@ -111,8 +111,8 @@ def timm_net(
     try: net = timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=n_in, **options)
     except AssertionError as e:
         if options.get('img_size') is None: raise
-        raise BadInput(f"img_size: {arch} cannot be built for pictures of {options['img_size']} px. Choose another size "
-                       f"or network. It says: {e}") from e
+        raise BadInput(f"img_size: {arch} cannot be built for pictures of {options['img_size']} px. Choose another "
+                       f"size or network. It says: {e}") from e
     net = _without_head(net)
     if file: timm.models.load_checkpoint(net, file)
     return net
