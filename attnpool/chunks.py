@@ -74,8 +74,8 @@ def weighted_sum(
     x: Tensor, # Map `(b, c, n)`
 ) -> Tensor: # `(b, k, c)`
     "`p @ x.mT`: weighted sums over the positions."
-    if x.mT.is_contiguous() or x.shape[2] < 128: return torch.bmm(p, x.mT)
-    return torch.bmm(x, p.mT).mT   # the same; quicker for long rows
+    few = p.shape[1] <= 8 or x.shape[2] < 128
+    return torch.bmm(p, x.mT) if few or x.mT.is_contiguous() else torch.bmm(x, p.mT).mT   # the same, in another order
 
 def mean_square(x: Tensor) -> Tensor:
     "Mean of the squares over the channels of `(b, c, n)`: `(b, 1, n)`."

@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 
 from .registry import BadInput
-from .runs.options import LateCommands, check_device, fail, late_options, make_runs, read_list, read_specs
+from .runs.options import (
+    LateCommands, check_device, check_out, expand, guarded, late_options, make_runs, path_of, read_list, read_specs)
 
 # %% ../nbs/70_cli.ipynb #36a013b6
 app = typer.Typer(cls=LateCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -27,28 +28,36 @@ def _version(show: bool):
         typer.echo(f'attnpool {__version__}')
         raise typer.Exit
 
-_VERSION = typer.Option('--version', callback=_version, is_eager=True, help='Print the version.')
-
 @app.callback()
-def _app(version: Annotated[bool, _VERSION] = False): pass
+def _app(version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True,
+                                               help='Print the version.')] = False): pass
 
-# %% ../nbs/70_cli.ipynb #3f6b9c42
+def _say(text): Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+def _collected(runs):
+    from attnpool.report.collect import collect
+    results, problems = collect(runs)
+    for line in problems: sys.stderr.write(f'attnpool: left out: {line}\n')
+    return results
+
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
          'or a folder, tar or CSV file of pictures.')
-_HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. "
-          "Also their ablations, such as learned-gamma1 or slim-rms (heads.ABLATIONS).")
+_HEADS = "Heads, separated by commas: `HEADS`; or 'all'. Also ablations, such as slim-rms (heads.ABLATIONS)."
 _ARCH = 'Network: `ARCHS`, or any timm name.'
 _RECIPE = 'Recipe: `RECIPES`. The options after it replace single values.'
 _DEVICE = 'cpu, cuda, mps, or auto.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
 _OUT = 'Folder for the runs, the table and the report. What is complete there is not made again.'
+_FILE = dict(parser=path_of, metavar='PATH')
+_RUNS = _FILE | dict(metavar='RUNS')
+_TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | parameters |', '.runs.csv': 'spec.head'}   # beside a report
 _GPUS = 'GPUs of a job, with one process each: the batch grows by their number n, the learning rate by its root.'
 
 # %% ../nbs/70_cli.ipynb #6b9daf66
 @late_options(app)
 def bench(
-    data: Annotated[str, typer.Argument(help=_DATA)] = 'digits',
+    data: Annotated[str, typer.Argument(help=_DATA, parser=expand)] = 'digits',
     heads: Annotated[str, typer.Option(help=_HEADS)] = 'avg,concat,slim,learned',
     seeds: Annotated[str, typer.Option(help='Seeds, separated by commas. All heads run with each of them.')] = '1,2,3',
     task: Annotated[str, typer.Option(help='Task: `TASKS`.')] = 'classify',
@@ -58,12 +67,12 @@ def bench(
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
-    out: Annotated[Path, typer.Option(help=_OUT)] = Path('runs'),
+    out: Annotated[Path, typer.Option(help=_OUT, **_FILE)] = 'runs',
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
-    gpus: Annotated[int, typer.Option(help=_GPUS)] = 0,
+    gpus: Annotated[int, typer.Option(help=_GPUS, min=0)] = 0,
     time_limit: Annotated[int, typer.Option(help='Minutes for a job. What runs out of time starts over.')] = 240,
-    array_size: Annotated[int | None, typer.Option(help='Jobs at a time.  [default: 1 locally, 256 in Slurm]')] = None,
+    array_size: Annotated[int | None, typer.Option(help='Jobs at a time.  [default: 1, in Slurm 256]', min=1)] = None,
     wait: Annotated[bool, typer.Option(help='Stay until all jobs are done. The same command later goes on.')] = True,
     **overrides
 ):
@@ -85,31 +94,34 @@ def bench(
     from attnpool.distributed import is_first, scale_up
     from attnpool.report.page import write_report
     from attnpool.report.stats import rich_table, summarize
-    console = Console()
-    def say(text): console.print(text, markup=False, highlight=False, soft_wrap=True)
+    from attnpool.runs.cluster import check_cluster
+    console, device = Console(), check_device(device)
+    if cluster: check_cluster(cluster, time_limit)
     sizes = read_list('eval-sizes', eval_sizes, int) if eval_sizes else None if eval_sizes is None else ()
     overrides |= dict(arch=arch, eval_sizes=sizes, skip_broken=skip_broken, task=task)
     specs = read_specs(data, heads, seeds, recipe, options, **overrides)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
     if sizes is None and specs[0].eval_sizes and is_first():
         also = ' and '.join(map(str, specs[0].eval_sizes))
-        say(f'As in the blog: trained on {specs[0].data.name}, validated at {also} px as well.')
+        _say(f'As in the blog: trained on {specs[0].data.name}, validated at {also} px as well.')
     job = dict(partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size, wait=wait)
+    if is_first(): check_out(out/'report.html', [data], _TABLES, make=True, own='--line: #8884', folder=True)
     results = make_runs(specs, out, device, console, **(dict(cluster=cluster, **job) if cluster else {}))
     if not is_first() or not results: return
-    names = [s.head for s in specs]
-    results.sort(key=lambda r: names.index(r.spec.head))
+    results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
     report = write_report(results, out/'report.html')
-    console.print(rich_table(summarize(results), f'{data}, {arch}, recipe {recipe}'))
-    say(f'Report: {report.resolve().as_uri()}\nTable:  {report.with_suffix(".csv")}')
+    _say(f'{data}, {arch}, recipe {recipe}')   # no title of the table, which would be cut to its width
+    console.print(rich_table(summarize(results)))
+    _say(f'Report: {report.resolve().as_uri()}\nTable:  {report.with_suffix(".csv")}')
 
 # %% ../nbs/70_cli.ipynb #83c9bc1c
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders that bench wrote, files REPORT.runs.csv of an earlier "
-                                                    "report, or files of fastai's CSVLogger named HEAD-SEED.csv.")],
+                                                    "report, or files of fastai's CSVLogger named HEAD-SEED.csv.",
+                                               **_RUNS)],
     published: Annotated[str | None, typer.Option(help="Adds the blog's: imagenette, imagewoof or petals.")] = None,
-    out: Annotated[Path, typer.Option(help='The page; tables go beside it as .csv and .md.')] = Path('report.html'),
+    out: Annotated[Path, typer.Option(help='The page; tables go beside it as .csv and .md.', **_FILE)] = 'report.html',
 ):
     """Make tables and a page of runs made before.
 
@@ -120,22 +132,22 @@ def report(
 
         attnpool report runs/ --published imagenette
     """
-    from attnpool.report.collect import collect, group_by_setting, tell_apart
+    from attnpool.report.collect import group_by_setting, tell_apart
     from attnpool.report.page import write_report
     from attnpool.report.stats import rich_table, summarize
-    results, problems = collect(runs)
-    for line in problems: sys.stderr.write(f'attnpool: left out: {line}\n')
-    if not results:
+    check_out(out, runs, _TABLES, make=True)
+    if not (results := _collected(runs)):
         raise BadInput(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
-    page, console, groups = write_report(results, out, data=published), Console(), group_by_setting(results)
-    for (title, _), group in zip(tell_apart(groups), groups): console.print(rich_table(summarize(group), title))
-    console.print(f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}',
-                  markup=False, highlight=False, soft_wrap=True)
+    page, groups = write_report(results, out, data=published), group_by_setting(results)
+    for (title, _), group in zip(tell_apart(groups), groups):
+        _say(title)
+        Console().print(rich_table(summarize(group)))
+    _say(f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}')
 
 # %% ../nbs/70_cli.ipynb #aa4698c2
 @late_options(app, 'lr')
 def lr(
-    data: Annotated[str, typer.Argument(help=_DATA)] = 'digits',
+    data: Annotated[str, typer.Argument(help=_DATA, parser=expand)] = 'digits',
     heads: Annotated[str, typer.Option(help=_HEADS)] = 'avg,concat,slim,learned',
     rates: Annotated[str, typer.Option(help='Rates to try, separated by commas.')] = '1e-3,2e-3,4e-3,8e-3,16e-3,32e-3',
     seeds: Annotated[str, typer.Option(help='Seeds for tuning: others than those of the comparison.')] = '0,10',
@@ -143,7 +155,7 @@ def lr(
     recipe: Annotated[str, typer.Option(help=_RECIPE)] = 'quick',
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
-    out: Annotated[Path, typer.Option(help='Folder for the runs, not below one to be reported.')] = Path('runs-lr'),
+    out: Annotated[Path, typer.Option(help='Folder for the runs, not below one to be reported.', **_FILE)] = 'runs-lr',
     **overrides
 ):
     """Find each head's learning rate: the best mean over the seeds, of a grid. A run that diverges learned nothing.
@@ -153,22 +165,23 @@ def lr(
         attnpool lr digits --heads avg,concat --rates 4e-3,8e-3,16e-3
     """
     from attnpool.report.stats import learning_rates
-    grid, console = read_list('rates', rates, float), Console()
+    grid, console, device = read_list('rates', rates, float), Console(), check_device(device)
     common = dict(arch=arch, eval_sizes=(), skip_broken=skip_broken) | overrides
     specs = read_specs(data, heads, seeds, recipe, rates=grid, **common)
+    check_out(out/'rates.csv', [data], make=True, own='head,', folder=True)
     best, table = learning_rates(make_runs(specs, out, device, console))
-    console.print(table)
+    _say(table.to_string())
     table.to_csv(out/'rates.csv')
     for head, rate in best.items():
         edge = ' (at the edge of the grid: try further)' if len(grid) > 1 and rate in (min(grid), max(grid)) else ''
-        console.print(f'{head}: {rate:g}{edge}', markup=False, highlight=False)
+        _say(f'{head}: ' + ('all runs diverged: try smaller rates' if rate is None else f'{rate:g}{edge}'))
 
 # %% ../nbs/70_cli.ipynb #32f44534
 @late_options(app)
 def data(
-    data: Annotated[str, typer.Argument(help=_DATA)],
-    out: Annotated[Path | None, typer.Option(help='PNG of a batch of training pictures.  [default: NAME.png]')] = None,
-    size: Annotated[int, typer.Option(help='Side of the pictures in it, in pixels.')] = 128,
+    data: Annotated[str, typer.Argument(help=_DATA, parser=expand)],
+    out: Annotated[Path | None, typer.Option(help='PNG of a training batch.  [default: NAME.png]', **_FILE)] = None,
+    size: Annotated[int, typer.Option(help='Side of the pictures in it, in pixels.', min=1)] = 128,
 ):
     """Describe and check a data set: pictures per class, sizes, broken files, and a batch to look at.
 
@@ -179,24 +192,23 @@ def data(
     """
     from attnpool.data import describe
     from attnpool.data.pictures import data_name
-    what = describe(data, out or Path(f'{data_name(data)}.png'), size)
-    typer.echo(what.text)
+    out = out or Path(f'{data_name(data)}.png')
+    check_out(out, [data])
+    typer.echo(describe(data, out, size).text)
 
 # %% ../nbs/70_cli.ipynb #bf6bdb08
 @app.command()
 def maps(
-    runs: Annotated[list[Path], typer.Argument(
-        help='A run folder, then pictures or folders of them; with --measure, run folders or folders of runs.')],
+    runs: Annotated[list[Path], typer.Argument(help='A run folder, then pictures or folders of them; with --measure, '
+                                               'run folders or folders of runs.', **_RUNS)],
     top: Annotated[int, typer.Option(help='Likeliest classes to offer for each picture.')] = 3,
     classes: Annotated[str, typer.Option(help='Further classes, by name or index, separated by commas.')] = '',
-    n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.')] = 8,
-    measure: Annotated[bool, typer.Option(
-        '--measure', help='Measure the maps of the runs on their validation pictures instead.')] = False,
-    data: Annotated[str | None, typer.Option(help="Where the run's pictures are.  [default: where they were]")] = None,
+    n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.', min=1)] = 8,
+    measure: Annotated[bool, typer.Option('--measure', help="Measure the runs' maps of validation pictures.")] = False,
+    data: Annotated[str | None, typer.Option(help='Where the pictures are now.', parser=expand, metavar='PATH')] = None,
     check: Annotated[bool, typer.Option(help='Stop if pictures have changed since the run.')] = True,
     device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
-    out: Annotated[Path, typer.Option(
-        help='The page; with --measure, the table is OUT with the ending .csv.')] = Path('maps.html'),
+    out: Annotated[Path, typer.Option(help='The page; with --measure, a table, as .csv.', **_FILE)] = 'maps.html',
 ):
     """See where a trained network looks: a page to hover over, or measures.
 
@@ -209,38 +221,34 @@ def maps(
       attnpool maps runs/digits-learned-1-0123456789 my_photo.jpg --top 3
       attnpool maps runs --measure
     """
-    console = Console()
+    console, device = Console(), check_device(device)
+    if measure and out.name: out = out.with_suffix('.csv')
+    check_out(out, [*runs, *filter(None, [data])], own='head,runs,' if measure else '')
     if measure:
-        from attnpool.report.collect import collect
         from attnpool.report.stats import measure_maps, plain_table
-        results, problems = collect(runs)
-        for line in problems: sys.stderr.write(f'attnpool: left out: {line}\n')
-        done = [r for r in results if r.status == 'complete']
-        table = measure_maps(done, check_device(device), console, data=data, check=check)
-        table.to_csv(out.with_suffix('.csv'), index=False)
+        done = [r for r in _collected(runs) if r.status == 'complete']
+        table = measure_maps(done, device, console, data=data, check=check)
+        table.to_csv(out, index=False)
         console.print(plain_table(table))
-        text = f'Table: {out.with_suffix(".csv")}'
+        _say(f'Table: {out}')
     else:
         from attnpool.maps.page import maps_page
         from attnpool.runs.train import open_run
         run, *pictures = runs
         further = read_list('classes', classes) if classes else ()
-        page = maps_page(open_run(run, check_device(device), data, check), out, pictures or None, top, further, n)
-        text = f'Page: {page.resolve().as_uri()}'
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+        page = maps_page(open_run(run, device, data, check, not pictures), out, pictures or None, top, further, n)
+        _say(f'Page: {page.resolve().as_uri()}')
 
 # %% ../nbs/70_cli.ipynb #6271c39f
 @app.command()
 def speed(
     quick: Annotated[bool, typer.Option('--quick', help='Fewer settings, under three minutes on two cores.')] = False,
     figures: Annotated[bool, typer.Option('--figures', help="The library's figures against their goals.")] = False,
-    growth: Annotated[bool, typer.Option('--growth', help='Time and memory against map size and number of queries '
-                                         'instead.')] = False,
+    growth: Annotated[bool, typer.Option('--growth', help='Against the size of the map and the queries.')] = False,
     steps: Annotated[bool, typer.Option('--steps', help='Whole training steps of XECA-XResNeXt50S with the concat head '
-                                        "instead: fastxtend's body, and what this library changes in it. And where the "
-                                        'time goes.')] = False,
+                                        "instead: fastxtend's body, what changes in it, and where time goes.")] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
-    out: Annotated[Path, typer.Option(help='Folder for the CSV and the plot.')] = Path('speed'),
+    out: Annotated[Path, typer.Option(help='Folder for the CSV and the plot.', **_FILE)] = 'speed',
 ):
     """Measure what pooling costs: every head, the blog's layer as printed, and the pools of timm and torch, in turns in
     one process.
@@ -251,28 +259,28 @@ def speed(
     import pandas as pd
     from attnpool.cost import pools, timing
     console, device, plot = Console(), check_device(device), None
-    def say(text): console.print(text, markup=False, highlight=False, soft_wrap=True)
-    say(timing.machine(device))
+    check_out(out/'speed.csv', make=True)
+    _say(timing.machine(device))
     if figures:
         from attnpool.cost.goals import goals
-        name, table = 'figures', goals(device, progress=say)
+        name, table = 'figures', goals(device, progress=_say)
     elif growth:
-        name, table, plot = 'growth', pools.measure_growth(device=device, progress=say), pools.plot_growth
-        say(table.to_string(index=False))
+        name, table, plot = 'growth', pools.measure_growth(device=device, progress=_say), pools.plot_growth
+        _say(table.to_string(index=False))
     elif steps:
         from attnpool.cost.steps import step_profile, step_variants
         variants = step_variants(device=device)
         times = timing.ratios(timing.time_in_turns(variants, device=device))
         name, table = 'steps', times.rename_axis('step').reset_index()
-        say(table.round(2).to_string(index=False))
+        _say(table.round(2).to_string(index=False))
         profiled = ('fastxtend', 'ours, channels last') if device == 'cpu' else ()
         shares = {n: step_profile(variants[n]) for n in profiled}
-        if shares: say('\nShares of the step, by kind of operation\n' + pd.DataFrame(shares).round(3).to_string())
+        if shares: _say('\nShares of the step, by kind of operation\n' + pd.DataFrame(shares).round(3).to_string())
     else:
         name, plot = 'speed', pools.plot_pool_costs
-        table = pools.measure_pools(**(pools.QUICK if quick else {}), device=device, progress=say)
+        table = pools.measure_pools(**(pools.QUICK if quick else {}), device=device, progress=_say)
         for t in pools.pool_tables(table): console.print(t)
-    say('Written: ' + ', '.join(map(str, timing.write_costs(table, out, name, device, plot))))
+    _say('Written: ' + ', '.join(map(str, timing.write_costs(table, out, name, device, plot))))
 
 # %% ../nbs/70_cli.ipynb #1a9a4d6e
 @app.command()
@@ -284,7 +292,7 @@ def complexity(
     speed: Annotated[bool, typer.Option('--speed', help='Measure pictures per second as well: minutes per network on a '
                                         'CPU.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
-    out: Annotated[Path, typer.Option(help='The table as CSV.')] = Path('complexity.csv'),
+    out: Annotated[Path, typer.Option(help='The table as CSV.', **_FILE)] = 'complexity.csv',
 ):
     """Parameters, multiply-adds (with the fold and without), activations, memory and speed, beside the paper's numbers.
 
@@ -293,11 +301,11 @@ def complexity(
         attnpool complexity --sizes 224,384 --networks patchconvnet_s60,resnet50,resnet50+learned
     """
     from attnpool.cost import networks as c
-    names = read_list('networks', networks) if networks else c.NETWORKS
-    table = c.complexity(names, read_list('sizes', sizes, int), device=check_device(device), speed=speed)
+    names, device = read_list('networks', networks) if networks else c.NETWORKS, check_device(device)
+    check_out(out)
+    table = c.complexity(names, read_list('sizes', sizes, int), device=device, speed=speed)
     table.to_csv(out)
-    typer.echo(table.round(2).to_string(na_rep='–'))
-    typer.echo(f'Table: {out}')
+    _say(f"{table.round(2).to_string(na_rep='–')}\nTable: {out}")
 
 # %% ../nbs/70_cli.ipynb #6bb8a25b
 def main(
@@ -305,14 +313,7 @@ def main(
 ):
     "Run the command. A user's mistake is one line on the standard error and status 2."
     if not (sys.argv[1:] if argv is None else argv): argv = ['--help']
-    try: status = app(argv, prog_name='attnpool', standalone_mode=False)
-    except (BadInput, OSError) as e: status = fail(e)
-    except typer.Abort: status = 130
-    except Exception as e:
-        if not hasattr(e, 'format_message'): raise   # typer's own usage errors have it
-        near = getattr(e, 'possibilities', None)
-        status = fail(f'{e.option_name}: no such option. Did you mean {near[0]}?' if near else e.format_message())
-    sys.exit(status or 0)
+    sys.exit(guarded(lambda: app(argv, prog_name='attnpool', standalone_mode=False)))
 
 # %% ../nbs/70_cli.ipynb #4c602f91
 #| eval: false

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 # some of these are here for those who import them from fold
 from .chunks import chunks, clear_scratch, dots, in_chunks, is_near, read_chunk, scratch, weighted_sum, widen
-from .forms import form, form_asked_for, forms_used, is_traced, kernels_for, no_autocast, note_form, wide
+from attnpool.forms import (
+    Affine, affine, form, form_asked_for, forms_used, is_traced, kernels_for, linear, no_autocast, note_form, readable,
+    wide)
 
 # %% ../nbs/04_fold.ipynb #2510713e
 def foldable(
@@ -23,9 +25,7 @@ def foldable(
     c: int, # Channels of the map
 ) -> bool:
     "Whether a norm can be folded away: none, `nn.LayerNorm` and `nn.RMSNorm` over the channels."
-    if norm is None: return True
-    ours = type(norm).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)   # a subclass with its own is another norm
-    return ours and tuple(norm.normalized_shape) == (c,)
+    return norm is None or readable(norm, nn.LayerNorm, nn.RMSNorm) and tuple(norm.normalized_shape) == (c,)
 
 def norm_options(
     norm: nn.Module | None, # One that is foldable
@@ -37,7 +37,7 @@ def norm_options(
 
 def fold_query(
     query: Tensor, # `(queries, c)`
-    q: tuple, # `(weight, bias)` of the query's linear map; a bias may be None
+    q: Affine, # The query's linear map
     k: tuple, # `(weight, bias)` of the keys' linear map
     norm: nn.Module | None, # Norm of the positions
     scale: float, # Factor on the scores
@@ -45,7 +45,7 @@ def fold_query(
     dtype: torch.dtype, # Of the result
 ) -> Tensor: # `u` `(queries*num_heads, c)`, query-major
     "The query, folded through the keys and the norm's weight."
-    Q = F.linear(query, *q).unflatten(1, (num_heads, -1))                                    # (queries, heads, d)
+    Q = linear(query, q).unflatten(1, (num_heads, -1))                                       # (queries, heads, d)
     if num_heads == 1: u = Q.squeeze(1) @ k[0]                                               # W_k^T q
     else: u = torch.einsum('qhd,hdc->qhc', Q, k[0].unflatten(0, (num_heads, -1))).flatten(0, 1)
     weight = getattr(norm, 'weight', None)
@@ -92,7 +92,7 @@ def gather_plain(
     a = s.softmax(-1)
     if mask is not None: a = a * mask
     left = None if mask is None else a.sum(-1, keepdim=True)
-    return Gathered((a * r) @ t.mT, left, m.mean(-1) if mean else None)
+    return Gathered((a * r) @ t.transpose(1, 2), left, m.mean(-1) if mean else None)
 
 # %% ../nbs/04_fold.ipynb #90a0d288
 def _gather_forward(x, u, v, mask, centre, eps, mean):
@@ -265,11 +265,11 @@ class _InChunks(torch.autograd.Function):
         saved, need = ctx.saved_tensors, ctx.needs_input_grad[2:5]   # once: checkpointing allows no second look
         given, kept = saved[:4], saved[4:]
         with no_autocast(given[0]):
-            if not torch.is_grad_enabled():
+            if not ((more := torch.is_grad_enabled()) or any(g is not None and is_traced(g) for g in grads)):
                 return None, None, *ctx.way.backward(*given, kept, grads, **ctx.options, need_x=need[0]), None
-            again = zip(ctx.way.plain(*given, **ctx.options), grads)
+            with torch.enable_grad(): again = zip(ctx.way.plain(*given, **ctx.options), grads)
             outs, gs = zip(*((o, g) for o, g in again if o is not None and o.requires_grad))
-            found = iter(torch.autograd.grad(outs, [t for t, n in zip(given, need) if n], gs, create_graph=True))
+            found = iter(torch.autograd.grad(outs, [t for t, n in zip(given, need) if n], gs, create_graph=more))
             return None, None, *(next(found) if n else None for n in need), None
 
 def _run(way, options, x, *given):

@@ -11,6 +11,7 @@ __all__ = ['HEADS', 'ABLATIONS', 'check_n_out', 'start_linear', 'PoolHead', 'Avg
 import inspect
 from copy import deepcopy
 from functools import partial
+from types import SimpleNamespace
 from typing import Callable
 
 import torch
@@ -19,8 +20,8 @@ from fastcore.basics import copy_func
 from torch import Tensor, nn
 
 from .fold import fold_query, foldable, gather, norm_options, scores
-from .forms import no_autocast, wide
-from .layers import make_norm, TokenBatchNorm
+from .forms import is_traced, no_autocast, readable, wide
+from .layers import check_channels, make_norm, TokenBatchNorm
 from .pooling.attention import (
     AttentionPool2d, AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation,
     LearnedAggregationSandwich)
@@ -95,7 +96,7 @@ class AvgPoolHead(PoolHead):
         ni: int, # Channels of the map
         n_out: int, # Outputs, one per class
     ):
-        last = start_linear(nn.Linear(ni, check_n_out(n_out)), self.start)
+        last = start_linear(nn.Linear(check_channels(ni), check_n_out(n_out)), self.start)
         nn.Sequential.__init__(self, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
 
 # %% ../nbs/16_heads.ipynb #54cd3e96
@@ -180,27 +181,39 @@ def get_head(
     return HEADS[head]
 
 # %% ../nbs/16_heads.ipynb #b6a1d7a0
+def _at_rest(norm): return readable(norm, TokenBatchNorm) and norm.running_mean is not None
+
+def _known(norm, dtype):
+    "A norm by its weight and bias, and the rest of what it does. A BatchNorm in eval mode does no more than they say."
+    if not _at_rest(norm): return norm, norm_options(norm, dtype)
+    weight = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+    bias = (0 if norm.bias is None else norm.bias) - norm.running_mean * weight
+    return SimpleNamespace(weight=weight, bias=bias), norm_options(None, dtype)
+
+# %% ../nbs/16_heads.ipynb #c0ffee62
 class FoldedAttention(nn.Module):
     "What `AttentionPool2d` computes for a query that no longer changes."
     def __init__(self,
         attn: AttentionPool2d, # Whose weights are folded
         query: Tensor, # `(queries, ni)`
+        norm_query: bool = False, # The query goes through the norm too, as in `PaperAggregation`
     ):
         super().__init__()
         def f64(l): return l.weight.double(), None if l.bias is None else l.bias.double()
         heads, dtype = attn.num_heads, attn.proj.weight.dtype
-        norm = None if attn.norm is None else deepcopy(attn.norm).double()
-        self.queries, self.num_heads, self.how = len(query), heads, norm_options(norm, wide(dtype))
-        u = fold_query(query.double(), f64(attn.q), f64(attn.k), norm, attn.scale, heads, torch.float64)
-        (wv, bv), (wo, bo) = f64(attn.v), f64(attn.proj)
-        # W_o W_v of each head
+        norm, query = None if attn.norm is None else deepcopy(attn.norm).double(), query.double()
+        if norm_query: query = norm(query)
+        self.queries, self.num_heads, self.norm = len(query), heads, nn.Identity()   # for a pool that asks for a norm
+        norm, self.how = _known(norm, wide(dtype))
+        u = fold_query(query, f64(attn.q), f64(attn.k), norm, attn.scale, heads, torch.float64)
+        (wv, bv), (wo, bo) = f64(attn.v), f64(attn.proj)   # W_o W_v of each head:
         weight = torch.einsum('ohd,hdc->ohc', wo.unflatten(1, (heads, -1)), wv.unflatten(0, (heads, -1)))
         value = wv.new_zeros(len(wv)) if bv is None else bv
         if getattr(norm, 'bias', None) is not None: value = value + wv @ norm.bias
         if getattr(norm, 'weight', None) is not None: weight = weight * norm.weight
         self.register_buffer('u', u.to(wide(dtype)))
         self.register_buffer('weight', weight.flatten(1).to(dtype))   # (c_out, heads*c)
-        self.register_buffer('bias', (wo @ value + bo).to(dtype))
+        self.register_buffer('bias', (wo @ value + (0 if bo is None else bo)).to(dtype))
 
     def forward(self,
         x: Tensor, # `(b, ni, h, w)`
@@ -208,9 +221,18 @@ class FoldedAttention(nn.Module):
         return_mean: bool = False, # Also return the mean of the map `(b, ni)`
     ) -> Tensor | tuple[Tensor, Tensor]: # As `AttentionPool2d`
         "What each query gathers from the map."
-        z, _, mean = gather(x.flatten(2), self.u, **self.how, mean=return_mean)
-        z = z.unflatten(1, (self.queries, self.num_heads)).flatten(2).to(self.weight.dtype)
-        out = F.linear(z.squeeze(1) if self.queries == 1 else z, self.weight, self.bias)
+        m, heads = x.flatten(2), self.num_heads
+        if self.queries == 1 or not is_traced(x) and self.queries <= m.shape[2]:
+            z, _, mean = gather(m, self.u, **self.how, mean=return_mean)
+            z = z.unflatten(1, (self.queries, heads)).flatten(2).to(self.weight.dtype)
+            out = F.linear(z.squeeze(1) if self.queries == 1 else z, self.weight, self.bias)
+        else:   # `W_o W_v` of each position instead of each query
+            mean, dtype = m.mean(-1) if return_mean else None, wide(x.dtype)
+            with no_autocast(x): t, r, s = scores(m.to(dtype), self.u.to(dtype), **self.how)
+            a, t = s.softmax(-1).to(self.weight.dtype), (t * r).transpose(1, 2).to(self.weight.dtype)
+            values = F.linear(t, self.weight.unflatten(1, (heads, -1)).transpose(0, 1).flatten(0, 1))
+            values = values.unflatten(2, (heads, -1)).transpose(1, 2).flatten(1, 2)   # (b, heads*n, c_out)
+            out = a.unflatten(1, (self.queries, heads)).flatten(2) @ values + self.bias
         return (out, mean.to(x.dtype)) if return_mean else out
 
     def attention_map(self,
@@ -239,18 +261,33 @@ def fold(
     if any(m.training for m in model.modules()):
         raise BadInput("model: it is in training mode, where its weights still change and dropout is on. "
                        "Use fold(model.eval()).")
-    model = deepcopy(model).requires_grad_(False)
     pools = {name: m for name, m in model.named_modules() if hasattr(m, 'query')
-             and isinstance(getattr(m, 'attn', None), AttentionPool2d) and not isinstance(m, PaperAggregation)}
+             and isinstance(getattr(m, 'attn', None), AttentionPool2d)}
     def owns_u(m): return hasattr(m, 'query') and hasattr(m, 'attention_map') and not hasattr(m, 'attn')
     if not pools and not any(map(owns_u, model.modules())):
-        raise BadInput("model: there is no attention pool in it that folds. "
+        raise BadInput("model: there is no attention pool in it that folds, or it is folded already. "
                        "Give it a head that has one, for example AvgAttnConcatPoolHead.")
     for name, pool in pools.items():
-        if not foldable(pool.attn.norm, pool.attn.ni):
-            raise BadInput(f"model: the norm of {name or 'the pool'}.attn is a {type(pool.attn.norm).__name__}, "
-                           "which cannot be folded. Use norm=nn.LayerNorm or nn.RMSNorm, or the model as it is.")
-        pool.attn = FoldedAttention(pool.attn, pool.query).eval()
+        attn, where = pool.attn, f"{name or 'the pool'}.attn"
+        if not (foldable(attn.norm, attn.ni) or _at_rest(attn.norm)):
+            raise BadInput(f"model: the norm of {where} is a {type(attn.norm).__name__} that cannot be folded. "
+                           "Use norm=nn.LayerNorm, nn.RMSNorm or TokenBatchNorm, or the model as it is.")
+        kinds = {'attn': AttentionPool2d, 'attn.proj_drop': nn.Dropout} | {
+            f'attn.{part}': nn.Linear for part in ('q', 'k', 'v', 'proj')}
+        for part, kind in kinds.items():
+            if not readable(layer := pool.get_submodule(part), kind):
+                raise BadInput(f"model: {where}{part[4:]} is a {type(layer).__name__} with a hook or a forward of its "
+                               f"own, so its weights do not say all. Make it a plain {kind.__name__}, or use the model "
+                               "as it is.")
+        if not inspect.getmodule(type(pool).forward).__name__.startswith('attnpool.'):
+            raise BadInput(f"model: {name or 'the pool'} is a {type(pool).__name__} with a forward of its own, which "
+                           "may give the attention another query. Use the model as it is.")
+    try: model = deepcopy(model).requires_grad_(False)
+    except RuntimeError as e:   # of weights that a hook has computed
+        raise BadInput(f"model: it cannot be copied ({str(e).partition('.')[0]}). Take the hooks off its layers, as "
+                       "with torch.nn.utils.remove_weight_norm, or use the model as it is.") from None
+    for pool in map(model.get_submodule, pools):
+        pool.attn = FoldedAttention(pool.attn, pool.query, isinstance(pool, PaperAggregation)).eval()
     return model
 
 # %% ../nbs/16_heads.ipynb #547f6e61

@@ -7,6 +7,7 @@ __all__ = ['mish', 'Mish', 'TokenBatchNorm', 'make_norm', 'check_rate', 'check_c
 
 # %% ../nbs/10_layers.ipynb #930d90e9
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Callable
 
 import torch
@@ -48,8 +49,9 @@ class _Mish(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, = ctx.saved_tensors
-        if torch.is_grad_enabled():   # a second derivative is asked for
-            return torch.autograd.grad(F.mish(x), x, g, create_graph=True)[0]
+        if (more := torch.is_grad_enabled()) or is_traced(g):   # a second derivative is asked for, or many at once
+            with torch.enable_grad(): y = F.mish(x)
+            return torch.autograd.grad(y, x, g, create_graph=more)[0]
         out = torch.empty_like(x)
         if g.stride() != out.stride(): g = out.copy_(g)   # once, instead of in every operation
         for X, (p, t, d), G, O in _flat_chunks(_laid_out(x, out), g, out):
@@ -102,7 +104,8 @@ def check_channels(
     ni: int, # Channels of a map
 ) -> int:
     "`ni`, if it is at least 1."
-    if ni < 1: raise BadInput(f"ni: expected the number of channels of the map, got {ni}.")
+    if not isinstance(ni, Integral) or ni < 1:
+        raise BadInput(f"ni: expected the number of channels of the map, got {ni!r}.")
     return ni
 
 def drop_path(

@@ -176,8 +176,8 @@ def test_folders_that_cannot_be_meant(make, message, packed):
 
 @pytest.mark.parametrize("text,message", [
     ("", "has no rows"), ("path,label\n", "has no rows"), ("file,class\na.png,cat\n", "no column path and no column label; its columns are 'file', 'class'"),
-    ("path,label\na.png,\n", "without a path or a label: lines 2"), ("path,label\n\na.png,cat\n,dog\n", "lines 3"), ("path,label\na.png\n", "lines 2"),
-    ("path,label,split\na.png,cat,test\n", "has 'test' in its column split"), ("path,label,split\na.png,cat,\n", "has '' in its column split"),
+    ("path,label\na.png,\n", "without a path or a label: lines 2"), ("path,label\n\na.png,cat\n,dog\n", "lines 4"), ("path,label\na.png\n", "lines 2"),
+    ("path,label,split\na.png,cat,later\n", "has 'later' in its column split"), ("path,label,split\na.png,cat,\n", "has '' in its column split"),
     ("path,label\na.png,cat\na.png,dog\n", "more than once: a.png"), ("path,label,split\na.png,cat,train\nb.png,dog,val\n", "one class only")])
 def test_tables_that_cannot_be_meant(text, message):
     Path("x.csv").write_text(text)
@@ -212,7 +212,7 @@ def test_names_and_paths():
 def test_every_mode_becomes_rgb():
     rgb = (200, 100, 40)
     for mode, colour, file, want in [
-            ("RGB", rgb, "a.png", rgb), ("L", 90, "b.png", (90,) * 3), ("RGBA", (*rgb, 10), "c.png", rgb), ("LA", (90, 0), "d.png", (90,) * 3),
+            ("RGB", rgb, "a.png", rgb), ("L", 90, "b.png", (90,) * 3), ("RGBA", (*rgb, 10), "c.png", (253, 249, 247)), ("LA", (90, 0), "d.png", (255,) * 3),
             ("1", 1, "e.png", (255,) * 3), ("I;16", 40_000, "f.png", (156,) * 3), ("CMYK", (0, 128, 255, 0), "g.jpg", (255, 127, 0)), ("L", 90, "h.jpg", (90,) * 3)]:
         Image.new(mode, (12, 9), colour).save(file)
         im = open_picture(file)

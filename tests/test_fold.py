@@ -1,5 +1,6 @@
 "Heads folded for inference, and what they export to."
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ from torch import nn
 from attnpool.heads import AvgAttnConcatPoolHead, AvgPoolHead, fold, FoldedAttention, HEADS, LearnedAggregationHead
 from attnpool.layers import TokenBatchNorm
 from attnpool.pooling.attention import AttentionPool2d
-from attnpool.pooling.paper import PaperAggregation
 from attnpool.registry import BadInput
 
 ATTENTION = [name for name in HEADS if name != "avg"]
@@ -19,6 +19,8 @@ def trained(head, seed=0):
     "A head whose weights are not those that it starts with."
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for m in head.modules():
+            if isinstance(m, TokenBatchNorm): m.running_mean.normal_(generator=g), m.running_var.uniform_(.5, 2, generator=g)
         for p in head.parameters(): p += torch.randn(p.shape, generator=g) * (.3 if p.ndim == 1 else 1 / p.shape[-1]**.5)
     return head.eval()
 
@@ -26,7 +28,7 @@ def trained(head, seed=0):
 def relative(a, b): return ((a - b).abs().max() / b.abs().max()).item()
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, TokenBatchNorm])
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("name", PROJECTED)
 def test_folded_equals_original(name, heads, norm):
@@ -115,11 +117,17 @@ def test_a_pool_of_somebody_elses_that_owns_its_query_passes():
     assert torch.equal(fold(pool)(x), pool(x).detach())
 
 
+def hooked(head):
+    head[0].attn.k.register_forward_hook(lambda layer, given, found: 2 * found)
+    return head
+
+
 @pytest.mark.parametrize("model, error, words", [
     (lambda: LearnedAggregationHead(8, 2), BadInput, "model: it is in training mode"),
-    (lambda: LearnedAggregationHead(8, 2, norm=TokenBatchNorm).eval(), BadInput, "0.attn is a TokenBatchNorm, which cannot be folded"),
+    (lambda: LearnedAggregationHead(8, 2, norm=lambda ni: nn.GroupNorm(1, ni)).eval(), BadInput, "0.attn is a GroupNorm that cannot be folded"),
+    (lambda: LearnedAggregationHead(8, 2, norm=partial(TokenBatchNorm, track_running_stats=False)).eval(), BadInput, "a TokenBatchNorm that cannot be folded"),
     (lambda: AvgPoolHead(8, 2).eval(), BadInput, "no attention pool in it"),
-    (lambda: nn.Sequential(PaperAggregation(8)).eval(), BadInput, "no attention pool in it"),
+    (lambda: hooked(LearnedAggregationHead(8, 2)).eval(), BadInput, "0.attn.k is a Linear with a hook or a forward of its own"),
     (lambda: torch.randn(2), TypeError, "model: expected an nn.Module, got Tensor"),
 ])
 def test_bad_input(model, error, words):

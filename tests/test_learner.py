@@ -32,7 +32,9 @@ def test_the_head_gets_the_map_of_any_network(dls, arch, ni):
 
 def test_vision_transformers_give_their_patches_as_a_map(dls):
     learn = vision_learner(dls, "vit_tiny_patch16_224", custom_head=LearnedAggregationHead, **quiet)
-    assert learn.model[1][0].attn.ni == 192 and learn.model[0].eval()(torch.randn(1, 3, 224, 224)).shape == (1, 192, 14, 14)
+    assert learn.model[1][0].attn.ni == 192 and learn.model[0].eval()(dls.one_batch()[0]).shape == (16, 192, 4, 4)   # for the size of dls
+    learn = vision_learner(dls, "vit_tiny_patch16_224", custom_head=LearnedAggregationHead, img_size=224, **quiet)
+    assert learn.model[0].eval()(torch.randn(1, 3, 224, 224)).shape == (1, 192, 14, 14)
 
 
 def test_patchconvnet_keeps_its_aggregation_or_takes_a_head(dls):

@@ -183,15 +183,13 @@ def test_maps_under_autocast(name):
 
 
 def test_grad_cam_of_average_pooling_is_the_class_activation_map():
-    pytest.importorskip("captum")
     model, x = xeca_resnext_tiny(10, custom_head=AvgPoolHead), torch.randn(3, 3, 40, 56)
     target = torch.tensor([3, 1, 4])
     modes = [m.training for m in model.modules()]
     ours, theirs = class_activation_map(model, x, target).clamp(min=0), grad_cam(model, x, target)
     assert torch.allclose(ours, theirs * ours[0].numel(), atol=1e-5)   # its gradient holds 1/n of the mean
     assert modes == [m.training for m in model.modules()]
-    with pytest.raises(ValueError, match="layer: the network is not body and head"):
-        grad_cam(nn.Sequential(model), x, target)
+    assert torch.equal(grad_cam(nn.Sequential(model), x, target), theirs)   # body and head need not be children
 
 
 @pytest.mark.parametrize("name, size", [("vit_tiny_patch16_224", 224), ("deit_tiny_distilled_patch16_224", 224)])
@@ -272,7 +270,7 @@ def test_pictures_of_every_kind_and_broken_ones(tmp_path, learn):
     fig = learn.show_attention(tmp_path)
     assert len([ax for ax in fig.axes if ax.images]) == 5
     (tmp_path / "z.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    with pytest.raises(ValueError, match="z.png is not a picture that can be read"): learn.show_attention(tmp_path)
+    with pytest.raises(ValueError, match=r"^files: 1 of 6 cannot be read: .*z.png \("): learn.show_attention(tmp_path)
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="there is no picture in"): open_pictures([tmp_path / "none"], 32)
     with pytest.raises(FileNotFoundError, match="there is no"): open_pictures([tmp_path / "nowhere.png"], 32)
@@ -335,7 +333,8 @@ def test_photos_are_one_batch_and_normalised_as_in_training(tmp_path, learn):
     calls, photos = [], (np.random.default_rng(0).random((5, 64, 64, 3)) * 255).astype("uint8")
     for i, photo in enumerate(photos): Image.fromarray(photo).save(tmp_path / f"{i}.png")
     x, shown, labels, boxes = pictures_of(learn, tmp_path)
-    assert labels is boxes is None and torch.equal(shown, torch.from_numpy(photos).permute(0, 3, 1, 2) / 255)
+    assert labels is boxes is None
+    assert torch.allclose(shown, torch.from_numpy(photos).permute(0, 3, 1, 2) / 255, atol=1e-6)
     norm = next(t for t in learn.dls.valid.after_batch.fs if hasattr(t, "mean"))
     assert torch.allclose(x * norm.std + norm.mean, shown, atol=1e-6)
     learn.model.register_forward_pre_hook(lambda m, args: calls.append(len(args[0])))
@@ -422,7 +421,7 @@ def test_hostile_names_of_classes_are_escaped_on_the_page_of_maps(tmp_path, dls)
     mine.boxes, mine.vocab = dls.boxes, [f"<img src=x onerror=alert({i})>" for i in range(10)]
     learn = Learner(mine, xeca_resnext_tiny(10, custom_head=AvgPoolHead), loss_func=nn.functional.cross_entropy)
     page = maps_page(learn, tmp_path / "maps.html", n=1).read_text()
-    assert "<img src=x" not in page and page.count("&lt;img src=x onerror=alert(") == 3
+    assert "<img src=x" not in page and page.count("&lt;img src=x onerror=alert(") >= 4   # buttons, and what is said and true
 
 
 def test_a_page_of_a_head_with_a_query_per_class_shows_the_maps_of_the_classes(tmp_path, dls):

@@ -331,7 +331,7 @@ def test_registered():
 def test_every_variant_builds_with_its_config(name):
     with torch.device("meta"): model = timm.create_model(name, num_classes=3)
     cfg = model.default_cfg
-    assert cfg["pool_size"] is None and model.get_submodule(cfg["first_conv"]) is model.stem[0] and model.get_submodule(cfg["classifier"]) is model.head
+    assert cfg["pool_size"] == (cfg["input_size"][1] // 16, cfg["input_size"][2] // 16) and model.get_submodule(cfg["first_conv"]) is model.stem[0] and model.get_submodule(cfg["classifier"]) is model.head
     assert model.num_features == VARIANTS[name]["embed_dim"] and len(model.blocks) == VARIANTS[name]["depth"]
     assert getattr(named, name).__name__ == name
 

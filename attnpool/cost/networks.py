@@ -8,6 +8,7 @@ __all__ = ['NETWORKS', 'PeakMemory', 'count', 'throughput', 'published', 'networ
 # %% ../../nbs/66_cost.networks.ipynb #2dfba946
 import weakref
 from contextlib import nullcontext
+from difflib import get_close_matches
 from functools import cache, partial
 from importlib.resources import files
 from statistics import median
@@ -25,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .timing import time_in_turns
 from ..fold import form
+from ..heads import get_head
 from ..models.surgery import with_head
 from ..registry import BadInput
 
@@ -142,6 +144,12 @@ def complexity(
     for size in sizes:
         if size < 1 or size % 32:
             raise BadInput(f"sizes: expected multiples of 32 pixels, got {size}. For example 224, 384, 512.")
+    for arch, _, head in (name.partition('+') for name in networks):
+        if head: get_head(head)
+        if not timm.is_model(arch):
+            near = get_close_matches(arch, timm.list_models(), 1)
+            raise BadInput(f"networks: {arch!r} is no network of timm.{f' Did you mean {near[0]!r}?' if near else ''} "
+                           "timm.list_models() names all.")
     if bs is None: bs = 256 if torch.device(device).type == 'cuda' else 1
     rows = []
     for name in networks:

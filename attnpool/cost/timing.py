@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..data.reader import MADE_HERE
 from ..fold import clear_scratch, forms_used
 
 # %% ../../nbs/64_cost.timing.ipynb #fcd4ce5c
@@ -143,6 +144,6 @@ def write_costs(
     csv.write_text(f'# {machine(device)}\n' + table.to_csv(index=False))
     if plot is None: return [csv]
     figure = plot(table)
-    figure.savefig(png, dpi=110)
+    figure.savefig(png, dpi=110, metadata=MADE_HERE)
     plt.close(figure)
     return [csv, png]

@@ -18,11 +18,15 @@ import numpy as np
 import torch
 from fastai.data.all import DataLoaders, TfmdDL, no_random
 from fastcore.meta import delegates
+from matplotlib.backend_bases import FigureCanvasBase
 
 from .augment import STATS
+from .cache import printable
 from .check import check_pictures
 from .listing import OFFICIAL, digests, fingerprint
 from .pictures import DATASETS, SOURCES, data_name, find_pictures, is_path, picture_dls
+from .reader import MADE_HERE
+from ..registry import BadInput
 
 # %% ../../nbs/39_data.ipynb #cf754428
 @delegates(picture_dls)
@@ -58,6 +62,7 @@ def identify(
     if not is_path(data) and data not in SOURCES:   # made, not read
         return DataId(name, 'digits' if data == 'digits' else '', path=data)
     listing = find_pictures(data, cache=cache)
+    listing.tell()
     return DataId(name, listing.family, fingerprint(digests(listing)), str(data))
 
 # %% ../../nbs/39_data.ipynb #cab92d0f
@@ -105,6 +110,12 @@ def describe(
 ) -> Description:
     "Counts per class and split, sizes, broken files, and a picture of a batch."
     name, note, lines, broken = data_name(data), [], [], {}
+    if picture is not None:
+        picture, known = Path(picture), FigureCanvasBase.get_supported_filetypes()
+        if not picture.parent.is_dir(): raise FileNotFoundError(f"picture: there is no folder {picture.parent}.")
+        if picture.suffix and picture.suffix.lower()[1:] not in known:
+            raise BadInput(f"picture: no picture can be written as {picture.suffix}, got {picture}. "
+                           f"Expected a name ending in {', '.join(known)}.")
     if not is_path(data) and data not in SOURCES:   # made, not read
         make = partial(DATASETS[data], size=min(size, 40), bs=16)
         with no_random(): dls = make()
@@ -119,6 +130,8 @@ def describe(
             a, b = OFFICIAL[listing.family]
             other = '' if (n, valid.total()) == (a, b) else f', which has {a:,} and {b:,}'
             note = [f"{listing.family}: {'not ' if other else ''}the official split{other}"]
+        note += listing.notes
+        listing.tell(aloud=False)
         lines = _about_files(listing, check)
         make = partial(picture_dls, data, size, max(1, min(16, n - len(broken))), 'cpu', True,
                        valid_pct=valid_pct, split_seed=split_seed, cache=cache)
@@ -128,14 +141,12 @@ def describe(
             *note, '', f"{'class':<{wide}}    train  valid",
             *(f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in counts.items())]
     if picture is not None:
-        picture = Path(picture)
-        if not picture.parent.is_dir(): raise FileNotFoundError(f"picture: there is no folder {picture.parent}.")
         with no_random(seed): make().show_batch(max_n=16, nrows=2, figsize=(12, 3.4))
         plt.tight_layout(pad=.3)
-        plt.savefig(picture, dpi=80)
+        plt.savefig(picture, dpi=80, metadata=MADE_HERE if picture.suffix.lower() in ('', '.png') else None)
         plt.close()
         lines += [f'Batch: {picture}']
-    return Description(name, '\n'.join(head + lines), counts, broken, picture)
+    return Description(name, printable('\n'.join(head + lines)), counts, broken, picture)
 
 # %% ../../nbs/39_data.ipynb #74116344
 def loading_rate(

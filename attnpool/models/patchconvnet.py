@@ -11,13 +11,14 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SqueezeExcite
+from timm.layers import register_notrace_module, SqueezeExcite
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import drop_path, make_norm
+from ..forms import is_traced, readable
+from ..layers import drop_path, make_norm, TokenBatchNorm
 from ..pooling.paper import PaperAggregation, PerClassLinear
 from ..registry import BadInput
 
@@ -43,6 +44,7 @@ def patch_stem(
     return nn.Sequential(convs[0], *(layer for conv in convs[1:] for layer in (act_cls(), conv)))
 
 # %% ../../nbs/21_models.patchconvnet.ipynb #e23afac5
+@register_notrace_module
 class PatchConvBlock(nn.Module):
     "norm, 1x1, act, depthwise 3x3, act, squeeze-excite, 1x1, `gamma`, added to its input (figure 3, middle)."
     def __init__(self,
@@ -61,19 +63,26 @@ class PatchConvBlock(nn.Module):
         self.gamma_1 = nn.Parameter(torch.full((ni,), gamma_init))
         self.drop_path = drop_path(drop_path_rate)
 
-    def _branch(self, x, gain=1.):
+    def _branch(self, x, gain: float = 1.):
         y = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         y = self.se(self.act(self.dw(self.act(self.pw1(y)))))
         gamma = gain * self.gamma_1
-        # half floats have no room for weights times 1e-6
-        if y.dtype == torch.float16: return gamma[:, None, None] * self.pw2(y)
-        return F.conv2d(y, gamma[:, None, None, None] * self.pw2.weight, gamma * self.pw2.bias)
+        if not torch.jit.is_scripting():
+            # half floats have no room for weights times 1e-6
+            plain = readable(self.pw2, nn.Conv2d) and self.pw2.bias is not None
+            if y.dtype != torch.float16 and plain and self.pw2.weight.shape == (x.shape[1], x.shape[1], 1, 1):
+                return F.conv2d(y, gamma[:, None, None, None] * self.pw2.weight, gamma * self.pw2.bias)
+        return gamma[:, None, None] * self.pw2(y)
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to the same shape."
+        if torch.jit.is_scripting(): return x + self.drop_path(self._branch(x))
+        else: return self._spared(x)
+
+    def _spared(self, x):
+        "`forward`, where what stochastic depth drops is not computed in the first place."
         rate = self.drop_path.drop_prob if self.training and hasattr(self.drop_path, 'drop_prob') else 0
-        if not rate or torch.compiler.is_compiling(): return x + self.drop_path(self._branch(x))
-        # what stochastic depth drops is not computed in the first place
+        if not rate or is_traced(x): return x + self.drop_path(self._branch(x))
         keep = (torch.rand(len(x)) >= rate).nonzero().squeeze(1).to(x.device, non_blocking=True)
         if not len(keep): return x + 0 * self._branch(x[:1])   # every parameter has a gradient
         rows = x.permute(0, 2, 3, 1).flatten(1)   # in channels-last order a picture is one stretch of memory
@@ -96,6 +105,10 @@ class _Head:
         "A new classifier, and with one query per class new queries. The rest of the aggregation stays."
         if num_classes < 0: raise BadInput(f"num_classes: expected 0 (features) or more, got {num_classes}.")
         pool = self.global_pool if global_pool is None else global_pool
+        if pool not in ('learned', 'avg', ''):
+            raise BadInput(f"global_pool: expected 'learned', 'avg' or '', got {pool!r}.")
+        if self.class_queries and pool == 'avg':
+            raise BadInput("class_queries: an average has no queries. Use global_pool='learned'.")
         if pool == '' and num_classes:
             raise BadInput("global_pool: '' leaves the map as it is, and the classifier of "
                            f"{num_classes} classes needs a vector. Use num_classes=0.")
@@ -175,6 +188,22 @@ class _Column:
         if prune_head: self.reset_classifier(0, '')
         return take
 
+# %% ../../nbs/21_models.patchconvnet.ipynb #c0ffee38
+for _layer in PaperAggregation, TokenBatchNorm: register_notrace_module(_layer)
+
+def _channels_last(x): return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)   # in words that vmap knows
+
+@torch.fx.wrap   # one step of a traced graph
+def _check_pictures(x, patch_size):
+    if x.ndim != 4:
+        raise BadInput(f"x: expected pictures (b, in_chans, H, W), got {tuple(x.shape)}. For one picture use x[None].")
+    h, w = x.shape[-2:]
+    if not (isinstance(h, int) and isinstance(w, int)): return   # exported or traced: sizes are open
+    if h % patch_size or w % patch_size or not h * w:
+        def up(side): return max(1, -(-side // patch_size)) * patch_size
+        raise BadInput(f"x: pictures of {h}x{w} pixels cannot be cut into patches of {patch_size}x{patch_size}. "
+                       f"Resize or pad them to {up(h)}x{up(w)}.")
+
 # %% ../../nbs/21_models.patchconvnet.ipynb #0ebbd87f
 class PatchConvNet(_Head, _Column, nn.Module):
     "Convolutional stem, a column of equal blocks, Learned Aggregation (paper, section 3)."
@@ -199,10 +228,6 @@ class PatchConvNet(_Head, _Column, nn.Module):
     ):
         super().__init__()
         if depth < 1: raise BadInput(f"depth: expected at least 1 block, got {depth}.")
-        if global_pool not in ('learned', 'avg', ''):
-            raise BadInput(f"global_pool: expected 'learned', 'avg' or '', got {global_pool!r}.")
-        if class_queries and global_pool == 'avg':
-            raise BadInput("class_queries: an average has no queries. Use global_pool='learned'.")
         self.patch_size, self.class_queries, self.grad_checkpointing = patch_size, class_queries, False
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.stem = patch_stem(in_chans, embed_dim, patch_size, stem, act_cls)
@@ -219,17 +244,15 @@ class PatchConvNet(_Head, _Column, nn.Module):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         "Pictures `(b, in_chans, H, W)` to the map that goes into the column, channels last in memory."
-        (h, w), p = x.shape[-2:], self.patch_size
-        if h % p or w % p or not h * w:
-            raise BadInput(f"x: pictures of {h}x{w} pixels cannot be cut into patches of {p}x{p}. "
-                           f"Resize or pad them to {max(1, -(-h // p)) * p}x{max(1, -(-w // p)) * p}.")
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        return x.contiguous(memory_format=torch.channels_last)
+        if not torch.jit.is_scripting(): _check_pictures(x, self.patch_size)
+        return _channels_last(self.stem(_channels_last(x)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         "Pictures `(b, in_chans, H, W)` to the map `(b, embed_dim, H/patch_size, W/patch_size)`."
         x = self.forward_stem(x)
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing and torch.is_grad_enabled() else self.blocks(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            if torch.is_grad_enabled(): return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
 
     def forward(self, x: Tensor) -> Tensor:
         "Pictures `(b, in_chans, H, W)` to logits `(b, num_classes)`."

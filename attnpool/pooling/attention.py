@@ -27,8 +27,10 @@ def _init_weights(m, std=.02):
 class AttentionPool2d(nn.Module):
     """Attention of one or several query vectors over the positions of a map, without position embedding.
 
-    `q`, `k`, `v` and `proj` hold weights: their own `forward` is never called. So hooks on them see nothing, and
-    adapters that replace a linear layer's `forward` (LoRA, dynamic quantization) have no effect there.
+    The weights of `q`, `k`, `v`, `proj` and the norm are read and folded as long as the layers are plain. One that has
+    a hook, or another `forward` (an adapter, a quantised layer), is called; where that is `k`, `v` or the norm, keys
+    and values of every position are computed: the same numbers, slowly. Hooks for all
+    modules at once see no layer inside.
     """
     def __init__(self,
         ni: int, # Channels of the map
@@ -52,14 +54,14 @@ class AttentionPool2d(nn.Module):
         self.proj_drop = nn.Dropout(check_rate('proj_drop', proj_drop))
         self.apply(partial(_init_weights, std=init_std))
 
+    @torch.jit.unused   # PaperAggregation has a form that can be scripted
     def forward(self,
         x: Tensor, # `(b, ni, h, w)`
         query: Tensor, # `(queries, ni)`
         return_mean: bool = False, # Also return the mean of the map `(b, ni)`, found in the same pass
     ) -> Tensor | tuple[Tensor, Tensor]: # `(b, ni)` for one query, `(b, queries, ni)` for several; and the mean
         "What each query gathers from the map."
-        q, k, v, proj = ((l.weight, l.bias) for l in (self.q, self.k, self.v, self.proj))
-        out = attention_pool(x, query, q, k, v, proj, self.norm, self.scale, self.num_heads,
+        out = attention_pool(x, query, self.q, self.k, self.v, self.proj, self.norm, self.scale, self.num_heads,
                              dropout_p=self.attn_drop if self.training else 0., return_mean=return_mean)
         out, *mean = out if return_mean else (out,)
         out = self.proj_drop(out.squeeze(1) if len(query) == 1 else out)
@@ -70,8 +72,7 @@ class AttentionPool2d(nn.Module):
         query: Tensor, # `(queries, ni)`
     ) -> Tensor: # `(b, queries*num_heads, h, w)`, query-major; sums to one over positions
         "Where each query looks: the weights of `forward`, before dropout."
-        q, k = ((l.weight, l.bias) for l in (self.q, self.k))
-        scores = attention_scores(x, query, q, k, self.norm, self.scale, self.num_heads)
+        scores = attention_scores(x, query, self.q, self.k, self.norm, self.scale, self.num_heads)
         return scores.softmax(-1).unflatten(-1, x.shape[2:])
 
     def extra_repr(self): return f'{self.ni}, scale={self.scale:g}, num_heads={self.num_heads}'

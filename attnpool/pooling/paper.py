@@ -10,18 +10,24 @@ from functools import partial
 from typing import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..functional import attention_pool, check_divides
+from ..forms import is_traced
+from ..functional import check_divides
 from ..layers import check_channels, make_norm, TokenBatchNorm
 from .attention import AttentionPool2d
 from ..registry import BadInput
 
 # %% ../../nbs/13_pooling.paper.ipynb #52dbc1ef
+def _heads(t, n: int): return t.unflatten(-1, (n, -1)).transpose(1, 2)   # (b, n, c) to (b, heads, n, c/heads)
+
 def _in_slices(f, x, rows=4096):
     "`f` row by row, a few thousand rows at a time: the wide layer between two linear ones never exists as a whole."
-    if x.shape[:-1].numel() <= rows: return f(x)
+    # fake tensors by themselves only measure, and want the memory of what really runs
+    measured = (x.is_meta or hasattr(x, 'fake_mode')) and not torch.compiler.is_compiling()
+    if is_traced(x) and not measured or x.shape[:-1].numel() <= rows: return f(x)
     if torch.is_grad_enabled(): f = partial(checkpoint, f, use_reentrant=False)
     return torch.cat([f(t) for t in x.flatten(0, -2).split(rows)]).view_as(x)
 
@@ -51,34 +57,35 @@ class PaperAggregation(nn.Module):
                                     attn_drop=attn_drop, proj_drop=proj_drop)
         self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((ni,), gamma_init)) for _ in range(2))
         self.norm = make_norm(norm, ni)
-        nh = int(ni * ffn_expand)
+        if (nh := int(ni * (ffn_expand or 0))) < 1:
+            raise BadInput(f"ffn_expand: expected a factor above 0 that leaves a channel of {ni}, got {ffn_expand}.")
         self.ffn = nn.Sequential(nn.Linear(ni, nh), act_cls(), nn.Dropout(proj_drop),
                                  nn.Linear(nh, ni), nn.Dropout(proj_drop))
 
-    def _batch_norm(self): return isinstance(self.attn.norm, TokenBatchNorm) and self.training
-
-    def _normed(self, x):
-        "Positions, query, and the norm that the positions still need."
-        if not self._batch_norm():
-            if self.sees_itself:
-                x = torch.cat([self.query.expand(len(x), 1, -1), x.flatten(2).mT], 1).mT.unsqueeze(-1)
-            return x, self.attn.norm(self.query), self.attn.norm
-        # statistics of the batch: queries and positions through the norm together
-        k = len(self.query)
-        t = self.attn.norm(torch.cat([self.query.expand(len(x), -1, -1), x.flatten(2).mT], 1))
-        return t[:, 0 if self.sees_itself else k:].mT.unsqueeze(-1), t[0, :k], None
-
+    def _seen(self, x): return torch.cat([self.query.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1)
     def _digest(self, z): return z + self.gamma_2 * self.ffn(self.norm(z))
+
+    def _plain(self, x):
+        "`forward`, with keys and values of every position; queries and positions go through the norm together."
+        k, n = self.query.shape[0], self.attn.num_heads
+        t = self.attn.norm(self._seen(x))
+        seen = t if self.sees_itself else t[:, k:]
+        drop, scale = float(self.attn.attn_drop) if self.training else 0., float(self.attn.scale)
+        found = F.scaled_dot_product_attention(_heads(self.attn.q(t[:, :k]), n), _heads(self.attn.k(seen), n),
+                                               _heads(self.attn.v(seen), n), dropout_p=drop, scale=scale)
+        found = self.attn.proj(found.transpose(1, 2).flatten(2))
+        z = self.query + self.gamma_1 * self.attn.proj_drop(found)
+        return self._digest(z.squeeze(1) if k == 1 else z)
+
+    def _folded(self, x):
+        if self.training and isinstance(self.attn.norm, TokenBatchNorm): return self._plain(x)
+        if self.sees_itself: x = self._seen(x).transpose(1, 2).unsqueeze(-1)
+        return _in_slices(self._digest, self.query + self.gamma_1 * self.attn(x, self.attn.norm(self.query)))
+
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)` for one query, `(b, queries, ni)` for several."
-        a = self.attn
-        q, k, v, proj = ((l.weight, l.bias) for l in (a.q, a.k, a.v, a.proj))
-        x, query, norm = self._normed(x)
-        drop = a.attn_drop if self.training else 0.
-        z = attention_pool(x, query, q, k, v, proj, norm, a.scale, a.num_heads, drop)
-        z = self.query + self.gamma_1 * a.proj_drop(z)
-        z = self._digest(z) if self._batch_norm() else _in_slices(self._digest, z)
-        return z.squeeze(1) if len(self.query) == 1 else z
+        if torch.jit.is_scripting(): return self._plain(x)
+        else: return self._folded(x)
 
     def attention_map(self, x: Tensor) -> Tensor:
         "Where the queries look: weights `(b, queries*num_heads, h, w)`, query-major; each sums to one over the map."

@@ -26,7 +26,7 @@ class BlogAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
         keys, values = self.kv(self.norm(x.flatten(2).transpose(1, 2))).chunk(2, dim=-1)   # (b, n, ni) each
-        weights = (self.q(self.query).expand(len(x), 1, -1) @ keys.transpose(1, 2)).softmax(-1)   # (b, 1, n)
+        weights = (self.q(self.query).expand(x.shape[0], 1, -1) @ keys.transpose(1, 2)).softmax(-1)   # (b, 1, n)
         return self.proj((weights @ values).squeeze(1))
 
 # %% ../../nbs/14_pooling.peers.ipynb #22f18d8c
@@ -56,7 +56,7 @@ class OneQuery(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, n, ni)` to `(b, ni)`."
-        return self.attn(self.query.expand(len(x), -1, -1), x, x, need_weights=False)[0].squeeze(1)
+        return self.attn(self.query.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0].squeeze(1)
 
 # %% ../../nbs/14_pooling.peers.ipynb #5806afeb
 PEERS = Registry('peer')   # called as `(ni, size)`; `size` is the map's `(h, w)`

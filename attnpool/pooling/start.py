@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fold import gather_own, mixture, scores
-from ..forms import no_autocast, wide
+from ..forms import affine, no_autocast, note_form, wide
 from ..functional import check_divides, check_map
 from ..layers import check_channels
 from ..registry import BadInput
@@ -65,6 +65,7 @@ class ClassQueryPooling2d(nn.Module):
         n_out: int, # Classes, and so queries, maps and outputs
     ):
         super().__init__()
+        if n_out < 1: raise BadInput(f"n_out: expected at least 1 class, got {n_out}. Pass the number of classes.")
         self.ni, self.c_out = check_channels(ni), n_out
         self.query = nn.Parameter(torch.zeros(n_out, ni))
         self.linear = nn.Linear(ni, n_out)
@@ -72,8 +73,14 @@ class ClassQueryPooling2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to logits `(b, n_out)`."
         check_map(x, self.ni)
-        out = gather_own(x.flatten(2), self.query, self.linear.weight, eps=_EPS)
-        return (out + self.linear.bias.to(out.dtype)).to(x.dtype)
+        last = affine(self.linear)
+        if callable(last):
+            note_form('plain')
+            values = last(x.flatten(2).mT).mT   # (b, n_out, n)
+            return (self.attention_map(x).flatten(2) * values).sum(-1).to(x.dtype)
+        weight, bias = last
+        out = gather_own(x.flatten(2), self.query, weight, eps=_EPS)
+        return (out if bias is None else out + bias.to(out.dtype)).to(x.dtype)
 
     def attention_map(self, x: Tensor) -> Tensor:
         "Where each class looks: `(b, ni, h, w)` to weights `(b, n_out, h, w)` that sum to one over positions."

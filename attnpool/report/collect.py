@@ -6,8 +6,10 @@
 __all__ = ['read_log', 'write_runs', 'collect', 'group_by_setting', 'by_row', 'setting_of', 'tell_apart']
 
 # %% ../../nbs/60_report.collect.ipynb #3a93e76f
+import io
 import json
 import re
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Sequence
@@ -17,6 +19,8 @@ import pandas as pd
 
 from ..data import DataId
 from ..data.cache import write_file
+from ..data.listing import first_few
+from ..data.reader import is_run
 from ..recipe import Recipe
 from ..registry import BadInput
 from ..runs.spec import Spec
@@ -24,36 +28,66 @@ from ..runs.store import Result, load_run, read_result
 from ..tasks import TASKS, head_options
 
 # %% ../../nbs/60_report.collect.ipynb #b9844329
-def _table(path, **how):
-    "A CSV file; an empty table for an empty file."
-    if not path.stat().st_size: return pd.DataFrame()
-    try: return pd.read_csv(path, **how)
-    except ValueError as e:
+def _table(text, path, **how):
+    "A CSV file from its text."
+    try: return pd.read_csv(io.StringIO(text), **how)
+    except (ValueError, RuntimeError) as e:
         raise BadInput(f"runs: {path} is no CSV file ({e}). Pass CSV files, or folders of runs.") from None
+
+def _text(path):
+    try: return path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as e:
+        raise BadInput(f"runs: {path} is no CSV file ({e}). Pass CSV files, or folders of runs.") from None
+
+def _fits(path):
+    "The tables of a log: each fit begins with a header. A last line that is cut off is left out."
+    lines = [line for line in _text(path).splitlines() if line.strip(' ,')]
+    starts = [i for i, line in enumerate(lines) if i == 0 or line.split(',')[0].strip() == 'epoch']
+    if len(lines) > 1 and lines[-1].count(',') < lines[starts[-1]].count(','):
+        sys.stderr.write(f'attnpool: the last line of {path} is cut off and left out: {lines.pop()}\n')
+    parts = [lines[a:b] for a, b in zip(starts, [*starts[1:], len(lines)])]
+    if wide := next((line for header, *rest in parts for line in rest if line.count(',') > header.count(',')), None):
+        raise BadInput(f"runs: a line of {path} has more cells than its header: {wide}. Pass files of a CSVLogger.")
+    fits = [_table('\n'.join(part), path) for part in parts]
+    return [fit for fit in fits if len(fit)] or fits
+
+def _seconds(clock):
+    "Of a time such as 1:02:03."
+    parts = str(clock).strip().split(':')
+    return sum(60**i * float(s) for i, s in enumerate(reversed(parts))) if ''.join(parts).isdecimal() else np.nan
 
 def read_log(
     path: Path | str # A CSV file of fastai's `CSVLogger`, named HEAD-SEED.csv
 ) -> Result: # As far as the file goes
-    "Another's training run, from the file that fastai's `CSVLogger` writes."
+    "Another's training run, from the file that fastai's `CSVLogger` writes; several fits in it are joined to one run."
     path = Path(path)
-    table = _table(path)
-    task = next((name for name, t in TASKS.items() if t.primary in table), None)
-    if task is None or table.empty:
+    fits = _fits(path) or [pd.DataFrame()]
+    table = pd.concat(fits, ignore_index=True)
+    task = next((name for name, t in TASKS.items() if t.primary in fits[-1]), None)
+    if task and table.empty: raise BadInput(f"runs: {path} has a header, but no epochs. Leave it out.")
+    if task is None or table.empty or 'epoch' not in table:
         names = ' or '.join(t.primary for t in TASKS.values())
-        raise BadInput(f"runs: expected a CSVLogger file with epochs and a column {names} in {path}, "
-                       f"found columns {', '.join(table) or 'none'}.")
+        where = f"the last fit in {path}" if len(fits) > 1 else path
+        raise BadInput(f"runs: expected a CSVLogger file with epochs and a column {names} in {where}, "
+                       f"found columns {', '.join(map(str, fits[-1])) or 'none'}.")
+    if len(fits) > 1:
+        each = ' and '.join(str(len(fit)) for fit in fits)
+        sys.stderr.write(f'attnpool: {path} holds {len(fits)} fits, of {each} epochs: joined to one training of '
+                         f'{len(table)}. Give separate trainings a file each.\n')
     name = re.fullmatch(r'(.+?)[-_ ](\d+)', path.stem)
     head, seed = (name[1], int(name[2])) if name else (path.stem, 0)
     spec = Spec(task, DataId(path.resolve().parent.name), '', head, seed, Recipe(epochs=len(table), size=None, bs=None))
+    for c in (c for c in table if c == TASKS[task].primary or str(c).endswith('loss')):
+        try: table[c] = table[c].astype(float)
+        except ValueError as e: raise BadInput(f"runs: a cell of column {c} in {path} is no number ({e}).") from None
     primary, numbers = TASKS[task].primary, table.select_dtypes('number').drop(columns='epoch', errors='ignore')
-    last = numbers.iloc[-1].to_dict()
-    whole = all(np.isfinite(v) for k, v in last.items() if k == primary or k.endswith('loss'))
+    last = numbers[[c for c in numbers if c in fits[-1]]].iloc[-1].to_dict()
+    whole = primary in last and all(np.isfinite(v) for k, v in last.items() if k == primary or k.endswith('loss'))
     history = pd.DataFrame(dict(epoch=range(len(table)))).join(numbers)
-    if 'time' in table:
-        def seconds(clock): return sum(60**i * int(s) for i, s in enumerate(reversed(clock.split(':'))))
-        history['seconds'] = table['time'].map(seconds)
+    if 'time' in table: history['seconds'] = table['time'].map(_seconds)
+    timed = 'time' in table and history.seconds.notna().any()
     return Result(spec, 'complete' if whole else 'diverged', {k: v for k, v in last.items() if np.isfinite(v)}, primary,
-                  seconds_per_epoch=float(history.seconds.median()) if 'time' in table else None, epochs=history)
+                  seconds_per_epoch=float(history.seconds.median()) if timed else None, epochs=history)
 
 # %% ../../nbs/60_report.collect.ipynb #60a1d1c1
 _PARTS = {'spec.': Spec, 'data.': DataId, 'recipe.': Recipe, '': Result}
@@ -95,14 +129,27 @@ def write_runs(
         rows.append(history.assign(**cells))
     table = pd.concat(rows)
     asked = sorted(table, key=lambda c: not c.startswith(('spec.', 'data.', 'recipe.')))   # before what came out
-    write_file(path, table[asked].to_csv(index=False))
+    write_file(path, table[asked].to_csv(index=False).encode(errors='backslashreplace'))
 
 # %% ../../nbs/60_report.collect.ipynb #60a1d1c4
-def _read_runs(table):
-    "The results of a table that `write_runs` wrote; all its cells are text."
+def _read_runs(path):
+    "The results of a table that `write_runs` wrote."
+    lines, read = _text(path).splitlines(keepends=True), []
+    starts = [i for i, line in enumerate(lines) if not i or 'spec.head' in line.split(',')]   # files put together
+    try:
+        for a, b in zip(starts, [*starts[1:], None]):
+            read += _runs_of(_table(''.join(lines[a:b]), path, dtype=str, keep_default_na=False))
+        return read
+    except BadInput: raise
+    except ValueError as e: raise BadInput(f"runs: a cell of {path} is no number ({e}). Write it again.") from None
+    except (KeyError, TypeError, AttributeError) as e:
+        raise BadInput(f"runs: {path} is not as write_report writes it ({e!r}). Write it again.") from None
+
+def _runs_of(table):
+    "All cells of the table are text."
     known = {f.name for f in fields(Result)} | {'peak_in_box'}
     epochs = [c for c in table if '.' not in c and c not in known]   # the columns of the histories
-    fixed, results = [c for c in table if c not in epochs], []
+    fixed = [c for c in table if c not in epochs]
     for texts, rows in table.groupby(fixed, sort=False):
         history = rows.loc[rows.epoch != '', epochs].replace('', 'nan').astype(float).astype({'epoch': int})
         given = {c: v for c, text in zip(fixed, texts) if (v := _value(c, text)) is not None}
@@ -112,32 +159,21 @@ def _read_runs(table):
             result['spec'] |= dict(data=part('data.'), recipe=dict(size=None, bs=None) | part('recipe.'))
             result['metrics'] = part('metrics.')
         elif len(history): result |= history.filter(regex='^(?!epoch$|.*seconds$)').iloc[-1].dropna()
-        results.append(read_result(result, epochs=history.reset_index(drop=True)))
-    return results
+        counts = {f.name for f in fields(Result) if 'int' in str(f.type) or 'float' in str(f.type)} - {'pictures'}
+        for v in [*result.get('metrics', {}).values(), *(v for k, v in result.items() if k in counts),
+                  result['spec'].get('seed', 0)]: float(v)
+        yield read_result(result, epochs=history.reset_index(drop=True))
 
-def collect(
-    paths: Sequence[Path | str] # Run folders, folders of them, files of `write_runs`, CSVLogger files
-) -> tuple[list[Result], list[str]]: # Results, and a line for each folder that was left out
-    "The results below the given paths."
-    results, problems, seen = [], [], set()
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"runs: there is no {path}. Pass folders that attnpool bench wrote, or CSV files.")
-        if path.is_file():
-            table = _table(path, dtype=str, keep_default_na=False)
-            results += _read_runs(table) if 'spec.head' in table else [read_log(path)]
-            continue
-        tunings = [file.parent for file in path.rglob('rates.csv') if file.parent != path]
-        problems += [f'{folder}: runs of attnpool lr, left out. Name the folder to report them.' for folder in tunings]
-        for file in sorted(path.rglob('spec.json')):
-            if file.parent.resolve() in seen or set(tunings) & set(file.parents): continue
-            seen.add(file.parent.resolve())
-            try: results.append(load_run(file.parent))
-            except ValueError as e: problems.append(str(e))
-    today = {r.spec for r in results if r.folder and r.folder.name == r.spec.name}
-    def again(r): return r.folder and r.folder.name != r.spec.name and r.spec in today   # earlier ones hashed otherwise
-    problems += [f'{r.folder}: made again by a later version, left out.' for r in results if again(r)]
-    return _with_whole_epochs([r for r in results if not again(r)]), problems
+# %% ../../nbs/60_report.collect.ipynb #142271aa
+def _once(pairs):
+    "Results with their places, each once: the same run may lie in several."
+    kept = {}
+    for r, place in pairs:
+        first, there = kept.setdefault((r.spec, str(r.pictures)), (r, place))
+        if replace(first, files={}) != replace(r, files={}) or len(first.history()) != len(r.history()):
+            raise BadInput(f"runs: there are two runs of the head {r.spec.head} with seed {r.spec.seed}, in {there} "
+                           f"and in {place}, which differ. Name one of them.")
+    return [r for r, _ in kept.values()]
 
 def _with_whole_epochs(results):
     "A log that stopped early belongs to those that did not: it was to have as many epochs as they."
@@ -147,10 +183,44 @@ def _with_whole_epochs(results):
     def whole(spec): return replace(spec, recipe=replace(spec.recipe, epochs=longest[spec.data]))
     return [r if r.spec.arch or r.status == 'complete' else replace(r, spec=whole(r.spec)) for r in results]
 
+# %% ../../nbs/60_report.collect.ipynb #10b9482a
+def collect(
+    paths: Sequence[Path | str] # Run folders, folders of them, files of `write_runs`, CSVLogger files
+) -> tuple[list[Result], list[str]]: # Results, and a line for each folder that was left out
+    "The results below the given paths."
+    results, problems, seen, places = [], [], set(), []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"runs: there is no {path}. Pass folders that attnpool bench wrote, or CSV files.")
+        if path.is_file() and is_run(path.parent): path = path.parent   # its own history is no log
+        if path.is_file():
+            if path.resolve() in seen: continue
+            seen.add(path.resolve())
+            header, *_ = _text(path).partition('\n')
+            results += _read_runs(path) if 'spec.head' in header else [read_log(path)]
+            places += [path] * (len(results) - len(places))
+            continue
+        tunings = [file.parent for file in path.rglob('rates.csv') if file.parent != path]
+        problems += [f'{folder}: runs of attnpool lr, left out. Name the folder to report them.' for folder in tunings]
+        for file in sorted(path.rglob('spec.json')):
+            if file.parent.resolve() in seen or set(tunings) & set(file.parents): continue
+            seen.add(file.parent.resolve())
+            try: results.append(load_run(file.parent))
+            except ValueError as e: problems.append(str(e))
+            else: places.append(file.parent)
+        if not any(path.rglob('spec.json')) and (tables := sorted(path.glob('*.csv'))):
+            problems.append(f'{path}: no runs, but CSV files ({first_few(f.name for f in tables)}). Name the files.')
+    today = {r.spec for r in results if r.folder and r.folder.name == r.spec.name}
+    def again(r): return r.folder and r.folder.name != r.spec.name and r.spec in today   # earlier ones hashed otherwise
+    problems += [f'{r.folder}: made again by a later version, left out.' for r in results if again(r)]
+    both = zip(_with_whole_epochs(results), places, map(again, results))
+    return _once([(r, place) for r, place, old in both if not old]), problems
+
 # %% ../../nbs/60_report.collect.ipynb #3f1a345a
 def _of_head(spec):
     "Those of the options that are the head's."
-    known = head_options(spec.head) if spec.options else ()
+    try: known = head_options(spec.head) if spec.options else ()
+    except BadInput: known = ()   # a head that is not known here
     return [o for o in spec.options if o[0] in known]
 
 def group_by_setting(

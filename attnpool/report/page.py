@@ -24,6 +24,11 @@ from .stats import format_table, primary_of, summarize
 from ..runs.store import Result
 
 # %% ../../nbs/63_report.page.ipynb #0f921ecd
+def _label(name):
+    "A name as matplotlib draws it: a $ begins no formula, a _ in front keeps it in the legend, a new line is a space."
+    text = ''.join(c if c.isprintable() else ' ' for c in str(name)).replace('$', r'\$')
+    return f'\xa0{text}' if text.startswith('_') else text
+
 def learning_curves(
     results: Sequence[Result], # Of one setting
     metric: str | None = None, # Column of their histories; None for the primary metric
@@ -39,8 +44,8 @@ def learning_curves(
                 ax.plot(h.index + 1, h[metric], color=colour, lw=.7, alpha=.4)
             if not histories: continue
             mean = pd.concat([h[metric] for h in histories], axis=1).mean(axis=1)
-            ax.plot(mean.index + 1, mean, color=colour, lw=2, label=name.replace('$', r'\$'))
-        ax.set(xlabel='epoch', ylabel=metric)
+            ax.plot(mean.index + 1, mean, color=colour, lw=2, label=_label(name))
+        ax.set(xlabel='epoch', ylabel=_label(metric))
         if ax.lines: ax.legend(frameon=False)
     return fig
 
@@ -52,8 +57,8 @@ def cost_plot(
         values = table['head'], table.seconds_per_epoch, 100 * table[primary_of(table)], 100 * table.sd.fillna(0)
         for name, x, y, sd, colour in zip(*values, PALETTE * len(table)):
             ax.errorbar(x, y, sd, fmt='o', color=colour, capsize=3)
-            ax.annotate(name.replace('$', r'\$'), (x, y), xytext=(6, 4), textcoords='offset points')
-        ax.set(xlabel='seconds per epoch', ylabel=f'{primary_of(table)}, %')
+            ax.annotate(_label(name), (x, y), xytext=(6, 4), textcoords='offset points')
+        ax.set(xlabel='seconds per epoch', ylabel=_label(f'{primary_of(table)}, %'))
     return fig
 
 # %% ../../nbs/63_report.page.ipynb #390c36ba
@@ -127,14 +132,17 @@ def _section(name, results, table):
                 table=_html(format_table(table)), curves=data_uri(learning_curves(results), 'svg'),
                 cost=data_uri(cost_plot(table), 'svg') if table.seconds_per_epoch.notna().any() else None)
 
-def _html(table): return table.to_html(index=False, border=0)   # escaped
+def _html(table):
+    with pd.option_context('display.max_colwidth', None): return table.to_html(index=False, border=0)   # escaped, whole
+
+def _line(text): return ' '.join(str(text).splitlines())
 
 def markdown(
     table: pd.DataFrame # As text
 ) -> str: # Lines between bars
     "The table in markdown."
     rows = [table.columns, ['---'] * len(table.columns), *table.values.tolist()]
-    return '\n'.join('| ' + ' | '.join(str(v).replace('|', r'\|') for v in row) + ' |' for row in rows)
+    return '\n'.join('| ' + ' | '.join(_line(v).replace('|', r'\|') for v in row) + ' |' for row in rows)
 
 # %% ../../nbs/63_report.page.ipynb #63a1d1c5
 def _of_data(groups, data):
@@ -165,10 +173,11 @@ def write_report(
         metrics=', '.join(dict.fromkeys(primary_of(t).capitalize() for t in tables)))
     def plain(v): return v if isinstance(v, (str, int, float)) else str(v)
     csv = pd.concat([t.assign(**{k: plain(v) for k, v in s.items()}) for t, (_, s) in zip(tables, settings)])
-    text = [f'{name}\n\n{markdown(format_table(t))}' for t, (name, _) in zip(tables, settings)]
+    text = [f'{_line(name)}\n\n{markdown(format_table(t))}' for t, (name, _) in zip(tables, settings)]
     text += [f'Table {t}\n\n{markdown(b)}' for t, b in blog.items()]
-    write_file(path.with_suffix('.csv'), csv.to_csv(index=False))
-    write_file(path.with_suffix('.md'), '\n\n'.join(text) + '\n')
+    def write(path, text): write_file(path, text.encode(errors='backslashreplace'))   # a folder's name may be no UTF-8
+    write(path.with_suffix('.csv'), csv.to_csv(index=False))
+    write(path.with_suffix('.md'), '\n\n'.join(text) + '\n')
     write_runs(results, path.with_suffix('.runs.csv'))
-    write_file(path, page)
+    write(path, page)
     return path

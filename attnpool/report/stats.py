@@ -16,13 +16,14 @@ import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from scipy import stats
 
 from ..data.pictures import validation_pictures
 from ..maps.compute import maps_of
 from ..maps.measures import agreement, deletion_insertion, energy_in_box, entropy, pointing_game
 from ..registry import BadInput
-from .collect import by_row, group_by_setting
+from .collect import by_row, group_by_setting, tell_apart
 from ..runs.store import Result
 from ..runs.train import open_run
 
@@ -105,9 +106,11 @@ def format_table(
 # %% ../../nbs/61_report.stats.ipynb #32e73253
 def _rich(texts, title=None):
     "A table for the terminal: names to the left, the rest to the right."
+    def plain(v): return Text(str(v))   # a name may look like markup
+    title = title and Text(title, no_wrap=True, overflow='ignore')   # names in one piece
     out = Table(title=title, box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
-    for name in texts: out.add_column(name, justify='left' if name == 'head' else 'right')
-    for row in texts.itertuples(index=False): out.add_row(*map(str, row))
+    for name in texts: out.add_column(plain(name), justify='left' if name == 'head' else 'right')
+    for row in texts.itertuples(index=False): out.add_row(*map(plain, row))
     return out
 
 def rich_table(
@@ -128,11 +131,12 @@ def plain_table(
 # %% ../../nbs/61_report.stats.ipynb #de26c2c0
 def learning_rates(
     results: Sequence[Result] # Runs of several heads at several learning rates
-) -> tuple[dict, pd.DataFrame]: # Head: best rate; and the means by head (rows) and rate (columns)
+) -> tuple[dict, pd.DataFrame]: # Head: best rate, None if all diverged; and the means by head (rows) and rate (columns)
     "Each head's learning rate with the best mean of the primary metric. A run that diverged counts as 0."
     rows = [dict(head=r.spec.head, lr=r.spec.recipe.lr, value=r.value or 0.) for r in results]
     table = pd.DataFrame(rows).pivot_table(index='head', columns='lr', values='value', sort=False).sort_index(axis=1)
-    return table.idxmax(axis=1).to_dict(), table
+    learned = {r.spec.head for r in results if r.status == 'complete'}
+    return {head: rate if head in learned else None for head, rate in table.idxmax(axis=1).items()}, table
 
 # %% ../../nbs/61_report.stats.ipynb #0d89f905
 def _measures(learn, x, boxes):
@@ -156,14 +160,16 @@ def measure_maps(
 ) -> pd.DataFrame: # One row per head: means over runs and pictures; NaN where there are no boxes, or one seed only
     "Pointing game, energy, entropy, deletion, insertion and agreement over seeds, for each head."
     if not results: raise BadInput("runs: there is no complete run to measure. attnpool bench makes some.")
-    if len(group_by_setting(results)) > 1: raise BadInput("runs: they are of several settings. Measure one at a time.")
+    if len(groups := group_by_setting(results)) > 1:
+        titles = '; '.join(title for title, _ in tell_apart(groups))
+        raise BadInput(f"runs: they are of several settings: {titles}. Name the runs of one.")
     if any(r.folder is None for r in results): raise BadInput("runs: some come from a table. Pass the folders of runs.")
     table = []
     for name, rs in by_row(results).items():
         maps, rows = [], []
         for r in rs:
             if console: console.print(f'{name} seed {r.spec.seed}', markup=False, highlight=False)
-            learn = open_run(r.folder, device, **where)
+            learn = open_run(r.folder, device, with_data=True, **where)
             x, _, boxes = validation_pictures(learn.dls, n)
             m, row = _measures(learn, x, boxes)
             maps.append(m)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -85,9 +86,18 @@ def make_spec(
     if eval_sizes is None:
         blogs = r.name == 'blog' and any(s.larger and data.name in (name, s.folder) for name, s in SOURCES.items())
         eval_sizes = BLOG_SIZES if blogs else ()
+    if isinstance(eval_sizes, (str, Real)):
+        raise BadInput(f"eval_sizes: expected several sides in pixels, such as ({eval_sizes},), got {eval_sizes!r}.")
     skip = bool(skip_broken and data.fingerprint)   # of pictures that are made, none is broken
-    sizes, options = tuple(map(int, eval_sizes)), _pairs(of_head | of_arch)
-    return Spec(task, data, arch, head, int(seed), r, start, options, sizes, skip)
+    sizes, options = tuple(_whole('eval_sizes', s, 1) for s in eval_sizes), _pairs(of_head | of_arch)
+    return Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip)
+
+def _whole(name, value, least):
+    try: number = int(value)
+    except (TypeError, ValueError, OverflowError): number = -1
+    if not least <= number < 2**32 or isinstance(value, Real) and number != value:
+        raise BadInput(f"{name}: expected a whole number from {least} on, got {value!r}.")
+    return number
 
 def _pairs(options):
     "Options in the order of their names, lists as tuples: what is equal is written equally."
