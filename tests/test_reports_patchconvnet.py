@@ -21,7 +21,7 @@ from attnpool.models.body import TimmMap
 from attnpool.models.surgery import body_of, build_network, swap_pool, with_head
 from attnpool.pooling.paper import PaperAggregation
 from attnpool.registry import BadInput
-from attnpool.weights import differences, read_weights, weights_in
+from attnpool.weights import mismatches, read_weights, weights_in
 
 SMALL = dict(embed_dim=32, depth=2, gamma_init=.3)
 NAMES = "patchconvnet_s20", "patchconvnet_s20_multi"
@@ -499,7 +499,7 @@ def test_a_file_of_something_else_is_named(tmp_path):
     for name, state in zip(NAMES, (many, one)):
         for classes in (1000, 7):
             with pytest.raises(BadInput, match="pool.query is"): small(name, num_classes=classes, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
-    assert differences(one, one) == []
+    assert mismatches(one, one) == []
 
 
 # Options

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from fastai.data.all import Categorize, DataLoaders, Datasets, IndexSplitter, Transform, default_device
 from fastai.vision.all import IntToFloatTensor, Normalize, TensorImage
 from torch import Tensor
 
-from .reader import open_picture
+from .reader import square_picture
 from ..registry import BadInput
 
 # %% ../../nbs/36_data.digits.ipynb #746b9a1d
@@ -76,8 +76,7 @@ def cluttered_digits(
 def _picture(data, o):
     "A digit by its number; or any other picture, at the size of the digits."
     if isinstance(o, (int, np.integer)): return TensorImage(data.images[o].expand(3, -1, -1))
-    im = ImageOps.fit(open_picture(o), data.images.shape[:0:-1], Image.Resampling.BILINEAR)
-    return TensorImage(torch.from_numpy(np.array(im)).permute(2, 0, 1))
+    return TensorImage(torch.from_numpy(square_picture(o, data.images.shape[-1])).permute(2, 0, 1))
 
 def _label(data, i): return int(data.labels[i])
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from .cache import cache_path, made_once
-from .listing import OFFICIAL, split_folders
+from .listing import OFFICIAL
+from .reader import folder_roles
 from ..registry import BadInput
 
 # %% ../../nbs/33_data.petals.ipynb #cf442df6
@@ -23,7 +24,7 @@ def record_files(
     def find(folder):
         if folder is None: return []
         return sorted(f for f in folder.iterdir() if f.suffix in ('.tfrec', '.tfrecord', '.tfrecords'))
-    train, valid = map(find, split_folders(root))
+    train, valid, _ = map(find, folder_roles(root))
     return (train, valid) if train or valid else (find(root), [])
 
 def _count_records(file):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READER', 'PICTURES', 'MADE_HERE', 'TRAIN', 'VALID', 'TEST', 'BrokenPicture', 'open_picture', 'shrunk_size',
-           'load_picture', 'in_threads', 'is_picture', 'is_run', 'is_output', 'picture_files', 'inner_folders',
-           'folder_roles', 'unwrapped']
+           'load_picture', 'square_picture', 'in_threads', 'is_picture', 'is_run', 'is_output', 'picture_files',
+           'inner_folders', 'folder_roles', 'unwrapped']
 
 # %% ../../nbs/31_data.reader.ipynb #4ae9cb49
 import io
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..registry import BadInput
 
@@ -108,6 +108,13 @@ def load_picture(
     im = open_picture(file)
     target = shrunk_size(im.size, load)
     return im if im.size == target else im.resize(target, Image.Resampling.BILINEAR, reducing_gap=3.)
+
+def square_picture(
+    file: Path | str | bytes | Image.Image | np.ndarray, # As for `open_picture`
+    size: int, # Side in pixels: shorter side resized, centre cropped
+) -> np.ndarray: # `(size, size, 3)`, uint8
+    "A picture for a network that says no more about its own than their size."
+    return np.array(ImageOps.fit(open_picture(file), (size, size), Image.Resampling.BILINEAR))
 
 # %% ../../nbs/31_data.reader.ipynb #0daafe5f
 def in_threads(

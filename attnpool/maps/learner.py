@@ -14,7 +14,7 @@ from typing import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from fastai.vision.all import (
     DataLoaders, Datasets, IntToFloatTensor, Learner, Normalize, TensorImage, TfmdDL, TfmdLists, patch,
     to_device, tuplify)
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..data.listing import first_few
 from ..data.pictures import validation_pictures
-from ..data.reader import open_picture, picture_files
+from ..data.reader import picture_files, square_picture
 from ..layers import evaluating
 from .compute import class_maps, find_pools, maps_of, uncompiled
 from .draw import Reading, show_maps
@@ -69,8 +69,8 @@ def open_pictures(
 ) -> Tensor: # `(b, 3, size, size)`, 0..1; without transparency
     "Picture files as a batch, for a network without a Learner; folders in the order of their names."
     files = _listed(files)
-    def read(i): return np.asarray(ImageOps.fit(open_picture(files[i]), (size, size), Image.Resampling.BILINEAR))
-    return torch.from_numpy(np.stack(_each(read, files))).permute(0, 3, 1, 2) / 255
+    squares = _each(lambda i: square_picture(files[i], size), files)
+    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255
 
 # %% ../../nbs/47_maps.learner.ipynb #bd56668e
 def _loaders(learn):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .patchconvnet import PatchConvNet
 from ..registry import BadInput
-from ..weights import differences, read_weights, weights_in
+from ..weights import mismatches, read_weights, weights_in
 
 # %% ../../nbs/22_models.deit.ipynb #523e49a7
 VARIANTS = {   # options of `PatchConvNet`
@@ -143,7 +143,7 @@ def variant_of(
 
 def _refuse(parameter, state, own):
     "Raise unless the weights are of the network."
-    if not (wrong := differences(state, own)): return
+    if not (wrong := mismatches(state, own)): return
     more, of = f'; and {len(wrong) - 3} more' if wrong[3:] else '', variant_of(state)
     raise BadInput(f"{parameter}: not the weights of this network: {'; '.join(wrong[:3])}{more}. " + (
                    f"They look like those of {of}." if of else "They are of another kind than PatchConvNet."))

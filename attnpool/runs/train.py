@@ -241,7 +241,7 @@ def check_writable(
         probe.unlink()
     except OSError as e:
         raise type(e)(f"--out: cannot write to {out} ({e.strerror}). "
-                      f"Choose another folder, for example --out ~/runs.") from None
+                      "Choose another folder, for example --out ~/runs.") from None
 
 def _shown(name, value): return f'{name} {value:.1%}' if 0 <= value <= 1 else f'{name} {value:.4g}'
 
