@@ -9,6 +9,7 @@ __all__ = ['Check', 'check_pictures', 'without_broken', 'PixelFile', 'make_pixel
 import json
 import os
 import sys
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,14 @@ class PixelFile:
     ):
         self.folder, self.shapes, self._map = Path(folder), np.load(Path(folder)/'shapes.npy'), None
         self.ends = (self.shapes.astype(np.int64).prod(1) * 3).cumsum()
+
+    def some(self,
+        numbers: np.ndarray # Which pictures, in which order
+    ) -> 'PixelFile': # Of the same file
+        "Some of the pictures."
+        new = copy(self)
+        new.shapes, new.ends = self.shapes[numbers], self.ends[numbers]
+        return new
 
     def __len__(self): return len(self.shapes)
     def __getstate__(self): return self.__dict__ | {'_map': None}   # workers map the file themselves
