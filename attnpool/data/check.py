@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
@@ -109,6 +110,14 @@ class PixelFile:
         ends = (shapes.astype(np.int64).prod(1) * 3).cumsum()
         if order is not None: shapes, ends = shapes[order], ends[order]
         self.folder, self.shapes, self.ends, self._map = Path(folder), shapes, ends, None
+
+    def some(self,
+        numbers: np.ndarray # Which pictures, in which order
+    ) -> 'PixelFile': # Of the same file
+        "Some of the pictures."
+        new = copy(self)
+        new.shapes, new.ends = self.shapes[numbers], self.ends[numbers]
+        return new
 
     def __len__(self): return len(self.shapes)
     def __getstate__(self): return self.__dict__ | {'_map': None}   # workers map the file themselves
