@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'LOSSES', 'MIXES', 'PRECISIONS', 'TRAINS', 'TABLES', 'NAMES', 'RECIPES', 'BodyStands',
-           'decided', 'Recipe', 'rates_of', 'get_recipe', 'small_data_metrics', 'learner_for', 'scratch_network',
-           'name_of', 'recipe_learner']
+           'decided', 'Recipe', 'rates_of', 'get_recipe', 'small_data_metrics', 'learner_for', 'network_for', 'name_of',
+           'recipe_learner']
 
 # %% ../nbs/44_recipe.ipynb #8934cbc3
 import csv
@@ -133,7 +133,7 @@ def _number(name, value, kind):
 class Recipe:
     "Every setting of a training. Frozen: `dataclasses.replace`, or `get_recipe` with overrides, makes another."
     epochs: int # Passes over the training pictures
-    size: int | None # Side of the pictures, in pixels; if none is given, that of the weights it starts with
+    size: int | None # Side of the pictures, in pixels; if none is given, what the weights expect
     bs: int # Batch size, of all processes together; attnpool bench multiplies it by their number
     lr: float | dict | None = None # Peak learning rate, for all heads; if none is given, each head's own
     opt: str = 'ranger' # Optimizer: `OPTIMIZERS`; adamw is torch's fused one
@@ -260,18 +260,19 @@ def fit_recipe(self: Learner):
     self.fine_tune(r.epochs - r.freeze_epochs, r.lr, r.freeze_epochs, **rise)
 
 # %% ../nbs/44_recipe.ipynb #c17d8e59
-def scratch_network(
+def network_for(
     dls, # fastai `DataLoaders`, for the number of outputs
     arch, # Name in `ARCHS`, timm name, or function as for `vision_learner`
     head, # Short name in `HEADS` or `ABLATIONS`, class or callable `(ni, n_out)`, or module
     drop_path: float = 0., # Stochastic depth of the body
+    start=None, # What the body's weights begin as, see `find_start`; None for nothing
     **options # Of the network
 ) -> tuple[nn.Module, dict]: # The network, and options of fastai's `Learner` that go with it
-    "A network from scratch with one of our heads."
+    "A network with one of our heads, which begins from scratch."
     if drop_path and not isinstance(arch, str):
         raise BadInput(f"drop_path: it needs a network's name for arch, got {drop_path}. Leave it out, or give a name.")
     if drop_path: options['stoch_depth' if arch in ARCHS else 'drop_path_rate'] = drop_path
-    try: network = build_network(arch, get_c(dls), head, **for_pictures(arch, dls, options))
+    try: network = build_network(arch, get_c(dls), head, weights=start, **for_pictures(arch, dls, options))
     except TypeError as e:
         strange = re.search(r"unexpected keyword argument '(\w+)'", str(e))
         if not strange or strange[1] not in options: raise   # a head's or a network's own fault
@@ -297,6 +298,7 @@ def recipe_learner(
     metrics=None, # fastai metrics; None for those of the blog, `small_data_metrics`
     cbs=None, # fastai callbacks
     path=None, # Where the Learner saves
+    start=None, # What the body's weights begin as, see `find_start`; None for nothing
     **overrides # Fields of `Recipe` to replace: `epochs`, `lr`, `opt`, ...
 ) -> Learner: # With `fit_recipe()` to train it
     "A classifier from scratch that trains as a recipe says. Size, batch size and augmentation are those of `dls`."
@@ -304,6 +306,6 @@ def recipe_learner(
     for name in sorted(fixed):
         raise BadInput(f"{name}: the DataLoaders decide it, got {overrides[name]!r}. Make dls with it.")
     r = get_recipe(recipe, name_of(head), getattr(dls, 'family', ''), **overrides)
-    model, options = scratch_network(dls, arch, head, r.drop_path)
+    model, options = network_for(dls, arch, head, r.drop_path, start)
     if metrics is None: metrics = small_data_metrics()
     return learner_for(dls, model, r, LOSSES[r.loss](r), metrics, cbs, path=path, **options)

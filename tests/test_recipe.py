@@ -15,7 +15,7 @@ from attnpool.cli import main
 from attnpool.data.digits import digits_dls
 from attnpool.heads import AvgAttnConcatPoolHead, HEADS
 from attnpool.recipe import (
-    decided, get_recipe, learner_for, MIXES, NAMES, rates_of, Recipe, recipe_learner, RECIPES, scratch_network, SCHEDULES)
+    decided, get_recipe, learner_for, MIXES, NAMES, rates_of, Recipe, recipe_learner, RECIPES, network_for, SCHEDULES)
 from attnpool.registry import BadInput
 
 SETTINGS = [f for f in fields(Recipe) if f.compare]
@@ -139,10 +139,10 @@ def test_the_rate_rises_for_its_share_of_the_training(schedule, own, warmup):
 
 def test_stochastic_depth_reaches_our_networks_and_timms(dls):
     from timm.layers import DropPath
-    def drops(arch, p): return [m for m in scratch_network(dls, arch, HEADS["avg"], p)[0].modules() if "drop" in type(m).__name__.lower() or "stoch" in type(m).__name__.lower()]
+    def drops(arch, p): return [m for m in network_for(dls, arch, HEADS["avg"], p)[0].modules() if "drop" in type(m).__name__.lower() or "stoch" in type(m).__name__.lower()]
     assert len(drops("xeca_resnext_tiny", .2)) > len(drops("xeca_resnext_tiny", 0.))
     assert any(isinstance(m, DropPath) for m in drops("resnet10t", .2)) and not any(isinstance(m, DropPath) for m in drops("resnet10t", 0.))
-    with pytest.raises(BadInput, match="drop_path: the network ghostnet_050 has no such option"): scratch_network(dls, "ghostnet_050", HEADS["avg"], .2)
+    with pytest.raises(BadInput, match="drop_path: the network ghostnet_050 has no such option"): network_for(dls, "ghostnet_050", HEADS["avg"], .2)
 
 
 def test_with_train_head_no_number_of_the_body_changes(dls):

@@ -227,24 +227,24 @@ def picture_dls(
     num_workers: int | None = None, # Processes that load; None for one per core, up to 16, for a GPU and none on a CPU
     cache: Path | str | None = None, # Where decoded pictures are kept; None for `attnpool` in fastai's data folder
     cache_gb: float = 4., # Largest file of decoded pictures, in GB; above it they are decoded each time, as with 0
+    stats: Sequence | None = None, # Means and standard deviations of the channels, 0..1, to normalise by; None: own
 ) -> DataLoaders: # With `listing`, the pictures used, and their `family`; see also `valid_dl`, `empty_dls`
     "`DataLoaders` of pictures on a disk, checked first."
     if not 8 <= size <= 2048: raise BadInput(f"size: expected 8 to 2048 pixels, got {size}. 128 and 224 are usual.")
     augment_name(augment)
     listing = find_pictures(data, valid_pct, split_seed, cache)
     listing.tell()
-    check = check_pictures(listing, cache)
-    listing, sizes = without_broken(listing, check, skip_broken)
+    listing, sizes = without_broken(listing, check := check_pictures(listing, cache), skip_broken)
     if not 1 <= bs <= listing.n_train:
         raise BadInput(f"bs: expected 1 to {listing.n_train:,}, the number of training pictures, got {bs}.")
     load = int(min(2 * size, sizes.min(1).max()))   # one file for all sizes at which nothing is shrunk
     pixels = make_pixels(listing, sizes, load, Path(f'{check.path}-{load}'), cache_gb)
-    mean, std = STATS.get(listing.family, (check.mean, np.maximum(check.std, 1e-3).tolist()))
+    mean, std = stats or STATS.get(listing.family, (check.mean, np.maximum(check.std, 1e-3).tolist()))
     about = dict(size=size, vocab=list(listing.classes.values()), mean=mean, std=std,
                  augment=augment_name(augment, listing.family))
     dls = _loaders(_listed(listing, 2 * size, pixels), about, bs, device, num_workers)
-    dls.listing, dls.family, dls.larger = listing, listing.family, partial(larger_version, data, cache)
-    dls.load = load
+    dls.listing, dls.family, dls.load = listing, listing.family, load
+    dls.larger = partial(larger_version, data, cache)
     return dls
 
 DATASETS['digits'] = digits_dls

@@ -39,6 +39,7 @@ from ..data.listing import write_digests
 from ..data.pictures import find_pictures, valid_dl
 from ..distributed import distributed, is_first, join_processes, on_first_process, processes
 from ..layers import evaluating
+from ..models.start import Start
 from ..recipe import learner_for
 from ..registry import BadInput
 from .spec import NewerVersion, Spec
@@ -216,7 +217,7 @@ def open_run(
     "The Learner of a run."
     result, folder = load_run(folder), Path(folder)
     spec, dls = result.spec, open_data(result, device, data, check, with_data)
-    learn = _learner(spec, dls)
+    learn = _learner(replace(spec, start=Start()), dls)   # its own weights follow
     try: learn.model.load_state_dict(load_safetensors(folder/'weights.safetensors', device=str(dls.device)))
     except RuntimeError as e:
         raise BadInput(f"folder: the weights of {folder} do not fit today's {spec.arch} with the head {spec.head} "
