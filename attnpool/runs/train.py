@@ -56,18 +56,21 @@ class RunLog(Callback):
     ):
         self.path, self.on_epoch, self.rows, self.diverged = path, on_epoch, [], None
 
+    def before_fit(self):
+        if self.diverged is not None: raise CancelFitException()   # in an earlier fit of the same training
+
     def before_epoch(self): self.start = time.perf_counter()
 
     def after_train(self): self.trained = time.perf_counter()
 
     def after_batch(self):
         if self.training and not torch.isfinite(self.loss):
-            self.diverged = self.epoch
+            self.diverged = len(self.rows)
             raise CancelFitException()
 
     def after_epoch(self):
         values = dict(zip(self.recorder.metric_names[1:-1], map(float, self.recorder.values[-1])))
-        self.rows.append(dict(epoch=self.epoch, **values, seconds=round(time.perf_counter() - self.start, 3),
+        self.rows.append(dict(epoch=len(self.rows), **values, seconds=round(time.perf_counter() - self.start, 3),
                               train_seconds=round(self.trained - self.start, 3)))
         if not is_first(): return
         out = io.StringIO()
