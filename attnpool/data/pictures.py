@@ -225,6 +225,7 @@ def picture_dls(
     num_workers: int | None = None, # Processes that load; None for one per core, up to 16, for a GPU and none on a CPU
     cache: Path | str | None = None, # Where decoded pictures are kept; None for `attnpool` in fastai's data folder
     cache_gb: float = 4., # Largest file of decoded pictures, in GB; above it they are decoded each time, as with 0
+    stats: Sequence | None = None, # Means and standard deviations of the channels, 0..1, to normalise by; None: own
     split: int | None = None, # Number of the split, see `Listing.split`; None for that of the data
 ) -> DataLoaders: # With `listing`, the pictures used, and their `family`; see also `valid_dl`, `empty_dls`
     "`DataLoaders` of pictures on a disk, checked first."
@@ -232,14 +233,13 @@ def picture_dls(
     augment_name(augment)
     whole = find_pictures(data, valid_pct, split_seed, cache)
     whole.tell()
-    check = check_pictures(whole, cache)
-    whole, sizes = without_broken(whole, check, skip_broken)
+    whole, sizes = without_broken(whole, check := check_pictures(whole, cache), skip_broken)
     listing, numbers = (whole, np.arange(len(sizes))) if split is None else whole.split(split)
     if not 1 <= bs <= listing.n_train:
         raise BadInput(f"bs: expected 1 to {listing.n_train:,}, the number of training pictures, got {bs}.")
     load = int(min(2 * size, sizes.min(1).max()))   # one file for all sizes at which nothing is shrunk
     pixels = make_pixels(whole, sizes, load, Path(f'{check.path}-{load}'), cache_gb)
-    mean, std = STATS.get(listing.family, (check.mean, np.maximum(check.std, 1e-3).tolist()))
+    mean, std = stats or STATS.get(listing.family, (check.mean, np.maximum(check.std, 1e-3).tolist()))
     about = dict(size=size, vocab=list(listing.classes.values()), mean=mean, std=std,
                  augment=augment_name(augment, listing.family))
     every, some = _listed(whole, 2 * size, pixels), pixels and pixels.some(numbers)
