@@ -152,13 +152,13 @@ def timm_net(
     try:
         if state:   # what is behind the map stays as it begins
             with torch.random.fork_rng([]): overlay = overlay | dict(state_dict=make().state_dict() | state)
-        make = partial(make, pretrained, num_classes=0, pretrained_cfg_overlay=overlay)
+        make = partial(make, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay)
         net = published(make, arch) if pretrained and not state else make()
     except AssertionError as e:
         if options.get('img_size') is None: raise
         raise BadInput(f"img_size: {arch} cannot be built for pictures of {options['img_size']} px. Choose another "
                        f"size or network. It says: {e}") from e
-    net.default_cfg.pop('state_dict', None)   # loaded
+    if state: del net.default_cfg['state_dict']
     net = without_head(net)
     if file: timm.models.load_checkpoint(net, file)   # of the whole network, now that its head is gone
     return net
