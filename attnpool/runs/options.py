@@ -186,18 +186,23 @@ def read_specs(
     "What a command was asked to run."
     from attnpool.data import DataId
     from attnpool.heads import HEADS
+    from attnpool.models.start import find_start
+    from attnpool.models.surgery import body_of
     from attnpool.runs.spec import data_for, make_spec
     from attnpool.tasks import head_options, split_options
     heads = list(HEADS) if heads == 'all' else read_list('heads', heads)
     given, known = read_options(options), {head: head_options(head) for head in heads}
     of_some, rich = set().union(*known.values()), max(heads, key=lambda head: len(known[head]))
     def mine(head): return {k: v for k, v in given.items() if k in known[head] or k not in of_some}
-    if given: split_options(rich, common['arch'], mine(rich))   # an unknown one is told with the nearest of all
+    # an unknown option is told with the nearest of all
+    _, of_arch = split_options(rich, common['arch'], mine(rich)) if given else ({}, {})
+    common['start'] = start = find_start(common.get('start'), common['arch'], **of_arch)   # read once for all
     variants = [common | dict(lr=rate) for rate in rates] or [common]
     def on(data):
         return [make_spec(data, head, seed, recipe=recipe, options=mine(head), **variant)
                 for seed in read_list('seeds', seeds, int) for head in heads for variant in variants]
     on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
+    if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
     return on(data_for(data, recipe))
 
 # %% ../../nbs/56_runs.options.ipynb #988cdf53
