@@ -84,6 +84,7 @@ def make_spec(
     start = find_start(start, arch, **of_arch)
     if not isinstance(data, DataId): data = data_for(data, recipe)
     r = get_recipe(recipe, head, data.family, **overrides)
+    r.check_start(start)
     if r.size is None: r = replace(r, size=start.size or expected(arch).size)
     if eval_sizes is None:
         blogs = r.name == 'blog' and any(s.larger and data.name in (name, s.folder) for name, s in SOURCES.items())
