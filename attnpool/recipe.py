@@ -154,8 +154,8 @@ class Recipe:
         start, # What the weights begin as, true for any that were trained
     ):
         "An error for a recipe that leaves weights as they are that have learned nothing."
-        if self.train == 'finetune' and not start:
-            raise BadInput("start: train finetune begins from trained weights, got none. Give 'pretrained', a file of "
+        if self.train in ('finetune', 'frozen') and not start:
+            raise BadInput(f"start: train {self.train} begins from trained weights, got none. Give 'pretrained', a file of "
                            "weights or a run's folder, or use another recipe, such as quick.")
 
     def __repr__(self): return f"Recipe({', '.join(f'{k}={v!r}' for k, v in decided(self).items())})"
