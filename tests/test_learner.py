@@ -242,10 +242,11 @@ def test_width_of_a_body_that_needs_large_pictures():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("head", ["avg", LearnedAggregationHead, partial(LearnedAggregationHead, ffn_expand=1)])
 def test_recipes_train(dls, recipe, head):
-    arch, epochs = (xeca_resnext_tiny, 2) if recipe == "finetune" else ("xeca_resnext_tiny", 1)   # a function may bring weights along
+    trained = RECIPES[recipe].train != "all"   # a function may bring its weights along
+    arch, epochs = (xeca_resnext_tiny, 2) if trained else ("xeca_resnext_tiny", 1)
     learn = recipe_learner(dls, arch, head, recipe, epochs=epochs, lr=1e-3)
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
-    assert learn.recorder.values[0][-1] >= 0
+    assert torch.tensor(learn.recorder.values[0]).isfinite().all()
     assert learn.recipe.lr == 1e-3
 
 
