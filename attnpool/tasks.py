@@ -96,11 +96,10 @@ def _pictures(spec, bs, device):
 
 def _classifier(spec, dls, head=None):
     _, of_arch = split_options(spec.head, spec.arch, dict(spec.options))
-    build = head or head_of(spec)
-    model, options = network_for(dls, spec.arch, build, spec.recipe.drop_path, spec.start, **of_arch)
-    state = None if head else spec.start.head(spec.head, dict(spec.options), dls.vocab)
-    if state: model[-1].load_state_dict(state)
-    return model, options
+    network = network_for(dls, spec.arch, head or head_of(spec), spec.recipe.drop_path, spec.start, **of_arch)
+    state = spec.start.head(spec.head, dict(spec.options), dls.vocab) if head is None else None
+    if state: network[0][-1].load_state_dict(state)
+    return network
 
 def _loss(recipe): return LOSSES[recipe.loss](recipe)
 
