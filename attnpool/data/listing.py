@@ -21,6 +21,7 @@ import numpy as np
 from .cache import digest_of, printable, write_file
 from .reader import (
     TEST, TRAIN, VALID, folder_roles, in_threads, inner_folders, is_output, picture_files, unwrapped)
+from .splits import numbered_split, share_of_each
 from ..registry import BadInput
 
 # %% ../../nbs/30_data.listing.ipynb #fa80d987
@@ -63,6 +64,7 @@ class Listing:
     n_train: int # Number of training pictures
     family: str = '' # 'imagenette', 'imagewoof', 'petals', or '' for others: whose statistics, augmentation and rates
     notes: tuple[str, ...] = field(default=(), compare=False) # What is not taken as one might think
+    drawn: bool = field(default=False, compare=False) # Whether the split is a random one, as the data have none
 
     @property
     def classes(self) -> dict: # Name of the folder -> name to show
@@ -78,6 +80,14 @@ class Listing:
         "The same without some pictures."
         files, labels = ([o for o, g in zip(values, good) if g] for values in (self.files, self.labels))
         return replace(self, files=files, labels=labels, n_train=sum(good[:self.n_train]))
+
+    def split(self,
+        number: int # From 0
+    ) -> tuple['Listing', np.ndarray]: # The same with that split, and which of its pictures these are
+        "The split that is drawn by a number, see `numbered_split`."
+        numbers, n = numbered_split(self.files, self.labels, self.n_train, self.drawn, number)
+        files, labels = ([values[i] for i in numbers] for values in (self.files, self.labels))
+        return replace(self, files=files, labels=labels, n_train=n), numbers
 
     def tell(self,
         aloud: bool = True # False where another text has them already
@@ -133,13 +143,9 @@ def _random_split(files, labels, valid_pct, seed):
     "The same share of each class validates; a class keeps at least one training picture."
     if not 0 < valid_pct < 1:
         raise BadInput(f"valid_pct: expected a share between 0 and 1, got {valid_pct}. The default is 0.2.")
-    rng, labels = np.random.default_rng(seed), np.array(labels)
-    valid = np.zeros(len(files), bool)
-    for c in np.unique(labels):
-        mine = rng.permutation(np.flatnonzero(labels == c))
-        valid[mine[:min(round(len(mine) * valid_pct), len(mine) - 1)]] = True
+    valid = share_of_each(labels, valid_pct, seed)
     order = np.argsort(valid, kind='stable')
-    return [files[i] for i in order], labels[order].tolist(), int((~valid).sum())
+    return [files[i] for i in order], [labels[i] for i in order], int((~valid).sum())
 
 # %% ../../nbs/30_data.listing.ipynb #477cb920
 def list_folder(
@@ -173,7 +179,7 @@ def list_folder(
     if left_out:
         few = first_few((f.relative_to(root) for f in left_out), 3)
         notes.append(f'left out, as they are no pictures: {len(left_out):,} ({few})')
-    return Listing(name, root, files, labels, n_train, family_of(labels), tuple(notes))
+    return Listing(name, root, files, labels, n_train, family_of(labels), tuple(notes), drawn=not valid)
 
 # %% ../../nbs/30_data.listing.ipynb #b5862a9a
 _ROLES = dict(   # the second column is that of fastai's tables
@@ -257,8 +263,8 @@ def list_csv(
     elif n_test: notes.append('there is no row of the split val, so those of test validate')
     rows.sort(key=lambda r: r['role'] in ('val', 'test'))
     files, labels, n_train = [r['path'] for r in rows], [r['label'] for r in rows], len(rows) - (valid or n_test)
-    if not rows[0]['role']: files, labels, n_train = _random_split(files, labels, valid_pct, split_seed)
-    return Listing(file.stem, file.parent, files, labels, n_train, family or family_of(labels), tuple(notes))
+    if drawn := not rows[0]['role']: files, labels, n_train = _random_split(files, labels, valid_pct, split_seed)
+    return Listing(file.stem, file.parent, files, labels, n_train, family or family_of(labels), tuple(notes), drawn)
 
 # %% ../../nbs/30_data.listing.ipynb #f636cec1
 def digests(

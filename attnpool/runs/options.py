@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_list', 'read_options', 'expand', 'path_of', 'is_inside', 'check_out', 'check_device', 'LateCommands',
-           'late_options', 'read_specs', 'fail', 'guarded', 'make_runs']
+           'late_options', 'read_specs', 'say', 'fail', 'guarded', 'make_runs']
 
 # %% ../../nbs/56_runs.options.ipynb #f9717abd
 import codecs
@@ -201,6 +201,13 @@ def read_specs(
     return on(data_for(data, recipe))
 
 # %% ../../nbs/56_runs.options.ipynb #988cdf53
+def say(
+    text, # One or several lines
+):
+    "Print a line as it is, however wide."
+    from rich.console import Console
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
 def fail(
     message, # Text or exception
 ) -> int: # 2, the status of the command

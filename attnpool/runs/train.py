@@ -39,6 +39,7 @@ from ..data.listing import write_digests
 from ..data.pictures import find_pictures, valid_dl
 from ..distributed import distributed, is_first, join_processes, on_first_process, processes
 from ..layers import evaluating
+from ..models.start import Start
 from ..recipe import learner_for
 from ..registry import BadInput
 from .spec import NewerVersion, Spec
@@ -55,18 +56,21 @@ class RunLog(Callback):
     ):
         self.path, self.on_epoch, self.rows, self.diverged = path, on_epoch, [], None
 
+    def before_fit(self):
+        if self.diverged is not None: raise CancelFitException()   # in an earlier fit of the same training
+
     def before_epoch(self): self.start = time.perf_counter()
 
     def after_train(self): self.trained = time.perf_counter()
 
     def after_batch(self):
         if self.training and not torch.isfinite(self.loss):
-            self.diverged = self.epoch
+            self.diverged = len(self.rows)
             raise CancelFitException()
 
     def after_epoch(self):
         values = dict(zip(self.recorder.metric_names[1:-1], map(float, self.recorder.values[-1])))
-        self.rows.append(dict(epoch=self.epoch, **values, seconds=round(time.perf_counter() - self.start, 3),
+        self.rows.append(dict(epoch=len(self.rows), **values, seconds=round(time.perf_counter() - self.start, 3),
                               train_seconds=round(self.trained - self.start, 3)))
         if not is_first(): return
         out = io.StringIO()
@@ -213,7 +217,7 @@ def open_run(
     "The Learner of a run."
     result, folder = load_run(folder), Path(folder)
     spec, dls = result.spec, open_data(result, device, data, check, with_data)
-    learn = _learner(spec, dls)
+    learn = _learner(replace(spec, start=Start()), dls)   # its own weights follow
     try: learn.model.load_state_dict(load_safetensors(folder/'weights.safetensors', device=str(dls.device)))
     except RuntimeError as e:
         raise BadInput(f"folder: the weights of {folder} do not fit today's {spec.arch} with the head {spec.head} "
