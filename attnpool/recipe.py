@@ -147,7 +147,7 @@ class Recipe:
     loss: str = 'cross_entropy' # Loss: `LOSSES`
     augment: str = 'own' # Augmentation: `AUGMENTS`, or own: that of the data set
     drop_path: float = 0. # Stochastic depth: the chance that a block of the body is left out
-    train: str = 'all' # What learns: `TRAINS`; head: the pool and after; frozen: so on kept maps; finetune: that, then all
+    train: str = 'all' # What learns: `TRAINS`; head: the pool and after; frozen: it on kept maps; finetune: first it
     freeze_epochs: int = 1 # With train finetune: how many of the epochs, the first ones, leave the body as it is
     views: int = 1 # With train frozen: kept views of each picture, one after the other; 1 is the plain one
     name: str = field(default='', compare=False) # Row of `RECIPES` that it began as; no setting, not compared
