@@ -26,7 +26,7 @@ from .callback.cutmixup import CutMixUp, CutMixUpAugment
 from .callback.ends import PutsBack
 from .callback.precision import ChannelsLast, MixedPrecision
 from .data.augment import AUGMENTS
-from .heads import ABLATIONS, HEADS
+from .heads import ABLATIONS, HEADS, PEERS
 from .maps.compute import find_pools, uncompiled
 from .models.body import for_pictures
 from .models.surgery import SwappedPool, build_network
@@ -269,7 +269,7 @@ def fit_recipe(self: Learner):
 def network_for(
     dls, # fastai `DataLoaders`, for the number of outputs
     arch, # Name in `ARCHS`, timm name, or function as for `vision_learner`
-    head, # Short name in `HEADS` or `ABLATIONS`, class or callable `(ni, n_out)`, or module
+    head, # Name in `HEADS`, `PEERS` or `ABLATIONS`, class or callable `(ni, n_out)`, or module
     drop_path: float = 0., # Stochastic depth of the body
     start=None, # What the body's weights begin as, see `find_start`; None for nothing
     **options # Of the network
@@ -293,13 +293,13 @@ def name_of(
     "Short name of a head."
     if isinstance(head, str): return head
     cls = getattr(head, 'func', head)   # of a partial
-    return next((n for n, known in (*ABLATIONS.items(), *HEADS.items())
+    return next((n for n, known in (*ABLATIONS.items(), *PEERS.items(), *HEADS.items())
                  if head is known or cls is known or isinstance(known, type) and isinstance(cls, known)), None)
 
 def recipe_learner(
     dls, # fastai `DataLoaders`
     arch='xeca_resnext50s', # Name in `ARCHS`, timm name, or function as for `vision_learner`
-    head='avg', # Short name in `HEADS` or `ABLATIONS`, class or callable `(ni, n_out)`, or module
+    head='avg', # Name in `HEADS`, `PEERS` or `ABLATIONS`, class or callable `(ni, n_out)`, or module
     recipe: str | Recipe = 'quick', # Name in `RECIPES`, or a recipe, which is used as it is
     metrics=None, # fastai metrics; None for those of the blog, `small_data_metrics`
     cbs=None, # fastai callbacks

@@ -419,7 +419,7 @@ def test_in_timm_networks_and_in_the_place_of_average_pooling():
     (lambda: PEERS["gem"](C, 5)(torch.randn(2, 8, 3, 3)), "x: expected 64 channels, got 8"),
     (lambda: PEERS["clip"](C, 5)(torch.randn(2, C, 3)), "x: expected a map of shape (b, c, h, w), got (2, 64, 3)"),
     (lambda: PEERS["ep"](C, 5)(torch.randn(2, C, 0, 3)), "has no positions to pool"),
-    (lambda: PEERS["clip"](C, 5, size=0), "size: expected the side, or height and width, of a map, got 0"),
+    (lambda: PEERS["clip"](C, 5, map_size=0), "map_size: expected the side, or height and width, of a map, got 0"),
     (lambda: PEERS["abmil"](C, 5, hidden=0), "hidden: expected a whole number of at least 1, got 0"),
 ])
 def test_bad_input(make, words):

@@ -51,7 +51,8 @@ def competitors(
 ) -> dict[str, nn.Module]: # By name, average pooling first
     "The layers that are compared, built for maps of one shape."
     c, *size = shape
-    def pool_of(head): return head(c, 10, **({'size': tuple(size)} if 'size' in signature(head).parameters else {}))[0]
+    own = dict(map_size=tuple(size))   # so that no embedding of positions has to be resampled
+    def pool_of(head): return head(c, 10, **(own if 'map_size' in signature(head).parameters else {}))[0]
     builders = {BASELINE: _Average, 'fold': lambda: _Attention(c)}
     builders |= {name: partial(pool_of, head) for name, head in PEERS.items() if name not in _TWINS}
     builders |= {f'head {name}': lambda head=head: head(c, 10) for name, head in HEADS.items()}

@@ -108,10 +108,10 @@ def _whole(name, value):
         raise BadInput(f"{name}: expected a whole number of at least 1, got {value!r}.")
     return value
 
-def _size(size):
-    both = size if isinstance(size, (tuple, list)) else (size, size)
+def _size(map_size):
+    both = map_size if isinstance(map_size, (tuple, list)) else (map_size, map_size)
     if len(both) != 2 or not all(isinstance(s, int) and s > 0 for s in both):
-        raise BadInput(f"size: expected the side, or height and width, of a map, got {size!r}. 7, or (7, 7).")
+        raise BadInput(f"map_size: expected the side, or height and width, of a map, got {map_size!r}. 7, or (7, 7).")
     return tuple(both)
 
 # %% ../../nbs/14_pooling.peers.ipynb #a1b20011
@@ -179,23 +179,23 @@ def _torch_attention(ni, n_out,
 @_peer('timm-attn')
 def _timm_attention(ni, n_out,
     num_heads: int | None = None, # Heads, a divisor of `ni`; None for such of 64 channels or as few more as divide
-    size: int | tuple = 7, # Side, or height and width, of the maps to which the position embedding belongs
+    map_size: int | tuple = 7, # Side, or height and width, of the maps to which the position embedding belongs
 ):
     "timm's AttentionPool2d, linear: CLIP's pool; the mean asks, positions have a learned embedding."
     heads = _parts('num_heads', num_heads, ni, ni // 64)
-    return AttentionPeer(_timm('AttentionPool2d', ni, feat_size=_size(size), num_heads=heads), ni)
+    return AttentionPeer(_timm('AttentionPool2d', ni, feat_size=_size(map_size), num_heads=heads), ni)
 
 @_peer('timm-rotary')
 def _timm_rotary(ni, n_out,
     num_heads: int | None = None, # Heads of a multiple of 4 channels each; None as for 'timm-attn'
-    size: int | tuple = 7, # Side, or height and width, of the maps whose positions turn by whole steps
+    map_size: int | tuple = 7, # Side, or height and width, of the maps whose positions turn by whole steps
 ):
     "timm's RotAttentionPool2d, linear: as timm-attn, with a rotary embedding."
     heads = _parts('num_heads', num_heads, ni if num_heads else ni // 4, ni // 64)
     if ni % (4 * heads):
         raise BadInput(f"num_heads: rotary positions need heads of 4, 8, ... channels, got {ni} channels for {heads}. "
                        "Choose another number, or 'timm-attn'.")
-    return AttentionPeer(_timm('RotAttentionPool2d', ni, ref_feat_size=_size(size), num_heads=heads), ni)
+    return AttentionPeer(_timm('RotAttentionPool2d', ni, ref_feat_size=_size(map_size), num_heads=heads), ni)
 
 @_peer('timm-latent')
 def _timm_latent(ni, n_out,
@@ -244,10 +244,10 @@ def _efficient_probing(ni, n_out,
 @_peer('clip')
 def _clip(ni, n_out,
     num_heads: int | None = None, # Heads, a divisor of `ni`; None for such of 64 channels or as few more as divide
-    size: int | tuple = 7, # Side, or height and width, of the maps to which the position embedding belongs
+    map_size: int | tuple = 7, # Side, or height and width, of the maps to which the position embedding belongs
 ):
     "CLIP's attention pool, linear (arXiv 2103.00020): as timm-attn, computed for the one query that is used."
-    return AttentionPeer(ClipAttention(ni, _parts('num_heads', num_heads, ni, ni // 64), _size(size)), ni)
+    return AttentionPeer(ClipAttention(ni, _parts('num_heads', num_heads, ni, ni // 64), _size(map_size)), ni)
 
 # %% ../../nbs/14_pooling.peers.ipynb #a1b20024
 @_peer('mldecoder')
