@@ -73,7 +73,7 @@ _PAGE = '''{% for g in groups %}
 {% if groups|length > 1 %}<h2>{{ g.name }}</h2>{% endif %}
 <div class="scroll">{{ g.table|safe }}</div>
 {% endfor %}
-{% for g in groups if g.failed %}<p>Heads that cannot take the network's map: {{ g.failed }}</p>{% endfor %}
+{% for g in groups if g.failed %}<p>Heads that cannot take the body's map: {{ g.failed }}</p>{% endfor %}
 <p>{{ metrics }} after the last epoch: mean ± sample standard deviation over n {{ over }}.
 Difference: paired by {{ by }}, with its 95% {{ 'corrected resampled ' if 'drawn' in where }}t interval;
 better or worse where that excludes zero, otherwise these {{ over }} cannot tell.
