@@ -139,7 +139,9 @@ def _hash(state):
     return found.hexdigest()[:16]
 
 def _read(path):
-    return read_weights(path/'weights.safetensors' if path.is_dir() else path)
+    if not path.is_dir(): return read_weights(path)
+    body, both = path/'body.safetensors', read_weights(path/'weights.safetensors')
+    return read_weights(body) | both if body.exists() else both   # two files, where the body was not trained
 
 @dataclass(frozen=True)
 class Start:
