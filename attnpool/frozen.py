@@ -132,14 +132,10 @@ def kept_maps(
                 print('attnpool: the maps of this body are too large for float16 and kept as float32.', file=sys.stderr)
                 _write_maps(folder, body, dls, view, 'float32', progress or _bar())
             finally: body.to(memory_format=torch.contiguous_format)
-    def opened():
-        try: return np.load(made_once(dest, make)/'maps.npy', mmap_mode='r')
-        except (FileNotFoundError, ValueError, EOFError): return None   # torn
-    maps = opened()
-    if maps is None:
-        shutil.rmtree(dest)
-        maps = opened()
-    return maps
+    made_once(dest, make)
+    try: return np.load(dest/'maps.npy', mmap_mode='r')
+    except (FileNotFoundError, ValueError, EOFError): shutil.rmtree(dest)   # torn
+    return np.load(made_once(dest, make)/'maps.npy', mmap_mode='r')
 
 # %% ../nbs/49_frozen.ipynb #c812017d
 class MapSet:

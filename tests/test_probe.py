@@ -79,6 +79,12 @@ def finished(home):
     return sweep(specs, home / "runs", "cpu")
 
 
+def call(*words):
+    "The status of a command."
+    with pytest.raises(SystemExit) as end: main([*map(str, words)])
+    return end.value.code or 0
+
+
 # Kept maps
 
 class Counted(nn.Module):
@@ -99,7 +105,6 @@ def test_maps_are_computed_once_for_all_splits_and_are_the_bodys(home):
     assert body.seen == 60
     for d, maps in zip(dls, made):
         for dl, kept in ((d.valid, maps.valid), (d.train.new(shuffle=False, drop_last=False), maps.train.new(shuffle=False, drop_last=False))):
-            dl.dataset.split_idx = 1   # no augmentation in either; the order is that of the data set
             for (x, y), (m, label) in zip(dl, kept, strict=True):
                 with evaluating(body): true = body(x.as_subclass(torch.Tensor))
                 assert m.is_contiguous(memory_format=torch.channels_last) and torch.equal(y.as_subclass(torch.Tensor), label)
@@ -111,7 +116,7 @@ def test_maps_are_computed_once_for_all_splits_and_are_the_bodys(home):
 def test_other_weights_sizes_and_pictures_have_maps_of_their_own_and_torn_ones_are_made_again(home, tmp_path):
     shutil.copytree(home / "photos", tmp_path / "photos")
     dls, body, cache = get_dls(tmp_path / "photos", SIZE, 16, "cpu", "none"), Counted(), tmp_path / "cache"
-    first = kept_maps(dls, body, cache=cache)
+    first = np.array(kept_maps(dls, body, cache=cache))
     file, = cache.rglob("maps.npy")
     file.write_bytes(file.read_bytes()[:-1000])
     assert np.array_equal(kept_maps(dls, body, cache=cache), first) and body.seen == 120
@@ -316,7 +321,7 @@ def test_a_probe_opens_whole_moved_alone_and_without_its_start(finished, home, t
 
 def test_maps_of_a_probe_on_the_command_line(finished, home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["maps", str(finished[1].folder), str(home / "photos/red/00.png"), "--device", "cpu"]) == 0
+    assert call("maps", finished[1].folder, home / "photos/red/00.png", "--device", "cpu") == 0
     assert "red" in (tmp_path / "maps.html").read_text()
 
 
@@ -353,7 +358,7 @@ def test_killed_in_the_middle_the_same_command_goes_on_without_the_body(home, tm
     done = {f: f.stat().st_mtime_ns for f in tmp_path.glob("*/result.json")}
     maps = {f: f.stat().st_mtime_ns for f in (home / "home").rglob("maps.npy")}
     assert 2 <= len(done) < 6
-    assert main(command[3:]) == 0
+    assert call(*command[3:]) == 0
     assert len(list(tmp_path.glob("*/result.json"))) == 6 and all(f.stat().st_mtime_ns == t for f, t in done.items())
     assert {f: f.stat().st_mtime_ns for f in (home / "home").rglob("maps.npy")} == maps
     assert "corrected resampled" in (tmp_path / "report.html").read_text()
@@ -439,9 +444,9 @@ def test_what_a_probe_cannot_do_is_told_first(home, values, message):
 
 def test_splits_on_the_command_line(home, tmp_path, capsys):
     base = ["bench", str(home / "photos"), "--arch", ARCH, "--start", str(home / "body.pth"), "--recipe", "probe", "--out", str(tmp_path)]
-    assert main([*base, "--splits", "3", "--seeds", "1,2"]) == 2 and "--splits: each has its own seed" in capsys.readouterr().err
-    assert main([*base, "--splits", "1"]) == 2 and "1" in capsys.readouterr().err
-    assert main(["bench", "digits", "--splits", "3"]) == 2 and "split: digits are made" in capsys.readouterr().err
+    assert call(*base, "--splits", "3", "--seeds", "1,2") == 2 and "--splits: each has its own seed" in capsys.readouterr().err
+    assert call(*base, "--splits", "1") == 2 and "greater than or equal to 2" in capsys.readouterr().err
+    assert call("bench", "digits", "--splits", "3") == 2 and "split: digits are made" in capsys.readouterr().err
     from attnpool.runs.options import read_specs
     common = dict(arch=ARCH, start=str(home / "body.pth"))
     ten = read_specs(str(home / "photos"), "avg", None, "probe", **common)
