@@ -87,9 +87,7 @@ def make_spec(
     start = find_start(start, arch, **of_arch)
     if not isinstance(data, DataId): data = data_for(data, recipe)
     r = check_frozen(get_recipe(recipe, head, data.family, **overrides))
-    if r.train == 'frozen' and not start:
-        raise BadInput("start: a body that is not trained needs weights from a training. Type --start pretrained, a "
-                       "file of weights, or the folder of a run; or use another recipe.")
+    r.check_start(start)
     if split not in SPLITS: raise unknown('split', split, SPLITS)
     if split == 'seed' and data.name and not data.fingerprint:
         raise BadInput(f"split: {data.name} are made, always with the same split, got {split!r}. Leave --splits out "
