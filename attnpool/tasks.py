@@ -21,7 +21,7 @@ from .heads import get_head
 from .maps.compute import maps_of
 from .maps.measures import pointing_game
 from .models.xresnet import ARCHS
-from .recipe import LOSSES, scratch_network, small_data_metrics
+from .recipe import LOSSES, network_for, small_data_metrics
 from .registry import Registry, unknown
 
 # %% ../nbs/50_tasks.ipynb #0c185f62
@@ -81,11 +81,13 @@ def look_at_validation(
 # %% ../nbs/50_tasks.ipynb #6ebfd054
 def _pictures(spec, bs, device):
     r, further = spec.recipe, {'skip_broken': True} if spec.skip_broken else {}
+    if spec.start.stats: further['stats'] = spec.start.stats
     return get_dls(spec.data.path, r.size, bs, device, r.augment, **further)
 
 def _classifier(spec, dls):
     of_head, of_arch = split_options(spec.head, spec.arch, dict(spec.options))
-    return scratch_network(dls, spec.arch, partial(get_head(spec.head), **of_head), spec.recipe.drop_path, **of_arch)
+    head = partial(get_head(spec.head), **of_head)
+    return network_for(dls, spec.arch, head, spec.recipe.drop_path, spec.start, **of_arch)
 
 def _loss(recipe): return LOSSES[recipe.loss](recipe)
 

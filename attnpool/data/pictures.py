@@ -74,8 +74,7 @@ def fetch(
                            f"Get {source.url} some other way, "
                            "and pass the path of the archive, or of its folder, instead of the name.") from None
         for o in inside.iterdir(): o.rename(tmp/o.name)
-        inside.rmdir()
-        (tmp/'data').rmdir()
+        for folder in (inside, tmp/'data'): folder.rmdir()
         (tmp/'config.ini').unlink()
     return made_once(home/source.folder, make)
 
@@ -209,9 +208,8 @@ def _loaders(dsets, about, bs, device, num_workers):
     if num_workers is None: num_workers = 0 if device.type == 'cpu' else min(16, os.cpu_count())
     mean, std = (torch.tensor(about[k], dtype=torch.float32, device=device).view(1, 3, 1, 1) for k in ('mean', 'std'))
     items, batch = AUGMENTS[about['augment']]
-    after = [IntToFloatTensor(), *batch(), Normalize(mean, std)]
-    dls = dsets.dataloaders(bs=bs, val_bs=2 * bs, device=device, num_workers=num_workers,
-                            after_item=items(about['size']), after_batch=after)
+    on = dict(after_item=items(about['size']), after_batch=[IntToFloatTensor(), *batch(), Normalize(mean, std)])
+    dls = dsets.dataloaders(bs=bs, val_bs=2 * bs, device=device, num_workers=num_workers, **on)
     dls.about, dls.size = about, about['size']
     return dls
 
@@ -227,24 +225,27 @@ def picture_dls(
     num_workers: int | None = None, # Processes that load; None for one per core, up to 16, for a GPU and none on a CPU
     cache: Path | str | None = None, # Where decoded pictures are kept; None for `attnpool` in fastai's data folder
     cache_gb: float = 4., # Largest file of decoded pictures, in GB; above it they are decoded each time, as with 0
+    stats: Sequence | None = None, # Means and standard deviations of the channels, 0..1, to normalise by; None: own
+    split: int | None = None, # Number of the split, see `Listing.split`; None for that of the data
 ) -> DataLoaders: # With `listing`, the pictures used, and their `family`; see also `valid_dl`, `empty_dls`
     "`DataLoaders` of pictures on a disk, checked first."
     if not 8 <= size <= 2048: raise BadInput(f"size: expected 8 to 2048 pixels, got {size}. 128 and 224 are usual.")
     augment_name(augment)
-    listing = find_pictures(data, valid_pct, split_seed, cache)
-    listing.tell()
-    check = check_pictures(listing, cache)
-    listing, sizes = without_broken(listing, check, skip_broken)
+    whole = find_pictures(data, valid_pct, split_seed, cache)
+    whole.tell()
+    whole, sizes = without_broken(whole, check := check_pictures(whole, cache), skip_broken)
+    listing, numbers = (whole, np.arange(len(sizes))) if split is None else whole.split(split)
     if not 1 <= bs <= listing.n_train:
         raise BadInput(f"bs: expected 1 to {listing.n_train:,}, the number of training pictures, got {bs}.")
     load = int(min(2 * size, sizes.min(1).max()))   # one file for all sizes at which nothing is shrunk
-    pixels = make_pixels(listing, sizes, load, Path(f'{check.path}-{load}'), cache_gb)
-    mean, std = STATS.get(listing.family, (check.mean, np.maximum(check.std, 1e-3).tolist()))
+    pixels = make_pixels(whole, sizes, load, Path(f'{check.path}-{load}'), cache_gb)
+    mean, std = stats or STATS.get(listing.family, (check.mean, np.maximum(check.std, 1e-3).tolist()))
     about = dict(size=size, vocab=list(listing.classes.values()), mean=mean, std=std,
                  augment=augment_name(augment, listing.family))
-    dls = _loaders(_listed(listing, 2 * size, pixels), about, bs, device, num_workers)
+    every, some = _listed(whole, 2 * size, pixels), pixels and pixels.some(numbers)
+    dls = _loaders(every if split is None else _listed(listing, 2 * size, some), about, bs, device, num_workers)
     dls.listing, dls.family, dls.larger = listing, listing.family, partial(larger_version, data, cache)
-    dls.load = load
+    dls.load, dls.every = load, (whole, every, numbers)   # the pictures of all splits, and which of them these are
     return dls
 
 DATASETS['digits'] = digits_dls
@@ -311,8 +312,7 @@ def validation_pictures(
     if n < 1: raise BadInput(f"n: expected 1 picture or more, got {n}.")
     total = len(dls.valid.dataset) if len(dls.loaders) > 1 else 0
     if not total:
-        raise BadInput("dls: it holds no validation pictures; an exported Learner keeps none. "
-                       "Pass DataLoaders with some, or files.")
+        raise BadInput("dls: it holds no validation pictures; an exported Learner keeps none. Pass others, or files.")
     boxes, dl = getattr(dls, 'boxes', None), dls.valid
     dl.before_iter()   # its transforms are those of validation
     some = np.linspace(0, total - 1, min(n, total)).round().astype(int) if boxes is None else range(min(n, total))

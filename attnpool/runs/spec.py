@@ -9,7 +9,7 @@ __all__ = ['BLOG_SIZES', 'Spec', 'data_for', 'make_spec', 'NewerVersion', 'read_
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, Sequence
@@ -17,7 +17,8 @@ from typing import Any, Sequence
 from ..data import DataId, identify
 from ..data.pictures import SOURCES, blog_version
 from ..heads import get_head
-from ..models.surgery import check_arch
+from ..models.body import check_arch
+from ..models.start import Start, expected, find_start
 from ..recipe import Recipe, decided, get_recipe
 from ..registry import BadInput
 from ..tasks import TASKS, split_options
@@ -28,11 +29,11 @@ class Spec:
     "What one decides about a run."
     task: str # Name in `TASKS`
     data: DataId # Which pictures
-    arch: str # Name in `ARCHS`, or timm name
+    arch: str # Name in `ARCHS`, timm name, or torchvision's with `torchvision.` before it
     head: str # Short name in `HEADS` or `ABLATIONS`
     seed: int # Of initialisation and order; the same body and the same order for every head
     recipe: Recipe # Every setting of the training, with one learning rate
-    start: str = '' # What the weights begin as: '' for nothing
+    start: Start = Start() # What the weights begin as
     options: tuple[tuple[str, Any], ...] = () # Options of head and network, by name: `(('num_heads', 2),)`
     eval_sizes: tuple[int, ...] = () # Further sides at which the trained network is validated, in pixels
     skip_broken: bool = False # Whether broken pictures are left out
@@ -67,22 +68,23 @@ def make_spec(
     data: str | Path | DataId = 'digits', # Name in `DATASETS`, path of a folder, archive or CSV; or from `data_for`
     head: str = 'avg', # Short name in `HEADS` or `ABLATIONS`
     seed: int = 1, # Of initialisation and order
-    arch: str = 'xeca_resnext_tiny', # Name in `ARCHS`, or timm name
+    arch: str = 'xeca_resnext_tiny', # Name in `ARCHS`, timm name, or torchvision's with `torchvision.` before it
     recipe: str | Recipe = 'quick', # Name in `RECIPES`, or a recipe
     eval_sizes: Sequence[int] | None = None, # Further sides for validation, in pixels; None for the blog's, or none
     skip_broken: bool = False, # Leave broken pictures out instead of stopping
     task: str = 'classify', # Name in `TASKS`
     options: dict | None = None, # Options of head and network, by name: numbers, strings, tuples
-    start: str = '', # What the weights begin as; there is only '' yet, from scratch
+    start: str | Path | Start = '', # 'pretrained', a file of weights, or a run's folder; '' for nothing
     **overrides # Fields of `Recipe` to replace; None leaves one as it is
 ) -> Spec:
     "A spec with the recipe's values filled in."
     TASKS.check(task)
     get_head(head), check_arch(arch)
-    if start: raise BadInput(f"start: training begins from scratch, got {start!r}. Leave start out.")
     of_head, of_arch = split_options(head, arch, options or {})
+    start = find_start(start, arch, **of_arch)
     if not isinstance(data, DataId): data = data_for(data, recipe)
     r = get_recipe(recipe, head, data.family, **overrides)
+    if r.size is None: r = replace(r, size=start.size or expected(arch).size)
     if eval_sizes is None:
         blogs = r.name == 'blog' and any(s.larger and data.name in (name, s.folder) for name, s in SOURCES.items())
         eval_sizes = BLOG_SIZES if blogs else ()
@@ -118,11 +120,13 @@ def read_spec(
         path = values['data']
         values['data'] = dict(name=re.sub(r'\.(tar|csv|t[gx]z)(\.\w+)?$', '', Path(path).name), path=path)
         values.setdefault('task', 'classify')
-    for what, cls in (('recipe', Recipe), ('data', DataId), ('spec', Spec)):
+    values['start'] = values.get('start') or {}   # a text, as until 0.1
+    for what, cls in (('recipe', Recipe), ('data', DataId), ('start', Start), ('spec', Spec)):
         strange = set(values.get(what, values)) - {f.name for f in fields(cls)}
         if strange:
             raise NewerVersion(f"{what}: this version knows no {', '.join(sorted(strange))}. "
                                "The run was made by a newer one: pip install -U attnpool.")
     options, sizes = _pairs(dict(values.get('options', {}))), tuple(values.get('eval_sizes', ()))
-    parts = dict(recipe=Recipe(**values['recipe']), data=DataId(**values['data']))
+    start = Start(**{k: tuple(v) if isinstance(v, list) else v for k, v in values['start'].items()})
+    parts = dict(recipe=Recipe(**values['recipe']), data=DataId(**values['data']), start=start)
     return Spec(**values | parts | dict(options=options, eval_sizes=sizes))
