@@ -22,7 +22,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 
 from .augment import STATS
 from .cache import printable
-from .check import check_pictures
+from .check import Doubles, check_pictures, doubles_of
 from .listing import OFFICIAL, digests, fingerprint
 from .pictures import DATASETS, SOURCES, data_name, find_pictures, is_path, picture_dls
 from .reader import MADE_HERE
@@ -74,6 +74,7 @@ class Description:
     counts: dict # Class -> pictures that train, that validate
     broken: dict # File -> what is wrong with it
     picture: Path | None # A batch of augmented training pictures
+    doubles: Doubles | None = None # Pictures that are there more than once; None where they are made
 
     def __str__(self): return self.text
 
@@ -84,8 +85,8 @@ def _histogram(values, width=32):
     labels = [f'{a} to {b - 1}' if b - a > 1 else f'{a}' for a, b in zip(edges, edges[1:])]
     return [f'  {l:>14}  {n:>7,}  {"#" * math.ceil(n / counts.max() * width)}' for l, n in zip(labels, counts)]
 
-def _about_files(listing, check):
-    "Lines about sizes, statistics and broken pictures."
+def _about_files(listing, check, doubles):
+    "Lines about sizes, statistics, broken pictures and doubles."
     lines, sizes = [], check.sizes[check.sizes.min(1) > 0]
     if len(sizes):
         lines += ['', 'Sizes in pixels   min  median    max']
@@ -96,7 +97,7 @@ def _about_files(listing, check):
     mean, std = (' '.join(f'{v:.3f}' for v in values) for values in (mean, std))
     return [*lines, '', f'Normalised by mean {mean}, sd {std}', '',
             f'Broken pictures: {len(check.broken) or "none"}', *(f'  {f}: {why}' for f, why in check.broken.items()),
-            f'Folder: {listing.root}']
+            str(doubles), f'Folder: {listing.root}']
 
 # %% ../../nbs/39_data.ipynb #d0782464
 def describe(
@@ -109,7 +110,7 @@ def describe(
     cache: Path | str | None = None, # Where unpacked pictures are kept; None for `attnpool` in fastai's data folder
 ) -> Description:
     "Counts per class and split, sizes, broken files, and a picture of a batch."
-    name, note, lines, broken = data_name(data), [], [], {}
+    name, note, lines, broken, doubles = data_name(data), [], [], {}, None
     if picture is not None:
         picture, known = Path(picture), FigureCanvasBase.get_supported_filetypes()
         if not picture.parent.is_dir(): raise FileNotFoundError(f"picture: there is no folder {picture.parent}.")
@@ -123,7 +124,7 @@ def describe(
         classes = {c: c for c in dls.vocab}
     else:
         listing = find_pictures(data, valid_pct, split_seed, cache)
-        check = check_pictures(listing, cache)
+        check, doubles = check_pictures(listing, cache), doubles_of(listing, cache)
         broken, classes, n = check.broken, listing.classes, listing.n_train
         train, valid = Counter(listing.labels[:n]), Counter(listing.labels[n:])
         if listing.family in OFFICIAL:
@@ -132,7 +133,7 @@ def describe(
             note = [f"{listing.family}: {'not ' if other else ''}the official split{other}"]
         note += listing.notes
         listing.tell(aloud=False)
-        lines = _about_files(listing, check)
+        lines = _about_files(listing, check, doubles)
         make = partial(picture_dls, data, size, max(1, min(16, n - len(broken))), 'cpu', True,
                        valid_pct=valid_pct, split_seed=split_seed, cache=cache)
     counts = {classes[c]: (train[c], valid[c]) for c in classes}
@@ -146,7 +147,7 @@ def describe(
         plt.savefig(picture, dpi=80, metadata=MADE_HERE if picture.suffix.lower() in ('', '.png') else None)
         plt.close()
         lines += [f'Batch: {picture}']
-    return Description(name, printable('\n'.join(head + lines)), counts, broken, picture)
+    return Description(name, printable('\n'.join(head + lines)), counts, broken, picture, doubles)
 
 # %% ../../nbs/39_data.ipynb #74116344
 def loading_rate(
