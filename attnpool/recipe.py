@@ -105,6 +105,7 @@ class BodyStands(PutsBack):
 
 TRAINS = Registry('train')   # which weights learn
 TRAINS['all'], TRAINS['head'], TRAINS['finetune'] = list, lambda: [BodyStands()], list
+TRAINS['frozen'] = TRAINS['head']   # the same weights learn; attnpool.frozen runs the body only once
 
 # %% ../nbs/44_recipe.ipynb #e39fa071
 def decided(
@@ -146,8 +147,9 @@ class Recipe:
     loss: str = 'cross_entropy' # Loss: `LOSSES`
     augment: str = 'own' # Augmentation: `AUGMENTS`, or own: that of the data set
     drop_path: float = 0. # Stochastic depth: the chance that a block of the body is left out
-    train: str = 'all' # Which weights learn: `TRAINS`; head is the pool and what follows, finetune that first, then all
+    train: str = 'all' # What learns: `TRAINS`; head: the pool and after; frozen: it on kept maps; finetune: first it
     freeze_epochs: int = 1 # With train finetune: how many of the epochs, the first ones, leave the body as it is
+    views: int = 1 # With train frozen: kept views of each picture, one after the other; 1 is the plain one
     name: str = field(default='', compare=False) # Row of `RECIPES` that it began as; no setting, not compared
 
     def __post_init__(self):
@@ -174,14 +176,15 @@ class Recipe:
             raise BadInput(f"freeze_epochs: train {self.train} freezes nothing for some epochs, got "
                            f"{self.freeze_epochs}. Use train finetune, or leave freeze_epochs out.")
 
+
     def __repr__(self): return f"Recipe({', '.join(f'{k}={v!r}' for k, v in decided(self).items())})"
 
     def for_head(self,
         head: str | None, # Short name of a head; an ablation has the rate of its head. None for a head without a name
         data: str = '', # Family of the data, as in `attnpool.data.listing.Listing`
-    ) -> 'Recipe': # With one learning rate
+    ) -> 'Recipe': # With one learning rate; with none, where it is to be found by a rule
         "The recipe with the learning rate of that head, on that data if it has its own."
-        if isinstance(self.lr, float): return self
+        if isinstance(self.lr, float) or self.lr is None and self.train == 'frozen': return self
         rates, base = rates_of(self.name) if self.lr is None else self.lr, str(head).split('-')[0]
         for key in (f'{data}/{head}', head, f'{data}/{base}', base, '*'):
             if key in rates: return replace(self, lr=rates[key])
@@ -207,6 +210,7 @@ _row('mixed', epochs=8, size=40, bs=32, label_smoothing=.1, mix='cutmixup', prec
 _row('blog', epochs=80, size=224, bs=64, label_smoothing=.1, mix='cutmixup-batch')
 _row('paper-small', epochs=100, size=224, bs=256, lr=3e-3, opt='lamb', schedule='cosine', wd=.01, label_smoothing=.1,
      mix='paper')
+_row('probe', epochs=8, size=None, bs=64, opt='adamw', schedule='one_cycle', augment='none', train='frozen')
 _row('finetune', epochs=6, size=None, bs=32, opt='adam', schedule='one_cycle', train='finetune')
 _PAPER = dict(size=224, bs=768, schedule='paper', label_smoothing=.1, mix='paper', augment='randaugment')
 _row('paper-transfer', **_PAPER, epochs=1000, lr=1e-2, opt='sgd', wd=1e-4, warmup=5/1000)
@@ -227,6 +231,7 @@ def get_recipe(
     for name in overrides:
         if name not in known: raise unknown('recipe', name, known)
     changes = {k: v for k, v in overrides.items() if v is not None}
+    if r.train == 'frozen' and r.views == 1 < changes.get('views', 1): changes = dict(augment='light') | changes
     return (replace(r, **changes) if changes else r).for_head(head, data)
 
 # %% ../nbs/44_recipe.ipynb #57a20888
@@ -245,6 +250,7 @@ def learner_for(
     **kwargs # Options of fastai's `Learner`: `path`, `splitter`, ...
 ) -> Learner: # With `fit_recipe()` to train it
     "A Learner of any network that trains as a recipe says; in channels-last layout where that is quicker."
+    if recipe.lr is None: raise BadInput("lr: give a learning rate; attnpool bench finds those of train frozen itself.")
     r, layout = recipe, [ChannelsLast()] if torch.device(dls.device).type in ('cpu', 'cuda') else []
     cbs = [*L(cbs), *layout, *TRAINS[r.train](), *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()]
     learn = Learner(dls, model, loss, OPTIMIZERS[r.opt], r.lr, wd=r.wd, metrics=metrics, cbs=cbs, **kwargs)

@@ -159,19 +159,21 @@ class Doubles:
 
     def __str__(self):
         if not self.near: return 'Doubles: none'
-        files, labels, across, n = self.listing.files, self.listing.labels, self.across(), self.listing.n_train
+        files, labels, across, odd = self.listing.files, self.listing.labels, self.across(), self.conflicts
         same = {i: group for group in self.same for i in group}
-        def told(pairs, name=files.__getitem__):
-            texts = (f"{name(a)} {'=' if b in same.get(a, ()) else '~'} {name(b)}" for a, b in pairs)
-            return f'    {first_few(texts, 3)}'
-        def named(i): return f'{files[i]} ({self.listing.classes[labels[i]]})'
-        lines = [f'Doubles: {sum(map(len, self.near)):,} pictures, in {len(self.near):,} groups that show the same '
-                 f'pixels (=, {len(self.same):,} groups) or nearly (~)']
-        if across: lines += [f'  {len(across):,} of {len(files) - n:,} validation pictures have a double that trains, '
-                             f'{sum(b in same.get(a, ()) for a, b in across):,} of the same pixels:', told(across)]
-        else: lines += ['  none in both parts, but another split may part them:', told(g[:2] for g in self.near)]
-        if odd := self.conflicts:
-            lines += [f'  groups with pictures of different classes: {len(odd):,}', told(odd, named)]
+        def alike(pair): return pair[1] in same.get(pair[0], ())
+        def told(pairs, name=files.__getitem__, n=2):
+            more = f' and {len(pairs) - n:,} more' if len(pairs) > n else ''
+            lines = [f"    {name(a)} {'=' if alike((a, b)) else '~'} {name(b)}" for a, b in pairs[:n]]
+            return [*lines[:-1], lines[-1] + more]
+        lines = [f'Doubles: {sum(map(len, self.near)):,} pictures in {len(self.near):,} groups, '
+                 'of the same pixels (=) or nearly (~)']
+        if across: lines += [f'  {len(across):,} of {len(files) - self.listing.n_train:,} validation pictures train as well, '
+                             f'{sum(map(alike, across)):,} by the same pixels:', *told(across)]
+        else: lines += ['  none in both parts, but another split may part them:', *told([g[:2] for g in self.near])]
+        if odd:
+            lines += [f"  {len(odd):,} group{'s' * (len(odd) > 1)} of more than one class:",
+                      *told(odd, lambda i: f'{files[i]} ({self.listing.classes[labels[i]]})', 1)]
         return printable('\n'.join(lines))
 
 # %% ../../nbs/33_data.check.ipynb #43537314
