@@ -87,7 +87,9 @@ def _pictures(spec, bs, device):
 def _classifier(spec, dls):
     of_head, of_arch = split_options(spec.head, spec.arch, dict(spec.options))
     head = partial(get_head(spec.head), **of_head)
-    return network_for(dls, spec.arch, head, spec.recipe.drop_path, spec.start, **of_arch)
+    model, options = network_for(dls, spec.arch, head, spec.recipe.drop_path, spec.start, **of_arch)
+    if state := spec.start.head(spec.head, dict(spec.options), dls.vocab): model[-1].load_state_dict(state)
+    return model, options
 
 def _loss(recipe): return LOSSES[recipe.loss](recipe)
 
