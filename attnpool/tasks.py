@@ -40,14 +40,14 @@ TASKS = Registry('task')
 
 # %% ../nbs/50_tasks.ipynb #3b8cad21
 def head_options(
-    head: str, # Short name in `HEADS` or `ABLATIONS`
+    head: str, # Name in `HEADS`, `PEERS` or `ABLATIONS`
 ) -> dict: # Default by name
     "What can be chosen of a head."
     return {n: p.default for n, p in signature(get_head(head)).parameters.items() if n not in ('ni', 'n_out')}
 
 # %% ../nbs/50_tasks.ipynb #4c8dbd23
 def split_options(
-    head: str, # Short name in `HEADS` or `ABLATIONS`
+    head: str, # Name in `HEADS`, `PEERS` or `ABLATIONS`
     arch: str, # Name in `ARCHS`, or timm name
     options: dict, # By name
 ) -> tuple[dict, dict]: # Those of the head, those of the network; without what stands at its default

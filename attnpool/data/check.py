@@ -159,21 +159,21 @@ class Doubles:
 
     def __str__(self):
         if not self.near: return 'Doubles: none'
-        files, labels, across, odd = self.listing.files, self.listing.labels, self.across(), self.conflicts
+        l, across, odd = self.listing, self.across(), self.conflicts
         same = {i: group for group in self.same for i in group}
         def alike(pair): return pair[1] in same.get(pair[0], ())
-        def told(pairs, name=files.__getitem__, n=2):
+        def told(pairs, name=l.files.__getitem__, n=2):
             more = f' and {len(pairs) - n:,} more' if len(pairs) > n else ''
             lines = [f"    {name(a)} {'=' if alike((a, b)) else '~'} {name(b)}" for a, b in pairs[:n]]
             return [*lines[:-1], lines[-1] + more]
         lines = [f'Doubles: {sum(map(len, self.near)):,} pictures in {len(self.near):,} groups, '
                  'of the same pixels (=) or nearly (~)']
-        if across: lines += [f'  {len(across):,} of {len(files) - self.listing.n_train:,} validation pictures train as well, '
+        if across: lines += [f'  {len(across):,} of {len(l.files) - l.n_train:,} validation pictures train as well, '
                              f'{sum(map(alike, across)):,} by the same pixels:', *told(across)]
         else: lines += ['  none in both parts, but another split may part them:', *told([g[:2] for g in self.near])]
         if odd:
             lines += [f"  {len(odd):,} group{'s' * (len(odd) > 1)} of more than one class:",
-                      *told(odd, lambda i: f'{files[i]} ({self.listing.classes[labels[i]]})', 1)]
+                      *told(odd, lambda i: f'{l.files[i]} ({l.classes[l.labels[i]]})', 1)]
         return printable('\n'.join(lines))
 
 # %% ../../nbs/33_data.check.ipynb #43537314
