@@ -93,7 +93,7 @@ def fit_body(
         fitted, wrong = fit_by_name(found, {names[k]: v for k, v in own.items()}, [names[k] for k in kept])
         if not wrong: return {k: fitted[names[k]] for k in kept if names[k] in fitted}, False, []
         faults.append(wrong)
-    fitted = fit_by_order(state, own, kept)
+    fitted = {k: v for k, v in fit_by_order(state, own, kept).items() if k in {*kept}}   # nothing behind the map
     return fitted, bool(fitted), [] if fitted else min(faults, key=len)
 
 # %% ../../nbs/25_models.start.ipynb #995b8b90
@@ -119,8 +119,9 @@ def nearest_timm(
     for name in timm.list_models(): families.setdefault(timm.model_entrypoint(name).__module__, []).append(name)
     likely = {module: shared(kinds(theirs), kinds(weights(min(families[module], key=len))))
               for module in sorted(families, key=words_in)[-8:]}
-    near_ones = [module for module, share in likely.items() if share >= max(likely.values()) - .1]
-    for name in sorted((name for module in near_ones for name in families[module]), key=len):   # the plain networks first
+    least = max(.3, max(likely.values()) - .1)
+    names = [name for module, share in likely.items() if share >= least for name in families[module]]
+    for name in sorted(names, key=len):   # the plain networks first
         if (share := shared(theirs, weights(name))) > most: near, most = name, share
         if most == 1: break
     return near
