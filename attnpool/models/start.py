@@ -99,7 +99,7 @@ def fit_body(
 # %% ../../nbs/25_models.start.ipynb #995b8b90
 def nearest_timm(
     state: dict[str, Tensor], # Weights of some network
-    seconds: float = 8., # How long to look at most
+    seconds: float = 10., # How long to look at most, in seconds of the processor
 ) -> str: # timm name; '' where none has half of the weights
     "The network of timm that has the most weights in common, by name and shape."
     def pairs(state): return {(k, () if {'fc', 'head', 'classifier'} & {*k.split('.')} else (*v.shape,))
@@ -112,9 +112,9 @@ def nearest_timm(
         return len({*re.findall(r'\w+', code)} & words)
     @cache
     def weights(name):
-        if time.monotonic() > end: return set()
+        if time.process_time() > end: return set()
         with torch.device('meta'): return pairs(timm.create_model(name).state_dict())
-    end, theirs, families, near, most = time.monotonic() + seconds, pairs(state), {}, '', .5
+    end, theirs, families, near, most = time.process_time() + seconds, pairs(state), {}, '', .5
     words = {word for k in state for word in k.split('.') if not word.isdigit()}
     for name in timm.list_models(): families.setdefault(timm.model_entrypoint(name).__module__, []).append(name)
     likely = {module: shared(kinds(theirs), kinds(weights(min(families[module], key=len))))
@@ -143,7 +143,7 @@ def _read(path): return read_weights(path/'weights.safetensors' if path.is_dir()
 
 def _misfit(path, arch, state, wrong):
     "The error for weights of another network."
-    near = nearest_timm(state)
+    near = nearest_timm(state) if len(wrong) > len(state) / 10 else ''   # else a variant of it
     what = f'The nearest of timm is {near}: --arch {near}.' if near and near != arch else \
         'Give a file of this network, or the network of the file.'
     more = f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''
