@@ -102,7 +102,7 @@ def without_broken(
 
 # %% ../../nbs/33_data.check.ipynb #9b04e1ff
 _BITS = 10   # of 64 that may differ
-_ALIKE, _SURE = .92, .99   # correlation of the small pictures: at least; and above which it is enough
+_ALIKE, _SURE, _REST = .92, .995, .3   # correlation of the small pictures, what is enough, and its rest relative to others
 _MOST = 120_000   # pictures among which near ones are sought, as all pairs are compared
 
 def _near_pairs(hashes, small):
@@ -126,7 +126,7 @@ def _near_pairs(hashes, small):
         fifth[i:i+step] = -np.partition(-(small[rows[i:i+step]] @ small.T), 6, 1)[:, 6]   # after itself and its twin
     others = fifth[places.reshape(-1, 2)].max(1) if n > 6 else np.zeros((alike < _SURE).sum())
     good = alike >= _SURE
-    good[~good] = 1 - alike[~good] < (1 - others) / 3
+    good[~good] = 1 - alike[~good] < _REST * (1 - others)
     return some[pairs[good]]
 
 # %% ../../nbs/33_data.check.ipynb #72076e4c
