@@ -102,7 +102,7 @@ def without_broken(
 
 # %% ../../nbs/33_data.check.ipynb #9b04e1ff
 _BITS = 10   # of 64 that may differ
-_ALIKE, _SURE, _REST = .92, .995, .3   # correlation of the small pictures, what is enough, and its rest relative to others
+_ALIKE, _SURE, _REST = .92, .995, .3   # correlation of the small ones; enough by itself; else its rest over that to others
 _MOST = 120_000   # pictures among which near ones are sought, as all pairs are compared
 
 def _alike_pairs(signs, small, step):
@@ -110,7 +110,7 @@ def _alike_pairs(signs, small, step):
     for i in range(0, len(small), step):
         mine, others = small[i:i+step], small[i:]
         a, b = np.nonzero(np.triu(signs[i:i+step] @ signs[i:].T >= 64 - 2 * _BITS, 1))
-        if len(a) > len(mine) * len(others) / 50: alike = (mine @ others.T)[a, b]   # frames of a camera that stands still
+        if len(a) > len(mine) * len(others) / 50: alike = (mine @ others.T)[a, b]   # as of a film
         else: alike = np.array([mine[j] @ others[k] for j, k in zip(a, b)], np.float32)
         best = np.lexsort((-alike, a))
         best = best[(alike[best] >= _ALIKE) & (np.arange(len(a)) - np.searchsorted(a, a) < 20)]
