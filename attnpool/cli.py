@@ -42,7 +42,8 @@ def _collected(runs):
 
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
          'or a folder, tar or CSV file of pictures.')
-_HEADS = "Heads, separated by commas: `HEADS`; or 'all'. Also ablations, such as slim-rms (heads.ABLATIONS)."
+_HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
+          'Also ablations, such as slim-rms (heads.ABLATIONS).')
 _ARCH = 'Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18.'
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "
           '(.safetensors, .pth, .pt), or the folder of a run.  [default: from scratch]')

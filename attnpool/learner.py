@@ -49,6 +49,7 @@ class RatedLearner(Learner):
         if base_lr is None: base_lr = getattr(self.lr, 'stop', self.lr)   # the last group's, of a slice
         return super().fine_tune(epochs, base_lr, *args, **kwargs)
 
+# %% ../nbs/45_learner.ipynb #c4e1b002
 def _named(head):
     "The head with a short name."
     try: return get_head(head)

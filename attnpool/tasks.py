@@ -40,14 +40,14 @@ TASKS = Registry('task')
 
 # %% ../nbs/50_tasks.ipynb #3b8cad21
 def head_options(
-    head: str, # Short name in `HEADS` or `ABLATIONS`
+    head: str, # Name in `HEADS`, `PEERS` or `ABLATIONS`
 ) -> dict: # Default by name
     "What can be chosen of a head."
     return {n: p.default for n, p in signature(get_head(head)).parameters.items() if n not in ('ni', 'n_out')}
 
 # %% ../nbs/50_tasks.ipynb #4c8dbd23
 def split_options(
-    head: str, # Short name in `HEADS` or `ABLATIONS`
+    head: str, # Name in `HEADS`, `PEERS` or `ABLATIONS`
     arch: str, # Name in `ARCHS`, or timm name
     options: dict, # By name
 ) -> tuple[dict, dict]: # Those of the head, those of the network; without what stands at its default
@@ -96,7 +96,10 @@ def _pictures(spec, bs, device):
 
 def _classifier(spec, dls, head=None):
     _, of_arch = split_options(spec.head, spec.arch, dict(spec.options))
-    return network_for(dls, spec.arch, head or head_of(spec), spec.recipe.drop_path, spec.start, **of_arch)
+    network = network_for(dls, spec.arch, head or head_of(spec), spec.recipe.drop_path, spec.start, **of_arch)
+    state = spec.start.head(spec.head, dict(spec.options), dls.vocab) if head is None else None
+    if state: network[0][-1].load_state_dict(state)
+    return network
 
 def _loss(recipe): return LOSSES[recipe.loss](recipe)
 

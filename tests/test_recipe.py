@@ -14,6 +14,7 @@ import attnpool.recipe
 from attnpool.cli import main
 from attnpool.data.digits import digits_dls
 from attnpool.heads import AvgAttnConcatPoolHead, HEADS
+from attnpool.models.xresnet import ARCHS
 from attnpool.recipe import (
     decided, get_recipe, learner_for, MIXES, NAMES, rates_of, Recipe, recipe_learner, RECIPES, network_for, SCHEDULES)
 from attnpool.registry import BadInput
@@ -36,12 +37,17 @@ def asked(monkeypatch):
     return specs
 
 
-def test_every_field_is_an_option_and_reaches_the_spec(asked, capsys):
-    values = {f.name: other(f) for f in SETTINGS} | dict(train="finetune", schedule="one_cycle")   # with which all others can be meant
-    flags = [word for k, v in values.items() for word in (f"--{k.replace('_', '-')}", str(v))]
-    with pytest.raises(SystemExit) as e: main(["bench", "digits", "--heads", "avg,slim", "--seeds", "1", "--device", "cpu", *flags])
-    assert e.value.code == 0 and len(asked) == 2
-    assert all(s.recipe == Recipe(**values) for s in asked) and decided(asked[0].recipe).keys() >= values.keys() - {"loss"}
+def test_every_field_is_an_option_and_reaches_the_spec(asked, capsys, tmp_path):
+    torch.save(ARCHS["xeca_resnext_tiny"](10).state_dict(), file := tmp_path / "body.pth")
+    of_one = dict(freeze_epochs=dict(train="finetune", schedule="one_cycle", freeze_epochs=2), views=dict(train="frozen", augment="light", views=2))
+    values = {f.name: other(f) for f in SETTINGS if f.name not in of_one} | dict(train="head", schedule="cosine")   # with which all others can be meant
+    for values in (values, *of_one.values()):
+        flags = [word for k, v in values.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+        with pytest.raises(SystemExit) as e:
+            main(["bench", "digits", "--heads", "avg,slim", "--seeds", "1", "--device", "cpu", "--start", str(file), *flags])
+        specs = [asked.pop() for _ in list(asked)][::-1]
+        assert e.value.code == 0 and len(specs) == 2, capsys.readouterr().err
+        for s in specs: assert s.recipe == get_recipe("quick", s.head, **values) and decided(s.recipe).keys() >= values.keys() - {"loss"}
     with pytest.raises(SystemExit): main(["bench", "--help"])
     text = capsys.readouterr().out
     assert all(f"--{f.name.replace('_', '-')} " in text for f in SETTINGS)
@@ -118,9 +124,9 @@ def test_rates_belong_to_head_data_and_recipe(dls):
     assert get_recipe("quick", "concat", "imagenette").lr == rates_of("quick")["imagenette/concat"] != get_recipe("quick", "concat").lr
     assert Recipe(1, 40, 32, lr={"avg": 1e-2}).for_head("avg").lr == 1e-2
     assert recipe_learner(dls, "xeca_resnext_tiny", partial(AvgAttnConcatPoolHead, ffn_expand=1)).recipe.lr == rates_of("quick")["concat"]
-    for name in RECIPES:
+    for name, recipe in RECIPES.items():
         if rates_of(name): assert set(HEADS) | {"*"} <= {k for k in rates_of(name) if "/" not in k}, name
-        else: assert isinstance(RECIPES[name].lr, float), name
+        else: assert isinstance(recipe.lr, float) or recipe.train == "frozen", name   # which finds its own
 
 
 def flat_learner(**kwargs):

@@ -44,6 +44,7 @@ def _crops(size, flip=True):
 
 def _warps(**turns): return aug_transforms(max_zoom=1, **turns, xtra_tfms=[Hue(), Saturation()])
 
+# %% ../../nbs/35_data.augment.ipynb #c4e1b003
 class RandAugment(Transform):
     "timm's bicubic crop of 8% to 100% of the area, flip and RandAugment, in training."
     split_idx = 0

@@ -70,8 +70,8 @@ def body_of(
 ) -> Network: # Without pool and classifier
     "Any network up to its last map."
     from fastai.vision.learner import model_meta   # here, to keep the import light
-    arch, start = network_of(arch), find_start(weights, arch, **options) if is_start(weights, arch) else Start()
-    given, pretrained = start.weights(arch, cut, **options), pretrained or bool(start)
+    arch, start = network_of(arch), find_start(weights, arch, False) if is_start(weights, arch) else Start()
+    given, pretrained = start.body(arch, cut, **options), pretrained or bool(start)
     if isinstance(arch, str):
         if cut is not None:
             raise BadInput(f"cut: a timm network is used whole up to its map, got cut={cut!r} with arch={arch!r}. "
@@ -100,7 +100,7 @@ def _head_of(head):
 def build_network(
     arch: str | Callable, # As for `body_of`
     n_out: int, # Outputs, one per class
-    head: str | Callable, # Short name in `HEADS` or `ABLATIONS`, class or callable `(ni, n_out)`, or ready module
+    head: str | Callable, # Name in `HEADS`, `PEERS` or `ABLATIONS`, class or callable `(ni, n_out)`, or ready module
     pretrained: bool = False, # Pretrained weights of the body
     n_in: int = 3, # Channels of the pictures
     cut: int | Callable | None = None, # As for `body_of`
@@ -111,9 +111,9 @@ def build_network(
     from attnpool.models.xresnet import ARCHS
     head = _head_of(head)
     if isinstance(arch, str) and arch in ARCHS and cut is None:
-        start = find_start(weights, arch, **options)
+        start = find_start(weights, arch, False)
         model = ARCHS[arch](n_out, custom_head=head, c_in=n_in, pretrained=pretrained and not start, **options)
-        if start: model.load_state_dict(model.state_dict() | start.weights(arch, **options))
+        if start: model.load_state_dict(model.state_dict() | start.body(arch, **options))
         return Network(model, split_head, start.stats, ARCHS[arch], n_in)
     body = body_of(arch, pretrained, n_in, cut, weights, **options)
     ni = None if isinstance(head, nn.Module) else body.ni
@@ -122,7 +122,7 @@ def build_network(
 # %% ../../nbs/26_models.surgery.ipynb #64931d0c
 def with_head(
     arch: str, # timm name
-    head: str | Callable = 'learned', # Short name in `HEADS` or `ABLATIONS`, or class or callable `(ni, n_out)`
+    head: str | Callable = 'learned', # Name in `HEADS`, `PEERS` or `ABLATIONS`, or class or callable `(ni, n_out)`
     num_classes: int = 1000, # Outputs, one per class
     pretrained: bool = False, # Pretrained weights of the body
     weights=None, # A file of weights, or a run's folder, for the body: see `find_start`
@@ -131,8 +131,8 @@ def with_head(
     "A timm network whose pool and classifier are replaced by one of our heads."
     if num_classes < 1:
         raise BadInput(f"num_classes: expected at least 1 class, got {num_classes}. For the map alone use TimmMap.")
-    head, n_in, start = _head_of(head), kwargs.pop('in_chans', 3), find_start(weights, arch, **kwargs)
-    make = partial(timm_net, arch, pretrained or bool(start), n_in, start.weights(arch, **kwargs))
+    head, n_in, start = _head_of(head), kwargs.pop('in_chans', 3), find_start(weights, arch, False)
+    make = partial(timm_net, arch, pretrained or bool(start), n_in, start.body(arch, **kwargs))
     try: body = TimmMap(make(**{'global_pool': ''} | kwargs))
     except AssertionError: body = TimmMap(make(**kwargs))   # not built without a pool
     return nn.Sequential(body, build_head(head, map_width(body, n_in), num_classes))

@@ -176,7 +176,7 @@ def _fields(told, but):
 # %% ../../nbs/56_runs.options.ipynb #d83a19fc
 def read_specs(
     data: str, # Name or path, as for `make_spec`
-    heads: str, # Short names separated by commas, or 'all'
+    heads: str, # Names separated by commas; 'all' and 'peers' stand for those of `HEADS` and of `PEERS`
     seeds: str, # Whole numbers separated by commas
     recipe: str, # Name in `RECIPES`
     options: str = '', # As for `read_options`
@@ -185,10 +185,11 @@ def read_specs(
 ) -> list: # Of `Spec`: for each seed all heads
     "What a command was asked to run."
     from attnpool.data import DataId
-    from attnpool.heads import HEADS
+    from attnpool.heads import HEADS, PEERS
     from attnpool.runs.spec import data_for, make_spec
     from attnpool.tasks import head_options, split_options
-    heads = list(HEADS) if heads == 'all' else read_list('heads', heads)
+    groups = dict(all=HEADS, peers=PEERS)
+    heads = list(dict.fromkeys(head for word in read_list('heads', heads) for head in groups.get(word, [word])))
     given, known = read_options(options), {head: head_options(head) for head in heads}
     of_some, rich = set().union(*known.values()), max(heads, key=lambda head: len(known[head]))
     def mine(head): return {k: v for k, v in given.items() if k in known[head] or k not in of_some}

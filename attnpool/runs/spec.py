@@ -31,7 +31,7 @@ class Spec:
     task: str # Name in `TASKS`
     data: DataId # Which pictures
     arch: str # Name in `ARCHS`, timm name, or torchvision's with `torchvision.` before it
-    head: str # Short name in `HEADS` or `ABLATIONS`
+    head: str # Name in `HEADS`, `PEERS` or `ABLATIONS`
     seed: int # Of initialisation and order; the same body and the same order for every head
     recipe: Recipe # Every setting of the training, with one learning rate
     start: Start = Start() # What the weights begin as
@@ -68,7 +68,7 @@ BLOG_SIZES, SPLITS = (256, 384), ('own', 'seed')   # pixels; what `Spec.split` m
 
 def make_spec(
     data: str | Path | DataId = 'digits', # Name in `DATASETS`, path of a folder, archive or CSV; or from `data_for`
-    head: str = 'avg', # Short name in `HEADS` or `ABLATIONS`
+    head: str = 'avg', # Name in `HEADS`, `PEERS` or `ABLATIONS`
     seed: int = 1, # Of initialisation and order
     arch: str = 'xeca_resnext_tiny', # Name in `ARCHS`, timm name, or torchvision's with `torchvision.` before it
     recipe: str | Recipe = 'quick', # Name in `RECIPES`, or a recipe
@@ -87,9 +87,7 @@ def make_spec(
     start = find_start(start, arch, **of_arch)
     if not isinstance(data, DataId): data = data_for(data, recipe)
     r = check_frozen(get_recipe(recipe, head, data.family, **overrides))
-    if r.train == 'frozen' and not start:
-        raise BadInput("start: a body that is not trained needs weights from a training. Type --start pretrained, a "
-                       "file of weights, or the folder of a run; or use another recipe.")
+    r.check_start(start)
     if split not in SPLITS: raise unknown('split', split, SPLITS)
     if split == 'seed' and data.name and not data.fingerprint:
         raise BadInput(f"split: {data.name} are made, always with the same split, got {split!r}. Leave --splits out "
