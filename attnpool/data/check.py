@@ -102,7 +102,7 @@ def without_broken(
 
 # %% ../../nbs/33_data.check.ipynb #9b04e1ff
 _BITS = 10   # of 64 that may differ
-_ALIKE, _SURE, _REST = .92, .995, .3   # correlation of the small ones; enough by itself; else its rest over that to others
+_ALIKE, _SURE, _REST = .92, .995, .3   # correlation; enough by itself; else its rest over that to others, see above
 _MOST = 120_000   # pictures among which near ones are sought, as all pairs are compared
 
 def _alike_pairs(signs, small, step):
