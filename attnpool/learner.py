@@ -8,6 +8,7 @@ __all__ = ['RatedLearner', 'vision_learner']
 # %% ../nbs/45_learner.ipynb #246e852d
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Callable
 
 import fastai.vision.learner as fastai_learner
@@ -20,15 +21,25 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .heads import build_head, check_n_out, get_head
-from .models.body import for_pictures
-from .models.surgery import body_of, build_network, check_arch, timm_splitter
-from .models.xresnet import ARCHS
+from .models.body import for_pictures, network_of
+from .models.start import Start, expected, find_start, is_start
+from .models.surgery import body_of, build_network, timm_splitter
 from .recipe import get_recipe, name_of
-from .registry import UnknownName
+from .registry import BadInput, UnknownName
 
 # %% ../nbs/45_learner.ipynb #ecdf63d9
+def _normalise(dls, stats):
+    "Have the pictures normalised as the weights expect it. Of those who did it before, only `picture_dls` is overruled."
+    there = [t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize)]
+    if not there: dls.add_tfms([Normalize.from_stats(*stats)], 'after_batch')
+    elif hasattr(dls, 'about'):
+        for t in there: t.mean, t.std = (t.mean.new_tensor(values).view(1, -1, 1, 1) for values in stats)
+        dls.about |= dict(zip(('mean', 'std'), map(list, stats)))
+
 def _fastais(dls, arch, init, splitter, **kwargs):
     "fastai's own `vision_learner`, with the groups of a PatchConvNet and an error that helps."
+    stats = expected(arch)[1:]
+    if hasattr(dls, 'about') and kwargs['pretrained'] and kwargs['normalize'] and stats[0]: _normalise(dls, stats)
     if splitter is None and isinstance(arch, str) and arch.startswith('patchconvnet'): splitter = timm_splitter
     if init is not None: kwargs['init'] = init
     try: return fastai_learner.vision_learner(dls, arch, splitter=splitter, **for_pictures(arch, dls, kwargs))
@@ -55,14 +66,28 @@ def _named(head):
     try: return get_head(head)
     except UnknownName as e: raise UnknownName(f'custom_{e}') from None
 
+def _weights(weights, arch, pretrained, kwargs):
+    "What was given as weights, in any of the ways to spell it: a start, or torchvision's own."
+    if isinstance(pretrained, (str, Path)):
+        raise BadInput(f"pretrained: expected True or False, got {pretrained!r}. Give a file of weights as weights=.")
+    if kwargs.get('checkpoint_path') and pretrained:
+        if weights is not None: raise BadInput("checkpoint_path: there is weights= too. Leave one of them out.")
+        weights = kwargs.pop('checkpoint_path')
+    if weights is None or not is_start(weights, arch): return weights
+    if not pretrained:
+        raise BadInput(f"weights: pretrained=False begins from scratch, got {weights!r}. Leave one of them out.")
+    try: return find_start(weights, arch)
+    except (BadInput, FileNotFoundError) as e: raise type(e)(str(e).replace('start:', 'weights:', 1)) from None
+
+# %% ../nbs/45_learner.ipynb #c4e1b004
 @delegates(fastai_learner.vision_learner)
 def vision_learner(
     dls, # fastai `DataLoaders`
     arch, # torchvision, fastai or attnpool function, or timm name
-    normalize: bool = True, # Add the pretrained weights' normalisation to `dls`
+    normalize: bool = True, # Have `dls` normalise as the pretrained weights expect it
     n_out: int | None = None, # Outputs; None takes them from `dls`
     pretrained: bool = True, # Pretrained weights, body frozen at first
-    weights=None, # torchvision weights
+    weights=None, # A file of weights, a run's folder, or torchvision's weights; None for the usual ones
     *,
     custom_head=None, # Short name, class or callable `(ni, n_out)`, or module; None makes fastai's own head
     cut: int | Callable | None = None, # Where the body ends: first child to drop, or function; None as fastai knows
@@ -74,11 +99,12 @@ def vision_learner(
     "fastai's `vision_learner`, whose `custom_head` may be a class, is fed the `(b, c, h, w)` map, and keeps its start."
     if n_out is None: n_out = get_c(dls)
     check_n_out(n_out or 0)
-    if isinstance(arch, str) and check_arch(arch) in ARCHS: arch = ARCHS[arch]
+    arch = network_of(arch)
+    weights = _weights(weights, arch, pretrained, kwargs)
     name, rate = name_of(custom_head), {} if lr is None else dict(lr=lr)
     if isinstance(custom_head, str): custom_head = _named(custom_head)
     if custom_head is not None and not callable(custom_head): build_head(custom_head, 1, 1)   # raises, before any work
-    if custom_head is None and cut is None:   # fastai's own `cut` has no effect
+    if custom_head is None and cut is None and not isinstance(weights, Start):   # fastai's own `cut` has no effect
         return _fastais(dls, arch, init, splitter, normalize=normalize, n_out=n_out, pretrained=pretrained,
                         weights=weights, **rate, **kwargs)
     of_learner, of_head = ({name: kwargs.pop(name) for name in signature(f).parameters if name in kwargs}
@@ -89,8 +115,7 @@ def vision_learner(
     options = for_pictures(arch, dls, kwargs)
     network = build_network(arch, n_out, custom_head, pretrained, cut=cut, weights=weights, **options)
     if init is not None: apply_init(network.model[-1], init)
-    if normalize and network.stats is not None and not any(isinstance(t, Normalize) for t in dls.after_batch.fs):
-        dls.add_tfms([Normalize.from_stats(*network.stats)], 'after_batch')
+    if normalize and network.stats is not None: _normalise(dls, network.stats)
     rated = pretrained and name and of_learner.get('opt_func', Adam) is Adam   # for which the rates were found
     if rated: rate = dict(lr=get_recipe('finetune', name, getattr(dls, 'family', '')).lr) | rate
     kind = RatedLearner if rated else Learner

@@ -76,7 +76,7 @@ def body_of(
         if cut is not None:
             raise BadInput(f"cut: a timm network is used whole up to its map, got cut={cut!r} with arch={arch!r}. "
                            "Leave cut out.")
-        net = timm_net(arch, pretrained, n_in, state=given, **options)
+        net = timm_net(arch, pretrained, n_in, given, **options)
         model, stats = TimmMap(net), (net.default_cfg['mean'], net.default_cfg['std'])
         splitter = timm_splitter if isinstance(net, PatchConvNet) else split_head
     else:
@@ -84,7 +84,7 @@ def body_of(
         net = whole_network(arch, pretrained and not given, None if start else weights, **options)
         if given: net.load_state_dict(net.state_dict() | given)
         model = up_to_map(net, arch, cut, n_in, pretrained)
-        stats, splitter = expected(arch)[1:], meta.get('split', split_head)
+        stats, splitter = expected(arch, None if start else weights)[1:], meta.get('split', split_head)
     stats = start.stats or stats
     known = pretrained and len(stats[0]) == n_in if stats and stats[0] else False
     return Network(model, splitter, stats if known else None, arch, n_in)

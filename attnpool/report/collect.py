@@ -243,7 +243,8 @@ def by_row(
     names, rates, rows = [' '.join([r.spec.head, *(f'{k}={v}' for k, v in _of_head(r.spec))]) for r in results], {}, {}
     for name, r in zip(names, results): rates.setdefault(name, set()).add(r.spec.recipe.lr)
     for name, r in zip(names, results):
-        rows.setdefault(f'{name} {r.spec.recipe.lr:g}' if len(rates[name]) > 1 else name, []).append(r)
+        lr = 'found' if r.spec.recipe.lr is None else f'{r.spec.recipe.lr:g}'
+        rows.setdefault(f'{name} {lr}' if len(rates[name]) > 1 else name, []).append(r)
     return rows
 
 # %% ../../nbs/60_report.collect.ipynb #60a1d1c7
