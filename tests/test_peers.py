@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from attnpool.cli import main
+from attnpool.cost.timing import peak_memory
 from attnpool.functional import attention_pool_plain
 from attnpool.heads import ABLATIONS, fold, get_head, HEADS
 from attnpool.maps.compute import attention_maps, find_pools, maps_of
@@ -188,6 +189,22 @@ def test_maps_of_a_timm_layer_that_writes_its_softmax_out(fused):
     expected = pool.attention_map(x)
     pool.layer.fused_attn = fused
     assert torch.allclose(pool.attention_map(x), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", LOOK)
+def test_maps_in_mixed_precision_and_of_fastais_tensors(name):
+    from fastai.torch_core import TensorImage
+    head, x = head_of(name, dtype=torch.float32).eval(), random_map(2, C, 4, 7, dtype=torch.float32)
+    expected = head[0].attention_map(x)
+    assert torch.equal(head[0].attention_map(TensorImage(x)).as_subclass(torch.Tensor), expected)
+    with torch.autocast("cpu", torch.bfloat16): out, maps = head(x), head[0].attention_map(x)
+    assert (maps - expected).abs().max() < .1 and (maps.sum((2, 3)) - 1).abs().max() < .02
+    assert (out - head(x)).abs().max() < .1 * head(x).abs().max()
+
+
+def test_maps_of_large_maps_take_no_square_of_the_positions():
+    pool, x = head_of("timm-attn", dtype=torch.float32)[0], random_map(1, C, 40, 40, dtype=torch.float32)
+    with torch.no_grad(): assert peak_memory(lambda: pool.attention_map(x)) < 4 * 1601**2
 
 
 def test_maps_of_decoders_are_the_mean_over_heads():
