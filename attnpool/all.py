@@ -54,8 +54,8 @@ _all_ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPool
          'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'Mish', 'MixedPrecision', 'PEERS', 'RECIPES',
          'Recipe', 'TokenBatchNorm', 'agreement', 'attention_maps', 'attention_pool', 'attention_pool_plain',
          'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix',
-         'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'find_pools', 'fold',
-         'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish', 'mixup',
+         'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'find_pools',
+         'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish', 'mixup',
          'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up', 'show_heads',
          'show_maps', 'small_data_metrics', 'swap_pool', 'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50',
          'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']

@@ -79,7 +79,7 @@ class AttentionPeer(Peer):
         n = x.shape[2:].numel()
         with _Weights(n) as seen: self(x)
         if seen.weights is None:
-            raise BadInput(f"layer: a {type(self.layer).__name__} computes no attention that can be read. Use Peer for it.")
+            raise BadInput(f"layer: a {type(self.layer).__name__} computes no attention that can be read. Use Peer.")
         weights = seen.weights if seen.weights.ndim == 4 else seen.weights.unsqueeze(1)
         if weights.shape[-1] > n:   # the mean of the map asks, and is the first key: an n-th of its share is everyone's
             weights = weights[:, :, :1, 1:] + weights[:, :, :1, :1] / n
