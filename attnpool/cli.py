@@ -42,7 +42,8 @@ def _collected(runs):
 
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
          'or a folder, tar or CSV file of pictures.')
-_HEADS = "Heads, separated by commas: `HEADS`; or 'all'. Also ablations, such as slim-rms (heads.ABLATIONS)."
+_HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
+          'Also ablations, such as slim-rms (heads.ABLATIONS).')
 _ARCH = 'Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18.'
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "
           '(.safetensors, .pth, .pt), or the folder of a run.  [default: from scratch]')
@@ -51,6 +52,9 @@ _DEVICE = 'cpu, cuda, mps, or auto.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
 _OUT = 'Folder for the runs, the table and the report. What is complete there is not made again.'
+_SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3]'
+_SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn anew, the same for all heads; where the '
+           'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
 _FILE = dict(parser=path_of, metavar='PATH')
 _RUNS = _FILE | dict(metavar='RUNS')
 _TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | parameters |', '.runs.csv': 'spec.head'}   # beside a report
@@ -61,7 +65,8 @@ _GPUS = 'GPUs of a job, with one process each: the batch grows by their number n
 def bench(
     data: Annotated[str, typer.Argument(help=_DATA, parser=expand)] = 'digits',
     heads: Annotated[str, typer.Option(help=_HEADS)] = 'avg,concat,slim,learned',
-    seeds: Annotated[str, typer.Option(help='Seeds, separated by commas. All heads run with each of them.')] = '1,2,3',
+    seeds: Annotated[str | None, typer.Option(help=_SEEDS)] = None,
+    splits: Annotated[int | None, typer.Option(help=_SPLITS, min=2)] = None,
     task: Annotated[str, typer.Option(help='Task: `TASKS`.')] = 'classify',
     arch: Annotated[str, typer.Option(help=_ARCH)] = 'xeca_resnext_tiny',
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN')] = '',
@@ -91,6 +96,7 @@ def bench(
       attnpool bench digits --heads avg,concat --seeds 1,2,3,4,5 --epochs 20
       attnpool bench photos/ --size 64 --eval-sizes 96
       attnpool bench digits --heads avg,learned --options num_heads=4 --drop-path 0.1
+      attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --splits 5
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
       torchrun --nproc_per_node 2 -m attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
@@ -102,7 +108,7 @@ def bench(
     if cluster: check_cluster(cluster, time_limit)
     sizes = read_list('eval-sizes', eval_sizes, int) if eval_sizes else None if eval_sizes is None else ()
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
-    specs = read_specs(data, heads, seeds, recipe, options, **overrides)
+    specs = read_specs(data, heads, seeds, recipe, options, splits=splits, **overrides)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
     if sizes is None and specs[0].eval_sizes and is_first():
         also = ' and '.join(map(str, specs[0].eval_sizes))

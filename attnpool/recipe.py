@@ -250,7 +250,7 @@ def fit_recipe(self: Learner):
 def network_for(
     dls, # fastai `DataLoaders`, for the number of outputs
     arch, # Name in `ARCHS`, timm name, or function as for `vision_learner`
-    head, # Short name in `HEADS` or `ABLATIONS`, class or callable `(ni, n_out)`, or module
+    head, # Name in `HEADS`, `PEERS` or `ABLATIONS`, class or callable `(ni, n_out)`, or module
     drop_path: float = 0., # Stochastic depth of the body
     start=None, # What the body's weights begin as, see `find_start`; None for nothing
     **options # Of the network
@@ -280,7 +280,7 @@ def name_of(
 def recipe_learner(
     dls, # fastai `DataLoaders`
     arch='xeca_resnext50s', # Name in `ARCHS`, timm name, or function as for `vision_learner`
-    head='avg', # Short name in `HEADS` or `ABLATIONS`, class or callable `(ni, n_out)`, or module
+    head='avg', # Name in `HEADS`, `PEERS` or `ABLATIONS`, class or callable `(ni, n_out)`, or module
     recipe: str | Recipe = 'quick', # Name in `RECIPES`, or a recipe, which is used as it is
     metrics=None, # fastai metrics; None for those of the blog, `small_data_metrics`
     cbs=None, # fastai callbacks

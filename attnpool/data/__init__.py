@@ -26,6 +26,7 @@ from .check import Doubles, check_pictures, doubles_of
 from .listing import OFFICIAL, digests, fingerprint
 from .pictures import DATASETS, SOURCES, data_name, find_pictures, is_path, picture_dls
 from .reader import MADE_HERE
+from .transfer import TRANSFER
 from ..registry import BadInput
 
 # %% ../../nbs/39_data.ipynb #cf754428
@@ -49,7 +50,7 @@ def get_dls(
 class DataId:
     "The identity of a data set: its name, and a fingerprint of its pictures. Where they lie is no part of it."
     name: str # Short name, for tables and folders
-    family: str = field(default='', compare=False) # 'imagenette', 'imagewoof', 'petals', 'digits', or '' for others
+    family: str = field(default='', compare=False) # 'imagenette', 'digits', 'flowers102', ..., or '' for others
     fingerprint: str = '' # Of names, labels, splits and bytes; '' where pictures are made, or it is not known
     path: str = field(default='', compare=False) # What the user typed: a name in `DATASETS`, or a path
 
@@ -100,6 +101,8 @@ def _about_files(listing, check, doubles):
             str(doubles), f'Folder: {listing.root}']
 
 # %% ../../nbs/39_data.ipynb #d0782464
+_SHOWN = 250   # classes in the text
+
 def describe(
     data: str | Path, # Name in `DATASETS`, or path
     picture: Path | str | None = None, # PNG file for a batch of training pictures; None for none
@@ -131,6 +134,7 @@ def describe(
             a, b = OFFICIAL[listing.family]
             other = '' if (n, valid.total()) == (a, b) else f', which has {a:,} and {b:,}'
             note = [f"{listing.family}: {'not ' if other else ''}the official split{other}"]
+        elif listing.family in TRANSFER and not listing.notes: note = [f'{listing.family}: the official split']
         note += listing.notes
         listing.tell(aloud=False)
         lines = _about_files(listing, check, doubles)
@@ -140,7 +144,8 @@ def describe(
     wide = max(5, *(len(str(c)) for c in counts))
     head = [f'{name}: {train.total():,} training and {valid.total():,} validation pictures of {len(counts)} classes',
             *note, '', f"{'class':<{wide}}    train  valid",
-            *(f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in counts.items())]
+            *(f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in [*counts.items()][:_SHOWN])]
+    if len(counts) > _SHOWN: head += [f'and {len(counts) - _SHOWN:,} more classes']
     if picture is not None:
         with no_random(seed): make().show_batch(max_n=16, nrows=2, figsize=(12, 3.4))
         plt.tight_layout(pad=.3)

@@ -14,14 +14,17 @@ from fastai.vision.all import FlipItem, Hue, PILImage, RandomResizedCrop, Satura
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
+from .transfer import TRANSFER
 from ..registry import Registry
 
 # %% ../../nbs/35_data.augment.ipynb #9f46f860
 STATS = dict(   # mean, standard deviation of red, green, blue; by family
     imagenette=([.465, .458, .429], [.285, .28, .301]),
     imagewoof=([.496, .461, .399], [.257, .249, .258]),
-    petals=([.453, .415, .306], [.282, .245, .272]))
+    petals=([.453, .415, .306], [.282, .245, .272]),
+    **dict.fromkeys(TRANSFER, ([.485, .456, .406], [.229, .224, .225])))   # ImageNet's, as in the paper's transfer
 
+# %% ../../nbs/35_data.augment.ipynb #ac9bce93
 class Augment(NamedTuple):
     "An augmentation in its two halves."
     items: Callable[[int], list] # From the side of the pictures, in pixels, to the transforms of each picture

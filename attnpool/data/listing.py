@@ -111,7 +111,7 @@ class Listing:
 
 # %% ../../nbs/30_data.listing.ipynb #14220217
 LAYOUTS = ("Expected train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg for a random split, a .tar or .tar.gz of "
-           "these, a .csv with the columns path and label, or Kaggle Petals' TFRecords.")
+           "these, a .csv with the columns path and label, Kaggle Petals' TFRecords, or another known data set.")
 
 def _of_folder(root, folder):
     "Files below a folder, labelled by the first folder on the way; and what is left out."

@@ -76,7 +76,7 @@ def body_of(
         if cut is not None:
             raise BadInput(f"cut: a timm network is used whole up to its map, got cut={cut!r} with arch={arch!r}. "
                            "Leave cut out.")
-        net = timm_net(arch, pretrained, n_in, state=given, **options)
+        net = timm_net(arch, pretrained, n_in, given, **options)
         model, stats = TimmMap(net), (net.default_cfg['mean'], net.default_cfg['std'])
         splitter = timm_splitter if isinstance(net, PatchConvNet) else split_head
     else:
@@ -84,7 +84,7 @@ def body_of(
         net = whole_network(arch, pretrained and not given, None if start else weights, **options)
         if given: net.load_state_dict(net.state_dict() | given)
         model = up_to_map(net, arch, cut, n_in, pretrained)
-        stats, splitter = expected(arch)[1:], meta.get('split', split_head)
+        stats, splitter = expected(arch, None if start else weights)[1:], meta.get('split', split_head)
     stats = start.stats or stats
     known = pretrained and len(stats[0]) == n_in if stats and stats[0] else False
     return Network(model, splitter, stats if known else None, arch, n_in)
@@ -100,7 +100,7 @@ def _head_of(head):
 def build_network(
     arch: str | Callable, # As for `body_of`
     n_out: int, # Outputs, one per class
-    head: str | Callable, # Short name in `HEADS` or `ABLATIONS`, class or callable `(ni, n_out)`, or ready module
+    head: str | Callable, # Name in `HEADS`, `PEERS` or `ABLATIONS`, class or callable `(ni, n_out)`, or ready module
     pretrained: bool = False, # Pretrained weights of the body
     n_in: int = 3, # Channels of the pictures
     cut: int | Callable | None = None, # As for `body_of`
@@ -122,7 +122,7 @@ def build_network(
 # %% ../../nbs/26_models.surgery.ipynb #64931d0c
 def with_head(
     arch: str, # timm name
-    head: str | Callable = 'learned', # Short name in `HEADS` or `ABLATIONS`, or class or callable `(ni, n_out)`
+    head: str | Callable = 'learned', # Name in `HEADS`, `PEERS` or `ABLATIONS`, or class or callable `(ni, n_out)`
     num_classes: int = 1000, # Outputs, one per class
     pretrained: bool = False, # Pretrained weights of the body
     weights=None, # A file of weights, or a run's folder, for the body: see `find_start`

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..forms import wide
+from ..forms import is_traced, wide
 from ..registry import BadInput
 
 # %% ../../nbs/09_pooling.others.ipynb #b2c30006
@@ -106,7 +106,7 @@ class ClipAttention(nn.Module):
     def __init__(self,
         ni: int, # Channels of the map
         num_heads: int, # Heads, a divisor of `ni`
-        size: int | tuple[int, int] = 7, # Side, or height and width, of the maps to which the position embedding belongs
+        size: int | tuple[int, int] = 7, # Side, or height and width, of the maps that the position embedding is for
     ):
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else tuple(size)
@@ -117,9 +117,9 @@ class ClipAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
         t, pos = x.flatten(2).transpose(1, 2), self.pos[1:]
-        if x.shape[2:] != self.size:
-            grid = pos.T.unflatten(1, self.size)[None]
-            pos = F.interpolate(grid, x.shape[2:], mode='bicubic', antialias=True).flatten(2)[0].T
+        if is_traced(x) or x.shape[2:] != self.size:   # an export is for any size
+            grid = pos.T.unflatten(1, self.size)[None].to(wide(pos.dtype))
+            pos = F.interpolate(grid, x.shape[2:], mode='bicubic', antialias=True).flatten(2)[0].T.to(pos.dtype)
         t = torch.cat([t.mean(1, keepdim=True), t], 1) + torch.cat([self.pos[:1], pos])
         return self.attn(t[:, :1], t, t, need_weights=False)[0].squeeze(1)
 
@@ -138,7 +138,7 @@ class QueryDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, n, ni)` to `(b, k*dim)`."
-        found = self.layer(self.query[:, None].expand(-1, len(x), -1), self.embed(x).transpose(0, 1))
+        found = self.layer(self.query[:, None].expand(-1, x.shape[0], -1), self.embed(x).transpose(0, 1))
         return found.transpose(0, 1).flatten(1)
 
 class GroupLinear(nn.Module):

@@ -41,6 +41,10 @@ class Peer(nn.Module):
 # %% ../../nbs/14_pooling.peers.ipynb #a1b20005
 class _Weights(TorchFunctionMode):
     "Within it, keeps the weights of the last attention, `(b, heads, queries, keys)` or `(b, queries, keys)`."
+    def __init__(self, n):
+        super().__init__()
+        self.n, self.weights = n, None
+
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if f is F.dropout: return args[0]
@@ -52,6 +56,7 @@ class _Weights(TorchFunctionMode):
         if f is Tensor.softmax: self.weights = out
         if f is F.scaled_dot_product_attention:
             q, k = (t.to(wide(t.dtype)) for t in args[:2])
+            if k.shape[-2] > self.n: q = q[..., :1, :]   # the mean's: timm has the positions ask, too, in vain
             self.weights = (q @ k.mT * q.shape[-1]**-.5).softmax(-1)
         return out
 
@@ -71,9 +76,11 @@ class AttentionPeer(Peer):
         x: Tensor, # `(b, ni, h, w)`
     ) -> Tensor: # `(b, queries*heads, h, w)`, query-major, or `(b, queries, h, w)`; sums to one over positions
         "Where the layer looks in eval mode."
-        with _Weights() as seen: self(x)
-        n, weights = x.shape[2:].numel(), seen.weights
-        if weights.ndim == 3: weights = weights.unsqueeze(1)
+        n = x.shape[2:].numel()
+        with _Weights(n) as seen: self(x)
+        if seen.weights is None:
+            raise BadInput(f"layer: a {type(self.layer).__name__} computes no attention that can be read. Use Peer.")
+        weights = seen.weights if seen.weights.ndim == 4 else seen.weights.unsqueeze(1)
         if weights.shape[-1] > n:   # the mean of the map asks, and is the first key: an n-th of its share is everyone's
             weights = weights[:, :, :1, 1:] + weights[:, :, :1, :1] / n
         if self.per_query: weights = weights.mean(1, keepdim=True)
@@ -98,6 +105,17 @@ def _parts(name, parts, ni, most):
     if parts is None: return next(k for k in range(max(most, 1), 0, -1) if ni % k == 0)
     check_divides(name, parts, ni)
     return parts
+
+def _whole(name, value):
+    if not isinstance(value, int) or value < 1:
+        raise BadInput(f"{name}: expected a whole number of at least 1, got {value!r}.")
+    return value
+
+def _size(map_size):
+    both = map_size if isinstance(map_size, (tuple, list)) else (map_size, map_size)
+    if len(both) != 2 or not all(isinstance(s, int) and s > 0 for s in both):
+        raise BadInput(f"map_size: expected the side, or height and width, of a map, got {map_size!r}. 7, or (7, 7).")
+    return tuple(both)
 
 # %% ../../nbs/14_pooling.peers.ipynb #a1b20011
 @_peer('avg-norm')
@@ -129,7 +147,7 @@ def _fastai(ni, n_out,
         nn.init.constant_(norm.bias, 1e-3)
         nn.init.kaiming_normal_(linear.weight)
         return norm, nn.Dropout(p), linear
-    first = block(2 * ni, lin_ftrs, check_rate('ps', ps) / 2)
+    first = block(2 * ni, _whole('lin_ftrs', lin_ftrs), check_rate('ps', ps) / 2)
     return nn.Sequential(Peer(AvgMax(), 2 * ni, ni=ni), *first, nn.ReLU(inplace=True), *block(lin_ftrs, n_out, ps))
 
 @_peer('gem')
@@ -164,23 +182,23 @@ def _torch_attention(ni, n_out,
 @_peer('timm-attn')
 def _timm_attention(ni, n_out,
     num_heads: int | None = None, # Heads, a divisor of `ni`; None for such of 64 channels or as few more as divide
-    size: int | tuple = 7, # Side, or height and width, of the maps to which the position embedding belongs
+    map_size: int | tuple = 7, # Side, or height and width, of the maps to which the position embedding belongs
 ):
     "timm's AttentionPool2d, linear: CLIP's pool; the mean asks, positions have a learned embedding."
     heads = _parts('num_heads', num_heads, ni, ni // 64)
-    return AttentionPeer(_timm('AttentionPool2d', ni, feat_size=size, num_heads=heads), ni)
+    return AttentionPeer(_timm('AttentionPool2d', ni, feat_size=_size(map_size), num_heads=heads), ni)
 
 @_peer('timm-rotary')
 def _timm_rotary(ni, n_out,
     num_heads: int | None = None, # Heads of a multiple of 4 channels each; None as for 'timm-attn'
-    size: int | tuple = 7, # Side, or height and width, of the maps whose positions turn by whole steps
+    map_size: int | tuple = 7, # Side, or height and width, of the maps whose positions turn by whole steps
 ):
     "timm's RotAttentionPool2d, linear: as timm-attn, with a rotary embedding."
     heads = _parts('num_heads', num_heads, ni if num_heads else ni // 4, ni // 64)
     if ni % (4 * heads):
         raise BadInput(f"num_heads: rotary positions need heads of 4, 8, ... channels, got {ni} channels for {heads}. "
                        "Choose another number, or 'timm-attn'.")
-    return AttentionPeer(_timm('RotAttentionPool2d', ni, ref_feat_size=size, num_heads=heads), ni)
+    return AttentionPeer(_timm('RotAttentionPool2d', ni, ref_feat_size=_size(map_size), num_heads=heads), ni)
 
 @_peer('timm-latent')
 def _timm_latent(ni, n_out,
@@ -211,7 +229,8 @@ def _abmil(ni, n_out,
     hidden: int = 128, # Width of the network that scores a position
 ):
     "Gated attention, linear (arXiv 1802.04712, equation 9). All linear layers: xavier_uniform_, zero bias."
-    head = nn.Sequential(AttentionPeer(GatedAttention(ni, hidden), ni, positions=True), nn.Linear(ni, n_out))
+    head = nn.Sequential(AttentionPeer(GatedAttention(ni, _whole('hidden', hidden)), ni, positions=True),
+                         nn.Linear(ni, n_out))
     nn.init.xavier_uniform_(head[1].weight)
     nn.init.zeros_(head[1].bias)
     return head
@@ -228,10 +247,10 @@ def _efficient_probing(ni, n_out,
 @_peer('clip')
 def _clip(ni, n_out,
     num_heads: int | None = None, # Heads, a divisor of `ni`; None for such of 64 channels or as few more as divide
-    size: int | tuple = 7, # Side, or height and width, of the maps to which the position embedding belongs
+    map_size: int | tuple = 7, # Side, or height and width, of the maps to which the position embedding belongs
 ):
     "CLIP's attention pool, linear (arXiv 2103.00020): as timm-attn, computed for the one query that is used."
-    return AttentionPeer(ClipAttention(ni, _parts('num_heads', num_heads, ni, ni // 64), size), ni)
+    return AttentionPeer(ClipAttention(ni, _parts('num_heads', num_heads, ni, ni // 64), _size(map_size)), ni)
 
 # %% ../../nbs/14_pooling.peers.ipynb #a1b20024
 @_peer('mldecoder')
@@ -243,8 +262,7 @@ def _ml_decoder(ni, n_out,
 ):
     "ML-Decoder, groups of classes (arXiv 2111.12933): fixed random queries. Last layer: xavier_normal_, zero bias."
     from timm.layers.ml_decoder import TransformerDecoderLayerOptimal
-    if groups < 1: raise BadInput(f"groups: expected at least 1 query, got {groups}. 100 is usual.")
-    k, heads = min(groups, n_out), _parts('num_heads', num_heads, dim, 8)
+    k, heads = min(_whole('groups', groups), n_out), _parts('num_heads', num_heads, _whole('dim', dim), 8)
     layer = TransformerDecoderLayerOptimal(dim, heads, 2048, check_rate('dropout', dropout))
     decoder = QueryDecoder(torch.randn(k, dim), nn.Sequential(nn.Linear(ni, dim), nn.ReLU()), layer)
     pool = AttentionPeer(decoder, k * dim, positions=True, ni=ni, per_query=True)
@@ -257,7 +275,7 @@ def _query2label(ni, n_out,
     dropout: float = .1, # Dropout in the decoder
 ):
     "A learned query per class in one decoder layer, as in Query2Label without its encoder (arXiv 2107.10834)."
-    heads = _parts('num_heads', num_heads, dim, 4)
+    heads = _parts('num_heads', num_heads, _whole('dim', dim), 4)
     layer = nn.TransformerDecoderLayer(dim, heads, 4 * dim, check_rate('dropout', dropout))
     decoder = QueryDecoder(nn.Parameter(torch.randn(n_out, dim)), nn.Linear(ni, dim), layer)
     pool = AttentionPeer(decoder, n_out * dim, positions=True, ni=ni, per_query=True)

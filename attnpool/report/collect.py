@@ -129,7 +129,8 @@ def write_runs(
         history = r.history() if len(r.history()) else pd.DataFrame(dict(epoch=['']))   # diverged in its first
         rows.append(history.assign(**cells))
     table = pd.concat(rows)
-    asked = sorted(table, key=lambda c: not c.startswith(('spec.', 'data.', 'start.', 'recipe.')))   # before what came out
+    parts = 'spec.', 'data.', 'start.', 'recipe.'   # before what came out
+    asked = sorted(table, key=lambda c: not c.startswith(parts))
     write_file(path, table[asked].to_csv(index=False).encode(errors='backslashreplace'))
 
 # %% ../../nbs/60_report.collect.ipynb #60a1d1c4
@@ -243,7 +244,8 @@ def by_row(
     names, rates, rows = [' '.join([r.spec.head, *(f'{k}={v}' for k, v in _of_head(r.spec))]) for r in results], {}, {}
     for name, r in zip(names, results): rates.setdefault(name, set()).add(r.spec.recipe.lr)
     for name, r in zip(names, results):
-        rows.setdefault(f'{name} {r.spec.recipe.lr:g}' if len(rates[name]) > 1 else name, []).append(r)
+        lr = 'found' if r.spec.recipe.lr is None else f'{r.spec.recipe.lr:g}'
+        rows.setdefault(f'{name} {lr}' if len(rates[name]) > 1 else name, []).append(r)
     return rows
 
 # %% ../../nbs/60_report.collect.ipynb #60a1d1c7

@@ -73,12 +73,25 @@ _PAGE = '''{% for g in groups %}
 {% if groups|length > 1 %}<h2>{{ g.name }}</h2>{% endif %}
 <div class="scroll">{{ g.table|safe }}</div>
 {% endfor %}
-<p>{{ metrics }} after the last epoch: mean ± sample standard deviation over n seeds.
-Difference: paired by seed, with its 95% t interval; better or worse where that excludes zero,
-otherwise these seeds cannot tell.
-The interval covers what differs between seeds, initialisation and order of the batches, and is meant for one comparison
-at a time. It does not cover the choice of learning rates, nor other pictures.
-Peak in box: share of validation pictures in which the peak of the map lies in the object's true box.</p>
+{% for g in groups if g.failed %}<p>Heads that cannot take the body's map: {{ g.failed }}</p>{% endfor %}
+<p>{{ metrics }} after the last epoch: mean ± sample standard deviation over n {{ over }}.
+Difference: paired by {{ by }}, with its 95% {{ 'corrected resampled ' if 'drawn' in where }}t interval;
+better or worse where that excludes zero, otherwise these {{ over }} cannot tell.
+{% if 'seeds' in where %}{{ where.seeds }}The interval covers what differs between seeds, initialisation and order of the
+batches, and is meant for one comparison at a time. It does not cover the choice of learning rates, nor other pictures.
+{% endif %}{% if 'drawn' in where %}{{ where.drawn }}Each split draws anew which pictures train and which validate, for
+all heads alike. Since all are splits of the same pictures, the usual interval would be too narrow: the corrected one
+(Nadeau and Bengio, 2003) takes s²·(1/n + validation pictures/training pictures) for the variance of a mean over n
+splits, with s² that of single splits. [95%] is that of the mean itself. It covers other splits and other pictures of
+this kind, initialisation and order, and is meant for one comparison at a time.
+{% endif %}{% if 'parts' in where %}{{ where.parts }}Each number draws four fifths of the training pictures; the
+validation pictures are those of the data, the same for all. The interval is the usual one over these training parts:
+it covers which of the training pictures were taken, initialisation and order. It does not cover other validation
+pictures.
+{% endif %}{% if found %}Learning rate and weight decay: found in each run by trials inside its training pictures, by
+one rule for all heads; the table has the median rate, and the range where it differs.
+{% endif %}{% for g in groups if g.doubles %}{{ g.doubles }}
+{% endfor %}Peak in box: share of validation pictures in which the peak of the map lies in the object's true box.</p>
 {% for title, table in blog %}
 {% if loop.first %}<h2>Beside the blog</h2>
 <p>Mean ± standard deviation (ours: sample; the blog's: population, three runs).</p>{% endif %}
@@ -120,15 +133,45 @@ def _setting(results):
     def distinct(values): return '; '.join(dict.fromkeys(str(v) for v in values if v is not None))
     ran = {k: distinct(getattr(r, k) for r in results) for k in ('device', 'machine', 'threads', 'git')}
     versions = dict.fromkeys(k for r in results for k in r.versions)
-    seeds = ', '.join(map(str, sorted({r.spec.seed for r in results})))
+    seeds, split = ', '.join(map(str, sorted({r.spec.seed for r in results}))), results[0].spec.split == 'seed'
     ran |= {k: distinct(r.versions.get(k) for r in results) for k in versions}
-    return [(k, v) for k, v in (setting_of(results[0]) | dict(seeds=seeds) | ran).items() if v != '']
+    decided = setting_of(results[0]) | {'splits' if split else 'seeds': seeds}
+    return [(k, v) for k, v in (decided | ran).items() if v != '']
+
+_KINDS = dict(seeds='seed', drawn='split', parts='training part')   # what differs between runs of a head
+
+def _kind(results):
+    "What the seed decides beside initialisation and order."
+    return 'drawn' if any(r.redrawn for r in results) else 'parts' if results[0].spec.split == 'seed' else 'seeds'
+
+def _prose(groups):
+    "What the text below the tables says, by what the runs differ in."
+    kinds = dict.fromkeys(map(_kind, groups))
+    names = {k: [g[0].spec.data.name for g in groups if _kind(g) == k] for k in kinds}
+    where = {k: f"{' and '.join(dict.fromkeys(names[k]))}: " if len(kinds) > 1 else '' for k in kinds}
+    by = ' or '.join(_KINDS[k] for k in kinds)
+    found = any(r.found for g in groups for r in g)
+    return dict(where=where, by=by, over=by.replace(' or ', 's or ') + 's', found=found)
+
+def _doubled(results):
+    "That a network is asked about pictures which it was shown, where it is."
+    worst = max(results, key=lambda r: r.doubles or 0)
+    if not worst.doubles: return ''
+    return (f"In {worst.spec.data.name}, {worst.doubles:,} of {worst.pictures[1]:,} validation pictures train as well, "
+            "as the same picture or nearly the same under another name (attnpool data names them): on these, memory is "
+            "measured.")
+
+def _failed(results):
+    "Why heads could not be trained, each once."
+    why = {r.spec.head: ' '.join(r.reason.split()) for r in results if r.status == 'failed'}
+    return '; '.join(f'{head} ({text})' for head, text in why.items())
 
 def _section(name, results, table):
     "What the page shows of one setting."
     seed = min(r.spec.seed for r in results)
     maps = [(row, src) for row, rs in by_row(results).items() for r in rs if r.spec.seed == seed and (src := _maps(r))]
     return dict(name=name, metric=primary_of(table), seed=seed, setting=_setting(results), maps=maps,
+                failed=_failed(results), doubles=_doubled(results),
                 table=_html(format_table(table)), curves=data_uri(learning_curves(results), 'svg'),
                 cost=data_uri(cost_plot(table), 'svg') if table.seconds_per_epoch.notna().any() else None)
 
@@ -170,7 +213,7 @@ def write_report(
         title or f"Attention pooling heads on {', '.join(names)}", _PAGE, _STYLE,
         blog=[(t, _html(b)) for t, b in blog.items()], groups=[
             _section(name, g, t) for (name, _), g, t in zip(settings, groups, tables)],
-        metrics=', '.join(dict.fromkeys(primary_of(t).capitalize() for t in tables)))
+        metrics=', '.join(dict.fromkeys(primary_of(t).capitalize() for t in tables)), **_prose(groups))
     def plain(v): return v if isinstance(v, (str, int, float)) else str(v)
     csv = pd.concat([t.assign(**{k: plain(v) for k, v in s.items()}) for t, (_, s) in zip(tables, settings)])
     text = [f'{_line(name)}\n\n{markdown(format_table(t))}' for t, (name, _) in zip(tables, settings)]

@@ -176,28 +176,42 @@ def _fields(told, but):
 # %% ../../nbs/56_runs.options.ipynb #d83a19fc
 def read_specs(
     data: str, # Name or path, as for `make_spec`
-    heads: str, # Short names separated by commas, or 'all'
-    seeds: str, # Whole numbers separated by commas
+    heads: str, # Names separated by commas; 'all' and 'peers' stand for those of `HEADS` and of `PEERS`
+    seeds: str | None, # Whole numbers separated by commas; None for the splits, or else 1,2,3
     recipe: str, # Name in `RECIPES`
     options: str = '', # As for `read_options`
     rates: list[float] | tuple = (), # Learning rates to try; none for those of the recipe
+    splits: int | None = None, # How many splits, drawn by the seeds 1, 2, ...; None for none, in a probe ten
     **common # Further arguments of `make_spec`
 ) -> list: # Of `Spec`: for each seed all heads
     "What a command was asked to run."
     from attnpool.data import DataId
-    from attnpool.heads import HEADS
+    from attnpool.heads import HEADS, PEERS
+    from attnpool.data.pictures import SOURCES, is_path
+    from attnpool.models.start import find_start
+    from attnpool.recipe import RECIPES
+    from attnpool.models.surgery import body_of
     from attnpool.runs.spec import data_for, make_spec
     from attnpool.tasks import head_options, split_options
-    heads = list(HEADS) if heads == 'all' else read_list('heads', heads)
+    groups = dict(all=HEADS, peers=PEERS)
+    heads = list(dict.fromkeys(head for word in read_list('heads', heads) for head in groups.get(word, [word])))
     given, known = read_options(options), {head: head_options(head) for head in heads}
     of_some, rich = set().union(*known.values()), max(heads, key=lambda head: len(known[head]))
     def mine(head): return {k: v for k, v in given.items() if k in known[head] or k not in of_some}
-    if given: split_options(rich, common['arch'], mine(rich))   # an unknown one is told with the nearest of all
+    # an unknown option is told with the nearest of all
+    _, of_arch = split_options(rich, common['arch'], mine(rich)) if given else ({}, {})
+    if splits and seeds: raise BadInput(f"--splits: each has its own seed, got --seeds {seeds} too. Leave one out.")
+    train = common.get('train') or RECIPES[RECIPES.check(recipe)].train
+    if train == 'frozen' and not (splits or seeds) and (is_path(data) or data in SOURCES): splits = 10
+    if splits: common['split'] = 'seed'
+    numbers = range(1, splits + 1) if splits else read_list('seeds', seeds or '1,2,3', int)
+    common['start'] = start = find_start(common.get('start'), common['arch'], **of_arch)   # read once for all
     variants = [common | dict(lr=rate) for rate in rates] or [common]
     def on(data):
         return [make_spec(data, head, seed, recipe=recipe, options=mine(head), **variant)
-                for seed in read_list('seeds', seeds, int) for head in heads for variant in variants]
+                for seed in numbers for head in heads for variant in variants]
     on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
+    if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
     return on(data_for(data, recipe))
 
 # %% ../../nbs/56_runs.options.ipynb #988cdf53

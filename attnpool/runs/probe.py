@@ -16,6 +16,7 @@ import torch
 from fastai.vision.all import DataLoaders, get_c, set_seed
 from torch import nn
 
+from ..data.check import doubles_of
 from ..data.splits import SHARE, share_of_each
 from ..frozen import MapSet, frozen_dls, head_learner, map_loaders, weights_hash
 from ..layers import evaluating
@@ -33,6 +34,7 @@ class Shared:
     ni: int # Channels of the map
     state: torch.Tensor # Of torch's random numbers, when the head was to be built
     body: str # Hash of the body's weights
+    doubles: int | None # Validation pictures that train as well; None where that is not known
 
     def put_head(self,
         spec: Spec # Of a run
@@ -41,6 +43,8 @@ class Shared:
         self.maps.train.rng = deepcopy(self.dls.train.rng)
         torch.set_rng_state(self.state)
         head = head_of(spec)(self.ni, get_c(self.dls)).to(self.dls.device)
+        state = spec.start.head(spec.head, dict(spec.options), self.dls.vocab)   # of a run that had the same
+        if state: head.load_state_dict(state)
         setattr(self.model, [*self.model._modules][-1], head)
         return head
 
@@ -67,8 +71,13 @@ def shared_by(
         model, _ = TASKS[spec.task].model(spec, dls, no_head)
         body = nn.Sequential(*[*model.to(dls.device).children()][:-1])
         maps = frozen_dls(dls, body, spec.recipe.views, progress=progress)
-        _KEPT[alike] = Shared(dls, maps, model, *seen[-1], weights_hash(body))
+        _KEPT[alike] = Shared(dls, maps, model, *seen[-1], weights_hash(body), _doubles(dls))
     return _KEPT[alike]
+
+def _doubles(dls):
+    if not hasattr(dls, 'every'): return None
+    listing, _, numbers = dls.every
+    return len(doubles_of(listing).across(numbers, len(dls.train_ds)))
 
 # %% ../../nbs/53_runs.probe.ipynb #252ba04b
 def try_head(

@@ -31,7 +31,7 @@ class Spec:
     task: str # Name in `TASKS`
     data: DataId # Which pictures
     arch: str # Name in `ARCHS`, timm name, or torchvision's with `torchvision.` before it
-    head: str # Short name in `HEADS` or `ABLATIONS`
+    head: str # Name in `HEADS`, `PEERS` or `ABLATIONS`
     seed: int # Of initialisation and order; the same body and the same order for every head
     recipe: Recipe # Every setting of the training, with one learning rate
     start: Start = Start() # What the weights begin as
@@ -68,7 +68,7 @@ BLOG_SIZES, SPLITS = (256, 384), ('own', 'seed')   # pixels; what `Spec.split` m
 
 def make_spec(
     data: str | Path | DataId = 'digits', # Name in `DATASETS`, path of a folder, archive or CSV; or from `data_for`
-    head: str = 'avg', # Short name in `HEADS` or `ABLATIONS`
+    head: str = 'avg', # Name in `HEADS`, `PEERS` or `ABLATIONS`
     seed: int = 1, # Of initialisation and order
     arch: str = 'xeca_resnext_tiny', # Name in `ARCHS`, timm name, or torchvision's with `torchvision.` before it
     recipe: str | Recipe = 'quick', # Name in `RECIPES`, or a recipe

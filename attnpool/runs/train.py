@@ -134,6 +134,7 @@ def _check_sizes(learn, spec):
 
 # %% ../../nbs/54_runs.train.ipynb #86103a77
 def _finite(values): return {k: v for k, v in values.items() if np.isfinite(v)}
+def _redrawn(spec, dls): return spec.split == 'seed' and dls.listing.drawn
 
 def _make(spec, folder, device, on_epoch, on_maps):
     "Make a run, with the other processes of a launcher if there are any."
@@ -152,8 +153,7 @@ def _make(spec, folder, device, on_epoch, on_maps):
     _check_sizes(learn, spec)
     on_first_process(_empty, folder, spec, dls)
     _fit(learn, spec, log)
-    sizes = _validate(learn, larger) if log.diverged is None else {}
-    return on_first_process(_finish, spec, folder, device, learn, log, sizes, start)
+    return on_first_process(_finish, spec, folder, device, learn, log, _validate(learn, larger, log), start)
 
 def _fit(learn, spec, log):
     "Train, and say in the log whether it diverged."
@@ -163,8 +163,9 @@ def _fit(learn, spec, log):
     if log.diverged is None and len(_finite(losses)) < len(losses): log.diverged = log.rows[-1]['epoch']
     learn.remove_cb(log)   # to which a validation is an epoch
 
-def _validate(learn, larger):
+def _validate(learn, larger, log):
     "Metrics by size."
+    if log.diverged is not None: return {}
     with learn.no_bar(), learn.no_logging(), distributed(learn):
         names = 'valid_loss', *(m.name for m in learn.metrics)
         return {size: dict(zip(names, map(float, learn.validate(dl=dl)))) for size, dl in larger.items()}
@@ -189,13 +190,11 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', **found):
         redrawn=_redrawn(spec, dls), seconds=round(time.perf_counter() - start, 3), **found, **circumstances(device)),
         folder)
 
-def _redrawn(spec, dls): return spec.split == 'seed' and dls.listing.drawn
-
 def _probe(spec, folder, device, log, on_maps):
     "Train a head on the maps of its body, which it shares with the runs before and after."
     task, bs = TASKS[spec.task], spec.recipe.bs // processes()
-    shared, loss = shared_by(spec, bs, device, on_maps), task.loss(spec.recipe)
-    dls, start = shared.dls, time.perf_counter()
+    shared, loss, start = shared_by(spec, bs, device, on_maps), task.loss(spec.recipe), time.perf_counter()
+    dls = shared.dls
     larger = {str(size): valid_dl(dls, size) for size in spec.eval_sizes}
     on_first_process(_empty, folder, spec, dls)
     try:
@@ -210,8 +209,9 @@ def _probe(spec, folder, device, log, on_maps):
     recipe, found = on_first_process(find_rates, shared.maps, head, spec.recipe, loss, spec.seed)
     _fit(head_learner(shared.maps, head, recipe, loss, task.metrics(), [log]), spec, log)
     learn = learner_for(dls, shared.model, recipe, loss, task.metrics())
-    sizes = _validate(learn, larger) if log.diverged is None else {}
-    return on_first_process(_finish, spec, folder, device, learn, log, sizes, start, shared.body, found=found)
+    sizes = _validate(learn, larger, log)
+    more = dict(body=shared.body, found=found, doubles=shared.doubles)
+    return on_first_process(_finish, spec, folder, device, learn, log, sizes, start, **more)
 
 # %% ../../nbs/54_runs.train.ipynb #961983f9
 def open_run(
@@ -261,7 +261,7 @@ def _found(specs, out, device, say):
         except NewerVersion: raise
         except ValueError as e:
             if on_first_process((out/spec.name).exists): say(f'{e} It is made again.')
-    results = {s: r for s, r in results.items() if r.status != 'failed'}   # these are tried again, with today's libraries
+    results = {s: r for s, r in results.items() if r.status != 'failed'}   # these are tried again
     if results: say(f'{len(results)} of {len(specs)} runs are in {out} already.')
     for text in on_first_process(earlier_data, [s for s in specs if s not in results], out): say(text)
     here = f'{device}, attnpool {attnpool.__version__}, torch {torch.__version__}'
