@@ -141,7 +141,7 @@ def write_cifar(root, hundred=False, protocol=2):
         content, pixels = batch(seed, labels, key)
         (root / file).write_bytes(pickle.dumps(content, protocol))
         for c, p in zip(labels, pixels):
-            expected[f"{part}/{n[part]:05}.png"] = names[c].replace("_", " "), part == "test", p
+            expected[f"{part}/{n[part]:05}.bmp"] = names[c].replace("_", " "), part == "test", p
             n[part] += 1
     (root / ("meta" if hundred else "batches.meta")).write_bytes(pickle.dumps({"fine_label_names" if hundred else "label_names": names}, protocol))
     return expected
@@ -210,6 +210,17 @@ def test_the_pixels_of_cifar_in_pickles_of_each_age(protocol):
     expected = write_cifar(Path("c"), protocol=protocol)
     l = find_pictures("./c")
     assert all(np.array_equal(np.asarray(Image.open(l.root / f)), v[2]) for f, v in expected.items())
+
+
+def test_food_as_fastai_has_it():
+    expected = write_food(Path("food-101"))
+    for part in ("train", "test"): os.rename(f"food-101/meta/{part}.json", f"food-101/{part}.json")
+    os.rmdir("food-101/meta")
+    for f in ("classes.txt", "labels.txt"): Path("food-101", f).touch()
+    l = find_pictures("./food-101")
+    assert set(l.files) == set(expected) and l.family == "food101" and l.n_train == 3
+    for f in ("classes.txt", "labels.txt"): os.unlink(f"food-101/{f}")   # might be anybody's
+    assert official_layout(Path("food-101")) is None
 
 
 def test_a_pickle_with_code_in_it_is_refused_and_not_run():
@@ -294,6 +305,13 @@ def test_no_network(monkeypatch, home):
     for name in ("cifar10", "flowers102", "pets", "food101"):
         with pytest.raises(BadInput, match=f"^data: {name} could not be downloaded .*Get http.* some other way, and pass the path of the archive, or of its folder"): fetch(name)
     assert not home.exists() or [f for f in home.iterdir() if f.suffix != ".lock"] == []
+
+
+def test_of_very_many_classes_the_first_are_told():
+    for i in range(260):
+        save(f"many/train/{i:03}/0.png", i, (8, 8)), save(f"many/val/{i:03}/1.png", 1000 + i, (8, 8))
+    lines = describe("./many", size=8).text.splitlines()
+    assert "249          1      1" in lines and "and 10 more classes" in lines and not any(line.startswith("250 ") for line in lines)
 
 
 # Doubles

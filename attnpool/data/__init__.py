@@ -101,6 +101,8 @@ def _about_files(listing, check, doubles):
             str(doubles), f'Folder: {listing.root}']
 
 # %% ../../nbs/39_data.ipynb #d0782464
+_SHOWN = 250   # classes in the text
+
 def describe(
     data: str | Path, # Name in `DATASETS`, or path
     picture: Path | str | None = None, # PNG file for a batch of training pictures; None for none
@@ -142,7 +144,8 @@ def describe(
     wide = max(5, *(len(str(c)) for c in counts))
     head = [f'{name}: {train.total():,} training and {valid.total():,} validation pictures of {len(counts)} classes',
             *note, '', f"{'class':<{wide}}    train  valid",
-            *(f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in counts.items())]
+            *(f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in [*counts.items()][:_SHOWN])]
+    if len(counts) > _SHOWN: head += [f'and {len(counts) - _SHOWN:,} more classes']
     if picture is not None:
         with no_random(seed): make().show_batch(max_n=16, nrows=2, figsize=(12, 3.4))
         plt.tight_layout(pad=.3)

@@ -102,8 +102,19 @@ def without_broken(
 
 # %% ../../nbs/33_data.check.ipynb #9b04e1ff
 _BITS = 10   # of 64 that may differ
-_ALIKE, _SURE, _REST = .92, .995, .3   # correlation of the small pictures, what is enough, and its rest relative to others
+_ALIKE, _SURE, _REST = .92, .995, .3   # correlation; enough by itself; else its rest over that to others, see above
 _MOST = 120_000   # pictures among which near ones are sought, as all pairs are compared
+
+def _alike_pairs(signs, small, step):
+    "Pairs whose hashes and small pictures are alike, and how much: of each picture the twenty best at most."
+    for i in range(0, len(small), step):
+        mine, others = small[i:i+step], small[i:]
+        a, b = np.nonzero(np.triu(signs[i:i+step] @ signs[i:].T >= 64 - 2 * _BITS, 1))
+        if len(a) > len(mine) * len(others) / 50: alike = (mine @ others.T)[a, b]   # as of a film
+        else: alike = np.array([mine[j] @ others[k] for j, k in zip(a, b)], np.float32)
+        best = np.lexsort((-alike, a))
+        best = best[(alike[best] >= _ALIKE) & (np.arange(len(a)) - np.searchsorted(a, a) < 20)]
+        yield np.stack([a, b], 1)[best] + i, alike[best]
 
 def _near_pairs(hashes, small):
     "Numbers of pictures that are nearly the same, `(m, 2)`."
@@ -111,22 +122,16 @@ def _near_pairs(hashes, small):
     small -= small.mean(1, keepdims=True)
     size = np.linalg.norm(small, axis=1)
     some = np.flatnonzero(size > 2 * small.shape[1]**.5)   # of one colour only there is nothing to compare
+    if not len(some): return np.zeros((0, 2), int)
     small, signs = small[some] / size[some, None], np.unpackbits(hashes[some], axis=1) * np.float32(2) - 1
-    n, found = len(some), [(np.zeros((0, 2), int), np.zeros(0, np.float32))]
-    for i in range(0, n, step := max(1, 2**24 // max(n, 1))):   # 64 MB at a time
-        a, b = np.nonzero(np.triu(signs[i:i+step] @ signs[i:].T >= 64 - 2 * _BITS, 1))
-        for j in range(0, len(a), 4096):
-            pairs = np.stack([a[j:j+4096], b[j:j+4096]], 1) + i
-            alike = (small[pairs[:, 0]] * small[pairs[:, 1]]).sum(1)
-            found.append((pairs[alike >= _ALIKE], alike[alike >= _ALIKE]))
-    pairs, alike = map(np.concatenate, zip(*found))
+    step = max(1, 2**22 // len(some))
+    pairs, alike = map(np.concatenate, zip(*_alike_pairs(signs, small, step)))
     rows, places = np.unique(pairs[alike < _SURE], return_inverse=True)
-    fifth = np.ones(len(rows), np.float32)
-    for i in range(0, len(rows) if n > 6 else 0, step):
+    fifth = np.zeros(len(rows), np.float32)   # as it is where there are fewer
+    for i in range(0, len(rows) if len(some) > 6 else 0, step):
         fifth[i:i+step] = -np.partition(-(small[rows[i:i+step]] @ small.T), 6, 1)[:, 6]   # after itself and its twin
-    others = fifth[places.reshape(-1, 2)].max(1) if n > 6 else np.zeros((alike < _SURE).sum())
     good = alike >= _SURE
-    good[~good] = 1 - alike[~good] < _REST * (1 - others)
+    good[~good] = 1 - alike[~good] < _REST * (1 - fifth[places.reshape(-1, 2)].max(1))
     return some[pairs[good]]
 
 # %% ../../nbs/33_data.check.ipynb #72076e4c
@@ -189,6 +194,7 @@ def doubles_of(
         _, first, same = np.unique(looks['pixels'][good], return_index=True, return_inverse=True)
         pairs = np.stack([good, good[first][same.reshape(-1)]], 1)
         once = good[first]
+        if n > 20_000: print(f'attnpool: looking for doubles among {n:,} pictures, this once', file=sys.stderr)
         if 1 < len(once) <= _MOST: near = once[_near_pairs(looks['hash'][once], looks['small'][once])]
         else: near = np.zeros((0, 2), int)
         def groups(pairs): return connected_components(coo_array((np.ones(len(pairs)), pairs.T), (n, n)), False)[1]

@@ -55,7 +55,8 @@ def _pets(root, cache):
     return root, rows, _names(names.get(i, i) for i in range(max(names) + 1))
 
 def _food(root, cache):
-    parts = {part: json.loads((root/f'meta/{part}.json').read_text()) for part in ('train', 'test')}
+    meta = root/'meta' if (root/'meta').is_dir() else root   # as fastai has it
+    parts = {part: json.loads((meta/f'{part}.json').read_text()) for part in ('train', 'test')}
     classes = sorted(parts['train'])
     return root, [(f'images/{file}.jpg', classes.index(c), part == 'test')
                   for part, inside in parts.items() for c, files in inside.items() for file in files], _names(classes)
@@ -91,7 +92,7 @@ def _cifar(train, test, meta, labels, names):
                 (folder/part).mkdir()
                 batches = [_unpickled(root/f) for f in files]
                 pixels = np.concatenate([b['data'] for b in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-                mine = [(f'{part}/{i:05}.png', int(c), part == 'test')
+                mine = [(f'{part}/{i:05}.bmp', int(c), part == 'test')
                         for i, c in enumerate(c for b in batches for c in b[labels])]
                 def save(i): Image.fromarray(pixels[i]).save(folder/mine[i][0])
                 for _ in in_threads(save, range(len(mine))): pass
@@ -147,7 +148,8 @@ TRANSFER = {
     'food101': Source(
         'food-101', '', '', 75_750, 25_250, 101,
         'https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101', 'Food101',
-        (Layout(('meta/train.json', 'meta/test.json', 'images/'), _food),))}
+        (Layout(('meta/train.json', 'meta/test.json', 'images/'), _food),
+         Layout(('train.json', 'test.json', 'classes.txt', 'labels.txt', 'images/'), _food)))}
 
 # %% ../../nbs/34_data.transfer.ipynb #e9c524c3
 SOURCES = {
@@ -174,7 +176,7 @@ def official_layout(
         for name, _, lacking in told:
             if not lacking: return name, folder
         for name, layout, lacking in told:
-            if layout.files[0] not in lacking:
+            if layout.files[0] not in lacking and layout is TRANSFER[name].layouts[0]:
                 raise BadInput(f"data: {folder} has {layout.files[0]} of {name} but lacks {', '.join(lacking)}. "
                                f"Get the rest from {TRANSFER[name].source}.")
 
