@@ -138,7 +138,10 @@ def _hash(state):
         found.update(t.detach().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
-def _read(path): return read_weights(path/'weights.safetensors' if path.is_dir() else path)
+def _read(path):
+    if not path.is_dir(): return read_weights(path)
+    body, both = path/'body.safetensors', read_weights(path/'weights.safetensors')
+    return read_weights(body) | both if body.exists() else both   # two files, where the body was not trained
 
 def _misfit(path, arch, state, wrong):
     "The error for weights of another network."
