@@ -13,6 +13,7 @@ import shutil
 import sys
 from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -42,12 +43,12 @@ def _all_pictures(dls, view):
             if isinstance(tfms, Pipeline): tfms.split_idx = 0 if augmented else 1
         yield dl
 
-def _hash_of(*parts):
-    "Of tensors, arrays and what has a repr."
+def _hash_of(parts):
+    "Of tensors and of what has a repr, one after the other."
     h = hashlib.sha256()
     for o in parts:
         if isinstance(o, Tensor): o = o.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        h.update(o if isinstance(o, np.ndarray) else repr(o).encode())
+        h.update(o if isinstance(o, np.ndarray) else repr(o).encode())   # an array is a tensor's
     return h.hexdigest()[:16]
 
 def weights_hash(
@@ -55,7 +56,7 @@ def weights_hash(
 ) -> str: # 16 hexadecimal digits
     "Changes with any weight, its name or its type; not with where the weights lie, nor with their memory format."
     state = model.state_dict()
-    return _hash_of(*(part for name, t in state.items() for part in ((name, t.dtype, tuple(t.shape)), t)))
+    return _hash_of(part for name, t in state.items() for part in ((name, t.dtype, tuple(t.shape)), t))
 
 # %% ../nbs/49_frozen.ipynb #8d3ea23e
 VERSION = 1   # of the files; those of another are made again
@@ -66,9 +67,9 @@ def _key(dls, body, view):
         about = {k: v for k, v in dls.about.items() if k not in ('vocab', 'augment')}
         pictures = (sorted(about.items()), READER, [digest for *_, digest in digests(dls.every[0]).values()])
         if view is not None: pictures += (dls.about['augment'],)
-    else: pictures = [x for dl in _seeded(dls, view) for x, *_ in dl]
+    else: pictures = (x for dl in _seeded(dls, view) for x, *_ in dl)
     layers = re.sub(' at 0x[0-9a-fA-F]+', '', str(body))   # where a function lies is another place each time
-    return _hash_of(VERSION, weights_hash(body), layers, view, *pictures)
+    return _hash_of(chain((VERSION, weights_hash(body), layers, view), pictures))
 
 def _seeded(dls, view):
     "As `_all_pictures`, with the random numbers of the view."
