@@ -8,6 +8,7 @@ __all__ = ['VERSION', 'weights_hash', 'kept_maps', 'MapSet', 'MapLoader', 'NextV
 
 # %% ../nbs/49_frozen.ipynb #c1d4791f
 import hashlib
+import re
 import shutil
 import sys
 from copy import deepcopy
@@ -66,7 +67,8 @@ def _key(dls, body, view):
         pictures = (sorted(about.items()), READER, [digest for *_, digest in digests(dls.every[0]).values()])
         if view is not None: pictures += (dls.about['augment'],)
     else: pictures = [x for dl in _seeded(dls, view) for x, *_ in dl]
-    return _hash_of(VERSION, weights_hash(body), str(body), view, *pictures)
+    layers = re.sub(' at 0x[0-9a-fA-F]+', '', str(body))   # where a function lies is another place each time
+    return _hash_of(VERSION, weights_hash(body), layers, view, *pictures)
 
 def _seeded(dls, view):
     "As `_all_pictures`, with the random numbers of the view."
@@ -92,13 +94,14 @@ def _write_maps(folder, body, dls, view, dtype, progress):
         for dl in _seeded(dls, view):
             for x, *_ in dl:
                 m = body(x.as_subclass(Tensor).contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-                if not torch.isfinite(m).all():
+                largest = m.abs().max().item()   # NaN if there is one
+                if not np.isfinite(largest):
                     raise BadInput("start: the body gives values that are not finite. Its weights are damaged, or they "
                                    "were trained on pictures normalised otherwise. Give other weights.")
                 if not done:
                     _fits(folder, total, m[0].numel() * np.dtype(dtype).itemsize)
                     _header(file, (total, *m.shape[1:]), dtype)
-                if dtype == 'float16' and m.abs().max() > np.finfo(dtype).max: return False
+                if largest > np.finfo(dtype).max: return False
                 file.write(m.to(getattr(torch, dtype)).contiguous().cpu().numpy())
                 done += len(m)
                 progress(done, total)
@@ -132,14 +135,10 @@ def kept_maps(
                 print('attnpool: the maps of this body are too large for float16 and kept as float32.', file=sys.stderr)
                 _write_maps(folder, body, dls, view, 'float32', progress or _bar())
             finally: body.to(memory_format=torch.contiguous_format)
-    def opened():
-        try: return np.load(made_once(dest, make)/'maps.npy', mmap_mode='r')
-        except (FileNotFoundError, ValueError, EOFError): return None   # torn
-    maps = opened()
-    if maps is None:
-        shutil.rmtree(dest)
-        maps = opened()
-    return maps
+    made_once(dest, make)
+    try: return np.load(dest/'maps.npy', mmap_mode='r')
+    except (FileNotFoundError, ValueError, EOFError): shutil.rmtree(dest)   # torn
+    return np.load(made_once(dest, make)/'maps.npy', mmap_mode='r')
 
 # %% ../nbs/49_frozen.ipynb #c812017d
 class MapSet:

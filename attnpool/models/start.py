@@ -93,13 +93,13 @@ def fit_body(
         fitted, wrong = fit_by_name(found, {names[k]: v for k, v in own.items()}, [names[k] for k in kept])
         if not wrong: return {k: fitted[names[k]] for k in kept if names[k] in fitted}, False, []
         faults.append(wrong)
-    fitted = fit_by_order(state, own, kept)
+    fitted = {k: v for k, v in fit_by_order(state, own, kept).items() if k in {*kept}}   # nothing behind the map
     return fitted, bool(fitted), [] if fitted else min(faults, key=len)
 
 # %% ../../nbs/25_models.start.ipynb #995b8b90
 def nearest_timm(
     state: dict[str, Tensor], # Weights of some network
-    seconds: float = 8., # How long to look at most
+    seconds: float = 10., # How long to look at most, in seconds of the processor
 ) -> str: # timm name; '' where none has half of the weights
     "The network of timm that has the most weights in common, by name and shape."
     def pairs(state): return {(k, () if {'fc', 'head', 'classifier'} & {*k.split('.')} else (*v.shape,))
@@ -112,15 +112,16 @@ def nearest_timm(
         return len({*re.findall(r'\w+', code)} & words)
     @cache
     def weights(name):
-        if time.monotonic() > end: return set()
+        if time.process_time() > end: return set()
         with torch.device('meta'): return pairs(timm.create_model(name).state_dict())
-    end, theirs, families, near, most = time.monotonic() + seconds, pairs(state), {}, '', .5
+    end, theirs, families, near, most = time.process_time() + seconds, pairs(state), {}, '', .5
     words = {word for k in state for word in k.split('.') if not word.isdigit()}
     for name in timm.list_models(): families.setdefault(timm.model_entrypoint(name).__module__, []).append(name)
     likely = {module: shared(kinds(theirs), kinds(weights(min(families[module], key=len))))
               for module in sorted(families, key=words_in)[-8:]}
-    near_ones = [module for module, share in likely.items() if share >= max(likely.values()) - .1]
-    for name in sorted((name for module in near_ones for name in families[module]), key=len):   # the plain networks first
+    least = max(.3, max(likely.values()) - .1)
+    names = [name for module, share in likely.items() if share >= least for name in families[module]]
+    for name in sorted(names, key=len):   # the plain networks first
         if (share := shared(theirs, weights(name))) > most: near, most = name, share
         if most == 1: break
     return near
@@ -138,11 +139,14 @@ def _hash(state):
         found.update(t.detach().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
-def _read(path): return read_weights(path/'weights.safetensors' if path.is_dir() else path)
+def _read(path):
+    if not path.is_dir(): return read_weights(path)
+    body, both = path/'body.safetensors', read_weights(path/'weights.safetensors')
+    return read_weights(body) | both if body.exists() else both   # two files, where the body was not trained
 
 def _misfit(path, arch, state, wrong):
     "The error for weights of another network."
-    near = nearest_timm(state)
+    near = nearest_timm(state) if len(wrong) > len(state) / 10 else ''   # else a variant of it
     what = f'The nearest of timm is {near}: --arch {near}.' if near and near != arch else \
         'Give a file of this network, or the network of the file.'
     more = f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''
