@@ -441,8 +441,7 @@ def test_vision_learner_takes_a_file_and_normalises_and_freezes(photos, tmp_path
         assert torch.equal(first.cpu(), next(p for p in net.parameters() if p.ndim == 4)) and not first.requires_grad
 
 
-def test_the_nearest_network_is_found_by_names_and_shapes():
-    assert nearest_timm(timm.create_model("resnet34", num_classes=3).state_dict()) == "resnet34"
+def test_weights_like_no_network_have_no_nearest():
     assert nearest_timm({"a.weight": torch.ones(3)}, 3) == ""
 
 

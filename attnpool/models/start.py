@@ -210,8 +210,8 @@ def _pretrained(arch):
     elif theirs := torchvision_weights(known): tag = f'torchvision/{theirs.DEFAULT}'
     if tag: return Start('pretrained', tag, '', *expected(arch))
     raise BadInput(f"start: there are no pretrained weights of {getattr(arch, '__name__', arch)}, got 'pretrained'. "
-                   "Give a file of weights or the folder of a run, start from scratch, or take a network that has some: "
-                   "torchvision.resnet18, or one of timm.list_pretrained().")
+                   "Give a file of weights or the folder of a run, start from scratch, or take a network that has "
+                   "some, such as torchvision.resnet18.")
 
 # %% ../../nbs/25_models.start.ipynb #3b3874d0
 def _run_of(
