@@ -57,8 +57,8 @@ def _whole(arch, options):
         except TypeError as e:
             strange = re.search(r"unexpected keyword argument '(\w+)'", str(e))
             if not strange or strange[1] not in options: raise
-            raise BadInput(f"{strange[1]}: the network {getattr(arch, '__name__', arch)} has no such option. Leave it out, "
-                           "or take another.") from None
+            raise BadInput(f"{strange[1]}: the network {getattr(arch, '__name__', arch)} has no such option. "
+                           "Leave it out, or take another.") from None
 
 def _names(arch, cut, options):
     "Of a network from scratch: its state dict, the names in it up to the map, and all by the place of their part."
