@@ -92,9 +92,7 @@ def bench(
 
     \b
     Examples:
-      attnpool bench digits
       attnpool bench digits --heads avg,concat --seeds 1,2,3,4,5 --epochs 20
-      attnpool bench photos/ --size 64 --eval-sizes 96
       attnpool bench digits --heads avg,learned --options num_heads=4 --drop-path 0.1
       attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --splits 5
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1

@@ -13,7 +13,7 @@ from typing import Callable
 
 import fastai.vision.learner as fastai_learner
 import numpy as np
-from fastai.data.all import Normalize, get_c
+from fastai.data.all import get_c
 from fastai.torch_core import apply_init
 from fastai.learner import Learner
 from fastai.optimizer import Adam
@@ -21,6 +21,7 @@ from fastcore.basics import store_attr
 from fastcore.meta import delegates
 from torch import nn
 
+from .data.batches import normalise
 from .heads import build_head, check_n_out, get_head
 from .models.body import for_pictures, network_of
 from .models.start import Start, expected, find_start, is_start
@@ -29,18 +30,10 @@ from .recipe import get_recipe, name_of
 from .registry import BadInput, UnknownName
 
 # %% ../nbs/45_learner.ipynb #ecdf63d9
-def _normalise(dls, stats):
-    "Normalise the pictures as the weights expect it. A `Normalize` that is there stays, but in our own `dls`."
-    there = [t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize)]
-    if not there: dls.add_tfms([Normalize.from_stats(*stats)], 'after_batch')
-    if not hasattr(dls, 'family'): return
-    for t in there: t.mean, t.std = (t.mean.new_tensor(values).view(1, -1, 1, 1) for values in stats)
-    if hasattr(dls, 'about'): dls.about |= dict(zip(('mean', 'std'), map(list, stats)))
-
 def _fastais(dls, arch, init, splitter, **kwargs):
     "fastai's own `vision_learner`, with the groups of a PatchConvNet and an error that helps."
     stats = expected(arch)[1:]
-    if hasattr(dls, 'family') and kwargs['pretrained'] and kwargs['normalize'] and stats[0]: _normalise(dls, stats)
+    if hasattr(dls, 'family') and kwargs['pretrained'] and kwargs['normalize'] and stats[0]: normalise(dls, stats)
     if splitter is None and isinstance(arch, str) and arch.startswith('patchconvnet'): splitter = timm_splitter
     if init is not None: kwargs['init'] = init
     try: return fastai_learner.vision_learner(dls, arch, splitter=splitter, **for_pictures(arch, dls, kwargs))
@@ -119,7 +112,7 @@ def vision_learner(
     options = for_pictures(arch, dls, kwargs)
     network = build_network(arch, n_out, custom_head, pretrained, cut=cut, weights=weights, **options)
     if init is not None: apply_init(network.model[-1], init)
-    if normalize and network.stats is not None: _normalise(dls, network.stats)
+    if normalize and network.stats is not None: normalise(dls, network.stats)
     rated = pretrained and name and of_learner.get('opt_func', Adam) is Adam   # for which the rates were found
     if rated: rate = dict(lr=get_recipe('finetune', name, getattr(dls, 'family', '')).lr) | rate
     kind = RatedLearner if rated else Learner

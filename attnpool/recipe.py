@@ -26,8 +26,10 @@ from .callback.cutmixup import CutMixUp, CutMixUpAugment
 from .callback.ends import BodyStands
 from .callback.precision import ChannelsLast, MixedPrecision
 from .data.augment import AUGMENTS
+from .data.batches import normalise
 from .heads import ABLATIONS, HEADS, PEERS
 from .models.body import for_pictures
+from .models.start import find_start, is_start
 from .models.surgery import build_network
 from .models.xresnet import ARCHS
 from .registry import BadInput, Registry, unknown
@@ -285,15 +287,18 @@ def recipe_learner(
     metrics=None, # fastai metrics; None for those of the blog, `small_data_metrics`
     cbs=None, # fastai callbacks
     path=None, # Where the Learner saves
-    start=None, # What the body's weights begin as, see `find_start`; None for nothing
+    start=None, # What the body's weights begin as, see `find_start`, for which `dls` normalise; None for nothing
     **overrides # Fields of `Recipe` to replace: `epochs`, `lr`, `opt`, ...
 ) -> Learner: # With `fit_recipe()` to train it
-    "A classifier from scratch that trains as a recipe says. Size, batch size and augmentation are those of `dls`."
+    "A classifier that trains as a recipe says. Size, batch size and augmentation are those of `dls`."
     fixed = overrides.keys() & {'size', 'bs', 'augment'}
     for name in sorted(fixed):
         raise BadInput(f"{name}: the DataLoaders decide it, got {overrides[name]!r}. Make dls with it.")
     r = get_recipe(recipe, name_of(head), getattr(dls, 'family', ''), **overrides)
     if isinstance(arch, str): r.check_start(start)   # a function may load weights of its own
+    if start and is_start(start, arch):
+        start = find_start(start, arch, False)
+        if start.stats: normalise(dls, start.stats)
     model, options = network_for(dls, arch, head, r.drop_path, start)
     if metrics is None: metrics = small_data_metrics()
     return learner_for(dls, model, r, LOSSES[r.loss](r), metrics, cbs, path=path, **options)

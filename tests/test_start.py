@@ -193,7 +193,7 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(tmp_path, capsys):
     torch.save(dict(model=Runs(tmp_path / "made")), tmp_path / "w.pth")
     with pytest.raises(SystemExit) as e: main(["bench", "digits", "--arch", LITE, "--start", str(tmp_path / "w.pth"), "--out", str(tmp_path / "runs")])
     said = capsys.readouterr().err
-    assert e.value.code == 2 and said.count("\n") == 1 and "holds more than weights" in said
+    assert e.value.code == 2 and said.count("\n") == 1 and "attnpool: start: " in said and "holds more than weights" in said
     assert not (tmp_path / "made").exists() and not (tmp_path / "runs").exists()
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Runs(tmp_path / "made")))
     with pytest.raises(BadInput): find_start(tmp_path / "raw.pth", LITE)
@@ -212,11 +212,11 @@ def test_a_start_that_cannot_be_meant(start, said):
 
 def test_files_that_are_no_weights(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(BadInput, match="cannot be read as weights"): find_start(tmp_path / "text.pth", "resnet10t")
+    with pytest.raises(BadInput, match="^start: .*cannot be read as weights"): find_start(tmp_path / "text.pth", "resnet10t")
     (tmp_path / "short.safetensors").write_bytes(b"\x08")
-    with pytest.raises(BadInput, match="cannot be read as weights"): find_start(tmp_path / "short.safetensors", "resnet10t")
+    with pytest.raises(BadInput, match="^start: .*cannot be read as weights"): find_start(tmp_path / "short.safetensors", "resnet10t")
     torch.save(dict(epoch=3), tmp_path / "none.pth")
-    with pytest.raises(BadInput, match="there are no weights in it"): find_start(tmp_path / "none.pth", "resnet10t")
+    with pytest.raises(BadInput, match="^start: there are no weights in it"): find_start(tmp_path / "none.pth", "resnet10t")
 
 
 def test_torchvisions_own_weights_are_for_its_functions():
@@ -441,8 +441,29 @@ def test_vision_learner_takes_a_file_and_normalises_and_freezes(photos, tmp_path
         assert torch.equal(first.cpu(), next(p for p in net.parameters() if p.ndim == 4)) and not first.requires_grad
 
 
-def test_the_nearest_network_is_found_by_names_and_shapes():
-    assert nearest_timm(timm.create_model("resnet34", num_classes=3).state_dict()) == "resnet34"
+def test_a_learner_of_a_recipe_normalises_for_its_start(photos, tmp_path):
+    from attnpool.recipe import recipe_learner
+    dls = get_dls(photos, 24, 8, "cpu")
+    assert recipe_learner(dls, "resnet10t", "slim").dls.after_batch[-1].mean.flatten().tolist() == pytest.approx(dls.about["mean"])
+    learn = recipe_learner(dls, "resnet10t", "slim", start=saved(tmp_path, "resnet10t"))
+    assert learn.dls.about["mean"] == [.485, .456, .406]
+    for dl in learn.dls.loaders: assert torch.allclose(dl.after_batch[-1].mean.flatten(), torch.tensor([.485, .456, .406]))
+
+
+def test_an_option_that_the_network_lacks_is_told(tmp_path):
+    for arch in ("resnet10t", "torchvision.resnet18"):
+        with pytest.raises(BadInput, match="^nonsense: the network resnet1.* has no such option"):
+            make_spec(arch=arch, options=dict(nonsense=1), start=saved(tmp_path, arch))
+
+
+def test_half_precision_is_read(tmp_path):
+    state = timm.create_model("resnet10t").state_dict()
+    torch.save({k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "w.pth")
+    weight = body_of("resnet10t", weights=find_start(tmp_path / "w.pth", "resnet10t")).model.model.conv1[0].weight
+    assert weight.dtype == torch.float32 and torch.equal(weight, state["conv1.0.weight"].bfloat16().float())
+
+
+def test_weights_like_no_network_have_no_nearest():
     assert nearest_timm({"a.weight": torch.ones(3)}, 3) == ""
 
 

@@ -53,7 +53,12 @@ def expected(
 # %% ../../nbs/25_models.start.ipynb #badb49e6
 def _whole(arch, options):
     with torch.random.fork_rng([]):
-        return timm.create_model(arch, **options) if isinstance(arch, str) else whole_network(arch, **options)
+        try: return timm.create_model(arch, **options) if isinstance(arch, str) else whole_network(arch, **options)
+        except TypeError as e:
+            strange = re.search(r"unexpected keyword argument '(\w+)'", str(e))
+            if not strange or strange[1] not in options: raise
+            raise BadInput(f"{strange[1]}: the network {getattr(arch, '__name__', arch)} has no such option. Leave it out, "
+                           "or take another.") from None
 
 def _names(arch, cut, options):
     "Of a network from scratch: its state dict, the names in it up to the map, and all by the place of their part."
@@ -140,9 +145,11 @@ def _hash(state):
     return found.hexdigest()[:16]
 
 def _read(path):
-    if not path.is_dir(): return read_weights(path)
-    body, both = path/'body.safetensors', read_weights(path/'weights.safetensors')
-    return read_weights(body) | both if body.exists() else both   # two files, where the body was not trained
+    files = [path/'body.safetensors', path/'weights.safetensors'] if path.is_dir() else [path]
+    if path.is_dir() and not files[0].exists(): files = files[1:]   # it is one file, but where the body was not trained
+    try: return {k: v for file in files for k, v in read_weights(file).items()}
+    except (BadInput, FileNotFoundError) as e:
+        raise type(e)(re.sub('^(file|checkpoint):', 'start:', str(e))) from None
 
 def _misfit(path, arch, state, wrong):
     "The error for weights of another network."
@@ -210,8 +217,8 @@ def _pretrained(arch):
     elif theirs := torchvision_weights(known): tag = f'torchvision/{theirs.DEFAULT}'
     if tag: return Start('pretrained', tag, '', *expected(arch))
     raise BadInput(f"start: there are no pretrained weights of {getattr(arch, '__name__', arch)}, got 'pretrained'. "
-                   "Give a file of weights or the folder of a run, start from scratch, or take a network that has some: "
-                   "torchvision.resnet18, or one of timm.list_pretrained().")
+                   "Give a file of weights or the folder of a run, start from scratch, or take a network that has "
+                   "some, such as torchvision.resnet18.")
 
 # %% ../../nbs/25_models.start.ipynb #3b3874d0
 def _run_of(

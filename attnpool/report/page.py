@@ -167,6 +167,7 @@ def _failed(results):
     why = {r.spec.head: ' '.join(r.reason.split()) for r in results if r.status == 'failed'}
     return '; '.join(f'{head} ({text})' for head, text in why.items())
 
+# %% ../../nbs/63_report.page.ipynb #ae1434c9
 def _section(name, results, table):
     "What the page shows of one setting."
     seed = min(r.spec.seed for r in results)

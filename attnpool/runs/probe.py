@@ -93,7 +93,7 @@ def try_head(
     if out.shape != (1, get_c(maps)): raise ValueError(f'the head gives {tuple(out.shape)} for one picture')
 
 # %% ../../nbs/53_runs.probe.ipynb #472c7b23
-RATES, DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (.01, 3.)   # the first decay is adamw's own
+RATES, DECAYS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (.01, 3.)   # the first decay is adamw's own
 STEPS = 100   # of a trial, at most
 
 def _at_most(maps, n, seed):
@@ -130,7 +130,7 @@ def find_rates(
         return value if np.isfinite(value) else np.inf
     lr, wd = recipe.lr, recipe.wd
     if lr is None:
-        at, decay = len(RATES) // 2, DECAYS[0] if wd is None else wd
+        at, decay = RATES.index(3e-3), DECAYS[0] if wd is None else wd
         def near(i): return range(max(i - 1, 0), min(i + 2, len(RATES)))
         while len(held) and (best := min(near(at), key=lambda i: trial(RATES[i], decay))) != at: at = best
         lr = RATES[at]

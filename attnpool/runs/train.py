@@ -170,6 +170,7 @@ def _validate(learn, larger, log):
         names = 'valid_loss', *(m.name for m in learn.metrics)
         return {size: dict(zip(names, map(float, learn.validate(dl=dl)))) for size, dl in larger.items()}
 
+# %% ../../nbs/54_runs.train.ipynb #fd645a3f
 def _finish(spec, folder, device, learn, log, sizes, start, body='', **found):
     "Write what the training left; `result.json` last."
     dls, task, good = learn.dls, TASKS[spec.task], log.diverged is None
@@ -190,6 +191,7 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', **found):
         redrawn=_redrawn(spec, dls), seconds=round(time.perf_counter() - start, 3), **found, **circumstances(device)),
         folder)
 
+# %% ../../nbs/54_runs.train.ipynb #187fe583
 def _probe(spec, folder, device, log, on_maps):
     "Train a head on the maps of its body, which it shares with the runs before and after."
     task, bs = TASKS[spec.task], spec.recipe.bs // processes()
