@@ -8,10 +8,12 @@ __all__ = ['VERSION', 'weights_hash', 'kept_maps', 'MapSet', 'MapLoader', 'NextV
 
 # %% ../nbs/49_frozen.ipynb #c1d4791f
 import hashlib
+import re
 import shutil
 import sys
 from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -41,12 +43,12 @@ def _all_pictures(dls, view):
             if isinstance(tfms, Pipeline): tfms.split_idx = 0 if augmented else 1
         yield dl
 
-def _hash_of(*parts):
-    "Of tensors, arrays and what has a repr."
+def _hash_of(parts):
+    "Of tensors and of what has a repr, one after the other."
     h = hashlib.sha256()
     for o in parts:
         if isinstance(o, Tensor): o = o.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        h.update(o if isinstance(o, np.ndarray) else repr(o).encode())
+        h.update(o if isinstance(o, np.ndarray) else repr(o).encode())   # an array is a tensor's
     return h.hexdigest()[:16]
 
 def weights_hash(
@@ -54,7 +56,7 @@ def weights_hash(
 ) -> str: # 16 hexadecimal digits
     "Changes with any weight, its name or its type; not with where the weights lie, nor with their memory format."
     state = model.state_dict()
-    return _hash_of(*(part for name, t in state.items() for part in ((name, t.dtype, tuple(t.shape)), t)))
+    return _hash_of(part for name, t in state.items() for part in ((name, t.dtype, tuple(t.shape)), t))
 
 # %% ../nbs/49_frozen.ipynb #8d3ea23e
 VERSION = 1   # of the files; those of another are made again
@@ -65,8 +67,9 @@ def _key(dls, body, view):
         about = {k: v for k, v in dls.about.items() if k not in ('vocab', 'augment')}
         pictures = (sorted(about.items()), READER, [digest for *_, digest in digests(dls.every[0]).values()])
         if view is not None: pictures += (dls.about['augment'],)
-    else: pictures = [x for dl in _seeded(dls, view) for x, *_ in dl]
-    return _hash_of(VERSION, weights_hash(body), str(body), view, *pictures)
+    else: pictures = (x for dl in _seeded(dls, view) for x, *_ in dl)
+    layers = re.sub(' at 0x[0-9a-fA-F]+', '', str(body))   # where a function lies is another place each time
+    return _hash_of(chain((VERSION, weights_hash(body), layers, view), pictures))
 
 def _seeded(dls, view):
     "As `_all_pictures`, with the random numbers of the view."
@@ -92,13 +95,14 @@ def _write_maps(folder, body, dls, view, dtype, progress):
         for dl in _seeded(dls, view):
             for x, *_ in dl:
                 m = body(x.as_subclass(Tensor).contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-                if not torch.isfinite(m).all():
+                largest = m.abs().max().item()   # NaN if there is one
+                if not np.isfinite(largest):
                     raise BadInput("start: the body gives values that are not finite. Its weights are damaged, or they "
                                    "were trained on pictures normalised otherwise. Give other weights.")
                 if not done:
                     _fits(folder, total, m[0].numel() * np.dtype(dtype).itemsize)
                     _header(file, (total, *m.shape[1:]), dtype)
-                if dtype == 'float16' and m.abs().max() > np.finfo(dtype).max: return False
+                if largest > np.finfo(dtype).max: return False
                 file.write(m.to(getattr(torch, dtype)).contiguous().cpu().numpy())
                 done += len(m)
                 progress(done, total)
@@ -132,14 +136,10 @@ def kept_maps(
                 print('attnpool: the maps of this body are too large for float16 and kept as float32.', file=sys.stderr)
                 _write_maps(folder, body, dls, view, 'float32', progress or _bar())
             finally: body.to(memory_format=torch.contiguous_format)
-    def opened():
-        try: return np.load(made_once(dest, make)/'maps.npy', mmap_mode='r')
-        except (FileNotFoundError, ValueError, EOFError): return None   # torn
-    maps = opened()
-    if maps is None:
-        shutil.rmtree(dest)
-        maps = opened()
-    return maps
+    made_once(dest, make)
+    try: return np.load(dest/'maps.npy', mmap_mode='r')
+    except (FileNotFoundError, ValueError, EOFError): shutil.rmtree(dest)   # torn
+    return np.load(made_once(dest, make)/'maps.npy', mmap_mode='r')
 
 # %% ../nbs/49_frozen.ipynb #c812017d
 class MapSet:

@@ -29,7 +29,7 @@ from .registry import BadInput, UnknownName
 
 # %% ../nbs/45_learner.ipynb #ecdf63d9
 def _normalise(dls, stats):
-    "Have the pictures normalised as the weights expect it. Of those who did it before, only `picture_dls` is overruled."
+    "Have the pictures normalised as the weights expect it. Of an earlier one, only that of `picture_dls` gives way."
     there = [t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize)]
     if not there: dls.add_tfms([Normalize.from_stats(*stats)], 'after_batch')
     elif hasattr(dls, 'about'):

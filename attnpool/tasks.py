@@ -62,11 +62,17 @@ def split_options(
 
 # %% ../nbs/50_tasks.ipynb #dcfd6e2c
 def head_of(
-    spec # As for `Task`
+    spec, # As for `Task`
+    vocab=(), # Names of the classes, for the head of a run that training begins from
 ) -> Callable: # `(ni, n_out)`
-    "The head of a spec, with its options."
+    "The head of a spec, with its options; with the weights of the run that it begins from, where they fit."
     of_head, _ = split_options(spec.head, spec.arch, dict(spec.options))
-    return partial(get_head(spec.head), **of_head)
+    state = spec.start.head(spec.head, dict(spec.options), vocab) if vocab else {}
+    def build(ni, n_out):
+        head = get_head(spec.head)(ni, n_out, **of_head)
+        if state: head.load_state_dict(state)
+        return head
+    return build
 
 # %% ../nbs/50_tasks.ipynb #77e0538d
 def look_at_validation(
@@ -96,10 +102,8 @@ def _pictures(spec, bs, device):
 
 def _classifier(spec, dls, head=None):
     _, of_arch = split_options(spec.head, spec.arch, dict(spec.options))
-    network = network_for(dls, spec.arch, head or head_of(spec), spec.recipe.drop_path, spec.start, **of_arch)
-    state = spec.start.head(spec.head, dict(spec.options), dls.vocab) if head is None else None
-    if state: network[0][-1].load_state_dict(state)
-    return network
+    head = head or head_of(spec, dls.vocab)
+    return network_for(dls, spec.arch, head, spec.recipe.drop_path, spec.start, **of_arch)
 
 def _loss(recipe): return LOSSES[recipe.loss](recipe)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .registry import BadInput
@@ -81,12 +82,11 @@ def read_weights(
     "The weights in a file. No code in it is run."
     file = Path(file).expanduser()
     if not file.is_file(): raise FileNotFoundError(f"file: there is no {file}. Give the path of a file of weights.")
-    if file.suffix == '.safetensors':
-        from safetensors.torch import load_file
-        return weights_in(load_file(file), names, averages)
     try:
-        with torch.serialization.safe_globals(_BESIDE):
-            found = torch.load(file, map_location='cpu', weights_only=True)
+        if file.suffix == '.safetensors': found = load_file(file)
+        else:
+            with torch.serialization.safe_globals(_BESIDE):
+                found = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e:   # whatever a damaged or foreign file leads to
         pickled = re.findall(r'GLOBAL ([\w.]+)', str(e))
         if not pickled:

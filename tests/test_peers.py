@@ -2,23 +2,34 @@
 import copy
 import inspect
 import pickle
+import re
 import subprocess
 import sys
+from functools import partial
 
+import numpy as np
+import pandas as pd
 import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 from torch import nn
 
+from attnpool.cli import main
+from attnpool.cost.timing import peak_memory
 from attnpool.functional import attention_pool_plain
 from attnpool.heads import ABLATIONS, fold, get_head, HEADS
 from attnpool.maps.compute import attention_maps, find_pools, maps_of
 from attnpool.models.surgery import swap_pool, with_head
-from attnpool.pooling.others import BlogAttention, ClipAttention, GroupLinear, OneQuery
-from attnpool.pooling.peers import AttentionPeer, Peer, PEERS
+from attnpool.pooling.others import BlogAttention, ClipAttention
+from attnpool.pooling.peers import AttentionPeer, PEERS
+from attnpool.recipe import name_of, recipe_learner
 from attnpool.registry import BadInput
+from attnpool.runs.options import read_specs
+from attnpool.runs.store import load_run
+from attnpool.runs.train import open_run
 
 C = 64
 SMALL = dict(mldecoder=dict(dim=32), query2label=dict(dim=32))   # decoders of the papers' sizes take a second each
@@ -178,6 +189,22 @@ def test_maps_of_a_timm_layer_that_writes_its_softmax_out(fused):
     expected = pool.attention_map(x)
     pool.layer.fused_attn = fused
     assert torch.allclose(pool.attention_map(x), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", LOOK)
+def test_maps_in_mixed_precision_and_of_fastais_tensors(name):
+    from fastai.torch_core import TensorImage
+    head, x = head_of(name, dtype=torch.float32).eval(), random_map(2, C, 4, 7, dtype=torch.float32)
+    expected = head[0].attention_map(x)
+    assert torch.equal(head[0].attention_map(TensorImage(x)).as_subclass(torch.Tensor), expected)
+    with torch.autocast("cpu", torch.bfloat16): out, maps = head(x), head[0].attention_map(x)
+    assert (maps - expected).abs().max() < .1 and (maps.sum((2, 3)) - 1).abs().max() < .02
+    assert (out - head(x)).abs().max() < .1 * head(x).abs().max()
+
+
+def test_maps_of_large_maps_take_no_square_of_the_positions():
+    pool, x = head_of("timm-attn", dtype=torch.float32)[0], random_map(1, C, 40, 40, dtype=torch.float32)
+    with torch.no_grad(): assert peak_memory(lambda: pool.attention_map(x)) < 4 * 1601**2
 
 
 def test_maps_of_decoders_are_the_mean_over_heads():
@@ -386,6 +413,56 @@ def test_names_are_found_with_the_nearest_of_all():
     for wrong, near in {"gme": "gem", "timm-atn": "timm-attn", "conct": "concat", "slim-rsm": "slim-rms"}.items():
         with pytest.raises(BadInput, match=f"head: '{wrong}' is unknown. Did you mean '{near}'.*Known: avg, .*gem") as e: get_head(wrong)
         assert ("slim-rms" in str(e.value).partition("Known")[2]) == ("-" in wrong)
+
+
+@pytest.mark.parametrize("words, heads", [
+    ("peers", list(PEERS)), ("all,peers", [*HEADS, *PEERS]), ("all", list(HEADS)), ("all,gem", [*HEADS, "gem"]),
+    ("gem,peers", ["gem", *(n for n in PEERS if n != "gem")]), ("avg, timm-attn,avg", ["avg", "timm-attn"])])
+def test_words_for_all_heads(words, heads):
+    specs = read_specs("digits", words, "1", "quick", arch="xeca_resnext_tiny")
+    assert [s.head for s in specs] == heads and all(s.recipe.lr > 0 for s in specs)
+
+
+def test_an_option_goes_to_the_heads_that_have_it():
+    specs = {s.head: dict(s.options) for s in read_specs("digits", "avg,gem,ep,clip", "1", "quick", "n_queries=4,map_size=(3,5)", arch="resnet10t")}
+    assert specs == {"avg": {}, "gem": {}, "ep": {"n_queries": 4}, "clip": {"map_size": (3, 5)}}
+    assert read_specs("digits", "gem", "1", "quick", "p=3", arch="resnet10t")[0] == read_specs("digits", "gem", "1", "quick", arch="resnet10t")[0]
+    with pytest.raises(BadInput, match="options: 'n_querys' is unknown. Did you mean 'n_queries'"):
+        read_specs("digits", "ep,gem", "1", "quick", "n_querys=4", arch="xeca_resnext_tiny")
+    with pytest.raises(BadInput, match="head: 'peer' is unknown.*query2label"): read_specs("digits", "peer", "1", "quick", arch="resnet10t")
+
+
+def test_from_the_command_to_the_maps_of_a_photo(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for label in ("left", "right"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(12):
+            photo = rng.integers(0, 120, (32, 32, 3), dtype=np.uint8)
+            photo[8:24, slice(0, 16) if label == "left" else slice(16, 32)] = 255
+            Image.fromarray(photo).save(tmp_path / "photos" / label / f"{i}.png")
+    words = ["bench", str(tmp_path / "photos"), "--heads", "gem,ep,fastai", "--options", "n_queries=4", "--seeds", "1", "--epochs", "1"]
+    with pytest.raises(SystemExit) as e:
+        main([*words, "--size", "32", "--bs", "8", "--device", "cpu", "--out", str(tmp_path / "runs")])
+    told = capsys.readouterr().out
+    assert e.value.code == 0 and all(re.search(rf"^ {row} +\S+ M 1 ", told, re.M) for row in ("gem", "ep n_queries=4", "fastai")), told
+    table = pd.read_csv(tmp_path / "runs/report.csv")
+    assert list(table["head"]) == ["gem", "ep n_queries=4", "fastai"]
+    run, = (tmp_path / "runs").glob("*-ep-*")
+    assert load_run(run).spec.head == "ep" and open_run(run).model[-1][0].layer.query.shape == (4, 256)
+    for folder, maps in ((run, 1), (next((tmp_path / "runs").glob("*-gem-*")), 0)):
+        page = tmp_path / f"{maps}.html"
+        with pytest.raises(SystemExit) as e: main(["maps", str(folder), str(tmp_path / "photos/left/0.png"), "--device", "cpu", "--out", str(page)])
+        assert e.value.code == 0 and page.stat().st_size > 1000
+        assert ("one map for all" in page.read_text()) == bool(maps)   # a map of attention, or of each class by its gradient
+
+
+def test_heads_of_a_learner_are_known_by_name(dls):
+    for head in (PEERS["gem"], partial(PEERS["gem"], p=2), "gem"): assert name_of(head) == "gem"
+    learn = recipe_learner(dls, "xeca_resnext_tiny", partial(PEERS["mldecoder"], dim=32), "quick", epochs=1)
+    learn.model[-1][0].layer.query.fill_(1.)
+    learn.freeze(); learn.unfreeze()
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    assert learn.model[-1][0].layer.query.eq(1.).all() and not learn.model[-1][0].layer.query.requires_grad   # as ML-Decoder's stay
 
 
 def test_in_timm_networks_and_in_the_place_of_average_pooling():

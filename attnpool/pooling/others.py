@@ -106,7 +106,7 @@ class ClipAttention(nn.Module):
     def __init__(self,
         ni: int, # Channels of the map
         num_heads: int, # Heads, a divisor of `ni`
-        size: int | tuple[int, int] = 7, # Side, or height and width, of the maps to which the position embedding belongs
+        size: int | tuple[int, int] = 7, # Side, or height and width, of the maps that the position embedding is for
     ):
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else tuple(size)

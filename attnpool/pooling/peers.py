@@ -41,7 +41,9 @@ class Peer(nn.Module):
 # %% ../../nbs/14_pooling.peers.ipynb #a1b20005
 class _Weights(TorchFunctionMode):
     "Within it, keeps the weights of the last attention, `(b, heads, queries, keys)` or `(b, queries, keys)`."
-    weights = None
+    def __init__(self, n):
+        super().__init__()
+        self.n, self.weights = n, None
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -54,6 +56,7 @@ class _Weights(TorchFunctionMode):
         if f is Tensor.softmax: self.weights = out
         if f is F.scaled_dot_product_attention:
             q, k = (t.to(wide(t.dtype)) for t in args[:2])
+            if k.shape[-2] > self.n: q = q[..., :1, :]   # the mean's: timm has the positions ask, too, in vain
             self.weights = (q @ k.mT * q.shape[-1]**-.5).softmax(-1)
         return out
 
@@ -73,11 +76,11 @@ class AttentionPeer(Peer):
         x: Tensor, # `(b, ni, h, w)`
     ) -> Tensor: # `(b, queries*heads, h, w)`, query-major, or `(b, queries, h, w)`; sums to one over positions
         "Where the layer looks in eval mode."
-        with _Weights() as seen: self(x)
+        n = x.shape[2:].numel()
+        with _Weights(n) as seen: self(x)
         if seen.weights is None:
-            raise BadInput(f"layer: a {type(self.layer).__name__} computes no attention that can be read. Use Peer for it.")
-        n, weights = x.shape[2:].numel(), seen.weights
-        if weights.ndim == 3: weights = weights.unsqueeze(1)
+            raise BadInput(f"layer: a {type(self.layer).__name__} computes no attention that can be read. Use Peer.")
+        weights = seen.weights if seen.weights.ndim == 4 else seen.weights.unsqueeze(1)
         if weights.shape[-1] > n:   # the mean of the map asks, and is the first key: an n-th of its share is everyone's
             weights = weights[:, :, :1, 1:] + weights[:, :, :1, :1] / n
         if self.per_query: weights = weights.mean(1, keepdim=True)

@@ -129,7 +129,8 @@ def write_runs(
         history = r.history() if len(r.history()) else pd.DataFrame(dict(epoch=['']))   # diverged in its first
         rows.append(history.assign(**cells))
     table = pd.concat(rows)
-    asked = sorted(table, key=lambda c: not c.startswith(('spec.', 'data.', 'start.', 'recipe.')))   # before what came out
+    parts = 'spec.', 'data.', 'start.', 'recipe.'   # before what came out
+    asked = sorted(table, key=lambda c: not c.startswith(parts))
     write_file(path, table[asked].to_csv(index=False).encode(errors='backslashreplace'))
 
 # %% ../../nbs/60_report.collect.ipynb #60a1d1c4

@@ -77,8 +77,9 @@ _PAGE = '''{% for g in groups %}
 <p>{{ metrics }} after the last epoch: mean ± sample standard deviation over n {{ over }}.
 Difference: paired by {{ by }}, with its 95% {{ 'corrected resampled ' if 'drawn' in where }}t interval;
 better or worse where that excludes zero, otherwise these {{ over }} cannot tell.
-{% if 'seeds' in where %}{{ where.seeds }}The interval covers what differs between seeds, initialisation and order of the
-batches, and is meant for one comparison at a time. It does not cover the choice of learning rates, nor other pictures.
+{% if 'seeds' in where %}{{ where.seeds }}The interval covers what differs between seeds, initialisation and order of
+the batches, and is meant for one comparison at a time. It does not cover the choice of learning rates, nor other
+pictures.
 {% endif %}{% if 'drawn' in where %}{{ where.drawn }}Each split draws anew which pictures train and which validate, for
 all heads alike. Since all are splits of the same pictures, the usual interval would be too narrow: the corrected one
 (Nadeau and Bengio, 2003) takes s²·(1/n + validation pictures/training pictures) for the variance of a mean over n

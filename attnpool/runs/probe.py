@@ -13,7 +13,7 @@ from typing import Callable
 
 import numpy as np
 import torch
-from fastai.vision.all import DataLoaders, get_c, set_seed
+from fastai.vision.all import DataLoaders, get_c, set_seed, to_device
 from torch import nn
 
 from ..data.check import doubles_of
@@ -86,7 +86,8 @@ def try_head(
     loss: nn.Module, # Of the predictions and the targets
 ):
     "One step of training and one of validation; what is wrong is raised."
-    head, (x, y) = deepcopy(head), maps.train.one_batch()
+    few = range(min(maps.train.bs, len(maps.train_ds)))   # not the loader's, whose order would move on
+    head, (x, y) = deepcopy(head), to_device(maps.train_ds.batch(few), maps.device)
     loss(head(x), y).backward()
     with evaluating(head): out = head(x[:1])
     if out.shape != (1, get_c(maps)): raise ValueError(f'the head gives {tuple(out.shape)} for one picture')
@@ -118,11 +119,11 @@ def find_rates(
     "Learning rate and weight decay of a head, by trials inside the training pictures."
     epochs, trials = max(1, round(recipe.epochs / 4)), []
     train, held = inner_split(maps.train.dataset, STEPS * recipe.bs // epochs, seed)
-    inner, short = map_loaders(train, held, recipe.bs, maps.device), replace(recipe, epochs=epochs)
     @cache
     def trial(lr, wd):
-        set_seed(seed)
-        learn = head_learner(inner, deepcopy(head), replace(short, lr=lr, wd=wd), loss)
+        set_seed(seed)   # before the DataLoaders, as for a run
+        inner, short = map_loaders(train, held, recipe.bs, maps.device), replace(recipe, epochs=epochs, lr=lr, wd=wd)
+        learn = head_learner(inner, deepcopy(head), short, loss)
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
         value = float(learn.recorder.values[-1][1])
         trials.append([lr, wd, value if np.isfinite(value) else None])
