@@ -41,6 +41,14 @@ BATCH_NORM = ["fastai", "ep"]   # cannot be trained on one picture at a time
 PER_QUERY = ["mldecoder", "query2label"]
 
 
+@pytest.fixture
+def compiler():
+    "torch counts how often the `forward` of a class is compiled, for whichever layers, and stops: as if none had been."
+    torch._dynamo.reset()
+    yield torch.compile
+    torch._dynamo.reset()
+
+
 def head_of(name, ni=C, n_out=5, dtype=torch.float64, **options):
     "With weights away from their start, so that no bias is zero and no map uniform."
     head = PEERS[name](ni, n_out, **SMALL.get(name, {}) | options).to(dtype)
@@ -98,7 +106,7 @@ def test_dtypes_and_memory_formats(name, dtype):
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_copies_saves_and_compiles(name, tmp_path):
+def test_copies_saves_and_compiles(name, tmp_path, compiler):
     head, x = head_of(name).eval(), random_map(2, C, 6, 4)
     expected = head(x)
     torch.save(head.state_dict(), tmp_path / "head.pt")
@@ -106,8 +114,7 @@ def test_copies_saves_and_compiles(name, tmp_path):
     other.load_state_dict(torch.load(tmp_path / "head.pt", weights_only=True))
     for same in (other, copy.deepcopy(head), pickle.loads(pickle.dumps(head)), nn.Sequential(head[:-1], head[-1])):
         assert torch.equal(same(x), expected)
-    torch._dynamo.reset()   # it counts how often `Peer.forward` is compiled, for whichever layer
-    assert torch.allclose(torch.compile(head, backend="aot_eager", fullgraph=True)(x), expected, atol=1e-6)
+    assert torch.allclose(compiler(head, backend="aot_eager", fullgraph=True)(x), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -483,6 +490,9 @@ def test_in_timm_networks_and_in_the_place_of_average_pooling():
     (lambda: PEERS["timm-attn"](0, 5), "ni: expected the number of channels"),
     (lambda: PEERS["clip"](C, 0), "n_out: expected at least 1 output, got 0"),
     (lambda: PEERS["gem"](C, 5, p=0), "p: expected a power above 0, got 0"),
+    (lambda: PEERS["gem"](C, 5, p="three"), "p: expected a power above 0, got 'three'"),
+    (lambda: PEERS["clip"](C, 5, num_heads="two"), "num_heads: 'two' does not divide the 64 channels"),
+    (lambda: PEERS["ep"](C, 5, n_queries=8.), "n_queries: 8.0 does not divide the 64 channels"),
     (lambda: PEERS["fastai"](C, 5, ps=1.5), "ps: expected a rate in [0, 1), got 1.5"),
     (lambda: PEERS["clip"](C, 5, num_heads=3), "num_heads: 3 does not divide the 64 channels"),
     (lambda: PEERS["timm-latent"](C, 5, num_heads=3), "num_heads: 3 does not divide the 64 channels"),

@@ -7,6 +7,8 @@ __all__ = ['AvgMax', 'GeM', 'BlogAttention', 'OneQuery', 'GatedAttention', 'Effi
            'GroupLinear']
 
 # %% ../../nbs/09_pooling.others.ipynb #b2c30004
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ class GeM(nn.Module):
         eps: float = 1e-6, # Values below count as this
     ):
         super().__init__()
-        if not p > 0: raise BadInput(f"p: expected a power above 0, got {p}. 3 is usual.")
+        if not isinstance(p, Real) or p <= 0: raise BadInput(f"p: expected a power above 0, got {p!r}. 3 is usual.")
         self.p, self.eps = nn.Parameter(torch.full((1,), float(p))), eps
 
     def forward(self, x: Tensor) -> Tensor:
