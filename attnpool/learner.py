@@ -29,17 +29,17 @@ from .registry import BadInput, UnknownName
 
 # %% ../nbs/45_learner.ipynb #ecdf63d9
 def _normalise(dls, stats):
-    "Have the pictures normalised as the weights expect it. Of an earlier one, only that of `picture_dls` gives way."
+    "Normalise the pictures as the weights expect it. A `Normalize` that is there stays, but in our own `dls`."
     there = [t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize)]
     if not there: dls.add_tfms([Normalize.from_stats(*stats)], 'after_batch')
-    elif hasattr(dls, 'about'):
-        for t in there: t.mean, t.std = (t.mean.new_tensor(values).view(1, -1, 1, 1) for values in stats)
-        dls.about |= dict(zip(('mean', 'std'), map(list, stats)))
+    if not hasattr(dls, 'family'): return
+    for t in there: t.mean, t.std = (t.mean.new_tensor(values).view(1, -1, 1, 1) for values in stats)
+    if hasattr(dls, 'about'): dls.about |= dict(zip(('mean', 'std'), map(list, stats)))
 
 def _fastais(dls, arch, init, splitter, **kwargs):
     "fastai's own `vision_learner`, with the groups of a PatchConvNet and an error that helps."
     stats = expected(arch)[1:]
-    if hasattr(dls, 'about') and kwargs['pretrained'] and kwargs['normalize'] and stats[0]: _normalise(dls, stats)
+    if hasattr(dls, 'family') and kwargs['pretrained'] and kwargs['normalize'] and stats[0]: _normalise(dls, stats)
     if splitter is None and isinstance(arch, str) and arch.startswith('patchconvnet'): splitter = timm_splitter
     if init is not None: kwargs['init'] = init
     try: return fastai_learner.vision_learner(dls, arch, splitter=splitter, **for_pictures(arch, dls, kwargs))
