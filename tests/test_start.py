@@ -279,6 +279,14 @@ def test_networks_say_what_their_weights_expect():
     assert expected("xeca_resnext_tiny") == (224, (), ())
 
 
+def test_a_network_of_ones_own_goes_from_a_file(tmp_path, monkeypatch):
+    from timm.models import _registry
+    monkeypatch.setitem(_registry._model_entrypoints, "my_net", lambda pretrained=False, **options: timm.create_model("resnet10t", **options))
+    start = find_start(saved(tmp_path, "resnet10t"), "my_net")
+    assert start.size == 224 and start.stats is None and len(fit_body(start.state(), "my_net")[0]) > 50
+    with pytest.raises(BadInput, match="there are no pretrained weights of my_net"): find_start("pretrained", "my_net")
+
+
 def test_the_size_follows_the_weights_only_where_the_recipe_leaves_it_open(trained):
     assert make_spec(arch=LITE, start=LITE0, lr=1e-3).recipe.size == 40   # quick's own
     open_size = replace(make_spec(lr=1e-3).recipe, size=None)

@@ -43,8 +43,8 @@ def expected(
     from fastai.vision.learner import model_meta   # here, to keep the import light
     arch = network_of(arch)
     if isinstance(arch, str):
-        cfg = timm.get_pretrained_cfg(arch)
-        return Expected(cfg.input_size[1], tuple(cfg.mean), tuple(cfg.std))
+        cfg = timm.get_pretrained_cfg(arch)   # none of a network of somebody's own
+        return Expected(cfg.input_size[1], tuple(cfg.mean), tuple(cfg.std)) if cfg else Expected()
     if theirs := torchvision_weights(arch):
         how = (theirs.verify(weights) or theirs.DEFAULT).transforms()
         return Expected(how.crop_size[0], tuple(how.mean), tuple(how.std))
@@ -213,7 +213,7 @@ def _pretrained(arch):
     known, tag = network_of(arch), ''
     if isinstance(known, str):
         cfg = timm.get_pretrained_cfg(known)
-        if cfg.has_weights: tag = f'timm/{cfg.architecture}.{cfg.tag}'
+        if cfg and cfg.has_weights: tag = f'timm/{cfg.architecture}.{cfg.tag}'
     elif theirs := torchvision_weights(known): tag = f'torchvision/{theirs.DEFAULT}'
     if tag: return Start('pretrained', tag, '', *expected(arch))
     raise BadInput(f"start: there are no pretrained weights of {getattr(arch, '__name__', arch)}, got 'pretrained'. "
