@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Callable
 
 import fastai.vision.learner as fastai_learner
-from fastai.data.all import get_c
+import numpy as np
+from fastai.data.all import Normalize, get_c
 from fastai.torch_core import apply_init
 from fastai.learner import Learner
 from fastai.optimizer import Adam
@@ -50,7 +51,7 @@ class RatedLearner(Learner):
         **kwargs
     ):
         "fastai's: the head alone, then all, with smaller rates for earlier layers."
-        if base_lr is None: base_lr = getattr(self.lr, 'stop', self.lr)   # the last group's, of a slice
+        if base_lr is None: base_lr = np.ravel(getattr(self.lr, 'stop', self.lr))[-1]   # the head's, of a slice or list
         return super().fine_tune(epochs, base_lr, *args, **kwargs)
 
 # %% ../nbs/45_learner.ipynb #c4e1b002
@@ -63,6 +64,8 @@ def _weights(weights, arch, pretrained, kwargs):
     "What was given as weights, in any of the ways to spell it: a start, or torchvision's own."
     if isinstance(pretrained, (str, Path)):
         raise BadInput(f"pretrained: expected True or False, got {pretrained!r}. Give a file of weights as weights=.")
+    if isinstance(cfg := kwargs.get('pretrained_cfg'), dict) and [*cfg] == ['file']:
+        kwargs['checkpoint_path'] = kwargs.pop('pretrained_cfg')['file']
     if kwargs.get('checkpoint_path') and pretrained:
         if weights is not None: raise BadInput("checkpoint_path: there is weights= too. Leave one of them out.")
         weights = kwargs.pop('checkpoint_path')
@@ -97,7 +100,8 @@ def vision_learner(
     name, rate = name_of(custom_head), {} if lr is None else dict(lr=lr)
     if isinstance(custom_head, str): custom_head = _named(custom_head)
     if custom_head is not None and not callable(custom_head): build_head(custom_head, 1, 1)   # raises, before any work
-    if custom_head is None and cut is None and not isinstance(weights, Start):   # fastai's own `cut` has no effect
+    from_file = isinstance(weights, Start) or 'checkpoint_path' in kwargs
+    if custom_head is None and cut is None and not from_file:   # fastai's own `cut` has no effect
         return _fastais(dls, arch, init, splitter, normalize=normalize, n_out=n_out, pretrained=pretrained,
                         weights=weights, **rate, **kwargs)
     of_learner, of_head = ({name: kwargs.pop(name) for name in signature(f).parameters if name in kwargs}

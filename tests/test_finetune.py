@@ -175,6 +175,7 @@ def test_a_rate_that_is_named_is_used(dls):
     make = partial(vision_learner, dls, pretrained_arch, custom_head="avgstart")
     assert peak(make(), 3e-4) == pytest.approx(3e-4) and peak(make(), base_lr=3e-4) == pytest.approx(3e-4)
     assert peak(make(lr=5e-4)) == pytest.approx(5e-4) and peak(make(lr=slice(1e-5, 6e-4))) == pytest.approx(6e-4)
+    assert peak(make(lr=[1e-5, 4e-4])) == pytest.approx(4e-4) and peak(make(lr=np.float32(4e-4))) == pytest.approx(4e-4)
     learn = make()
     learn.lr = 7e-4
     assert peak(learn) == pytest.approx(7e-4)
@@ -219,7 +220,7 @@ def test_every_spelling_of_a_file_is_right_or_an_error(weights, photos):
     for head in (None, "avgstart"):
         make = partial(lambda head, **kwargs: vision_learner(picture_dls(photos, 64, 8, "cpu"), "test_efficientnet", custom_head=head, **kwargs), head)
         overlay = dict(pretrained_cfg_overlay=dict(file=str(weights)))
-        for given in (dict(weights=weights), dict(weights=str(weights)), dict(checkpoint_path=str(weights)), overlay):
+        for given in (dict(weights=weights), dict(weights=str(weights)), dict(checkpoint_path=str(weights)), dict(pretrained_cfg=dict(file=str(weights))), overlay):
             learn = make(**given)
             stem = dict(learn.model.named_parameters())["0.model.conv_stem.weight"]
             assert torch.equal(stem, truth) and not stem.requires_grad, given
@@ -227,8 +228,9 @@ def test_every_spelling_of_a_file_is_right_or_an_error(weights, photos):
             assert type(learn) is (Learner if head is None else RatedLearner)
         own = statistics(picture_dls(photos, 64, 8, "cpu"))
         assert statistics(make(weights=weights, normalize=False).dls) == own != [[.485, .456, .406]] * 2
-        learn = make(pretrained=False)
-        assert statistics(learn.dls) == own and learn.model[0].model.conv_stem.weight.requires_grad
+        for learn in (make(pretrained=False), make(pretrained=False, checkpoint_path=str(weights))):
+            assert statistics(learn.dls) == own and learn.model[0].model.conv_stem.weight.requires_grad and learn.lr == 1e-3
+        assert torch.equal(learn.model[0].model.conv_stem.weight, truth)
         for given, words in [(dict(pretrained=str(weights)), "pretrained: expected True or False"), (dict(pretrained=False, weights=weights), "weights: pretrained=False begins"),
                              (dict(weights=weights, checkpoint_path=weights), "checkpoint_path: there is weights= too")]:
             with pytest.raises(BadInput, match=words): make(**given)
