@@ -61,9 +61,12 @@ class _Weights(TorchFunctionMode):
         return out
 
 class AttentionPeer(Peer):
-    "A layer that weighs the positions, as a pool that tells where it looks."
+    """A layer that weighs the positions, as a pool that tells where it looks.
+
+    Its last attention is read. If that has a key more than there are positions, the first is the mean of the map.
+    """
     def __init__(self,
-        layer: nn.Module, # As for `Peer`; its last attention over the positions is read
+        layer: nn.Module, # As for `Peer`
         c_out: int, # Channels that come out of it
         positions: bool = False, # The layer takes positions
         ni: int | None = None, # Channels of the map; None for `c_out`
@@ -77,7 +80,7 @@ class AttentionPeer(Peer):
     ) -> Tensor: # `(b, queries*heads, h, w)`, query-major, or `(b, queries, h, w)`; sums to one over positions
         "Where the layer looks in eval mode."
         n = x.shape[2:].numel()
-        with _Weights(n) as seen: self(x)
+        with _Weights(n) as seen: self.forward(x)   # no hooks of the pool: nothing passes through the network
         if seen.weights is None:
             raise BadInput(f"layer: a {type(self.layer).__name__} computes no attention that can be read. Use Peer.")
         weights = seen.weights if seen.weights.ndim == 4 else seen.weights.unsqueeze(1)
