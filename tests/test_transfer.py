@@ -407,6 +407,17 @@ def test_broken_pictures_are_no_doubles():
     folder_of(strangers())
     for f in ("photos/train/a/x.png", "photos/val/a/y.png"): Path(f).touch()
     assert doubles_of(list_folder("photos")).near == []
+    for f in Path("photos").rglob("*.png"): f.write_bytes(b"")
+    assert "Doubles: none" in describe("photos").text and len(describe("photos").broken) == 32
+
+
+def test_pixels_that_have_changed_places_are_not_the_same():
+    pixels = np.asarray(scene(3, (64, 64))).copy()
+    pixels[0, 0], pixels[0, 1] = (10, 20, 30), (30, 20, 10)
+    moved = pixels.copy()
+    moved[0, :2] = pixels[0, 1::-1]   # the same colours, and the same means of four
+    d = doubles_of(folder_of(strangers() | {"train/a/x.png": Image.fromarray(pixels), "val/a/y.png": Image.fromarray(moved)}))
+    assert d.same == [] and named(d, d.near) == [["train/a/x.png", "val/a/y.png"]]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7])

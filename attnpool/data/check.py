@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,18 +35,17 @@ class Check:
     mean: list[float] # Of the training pictures' red, green and blue, 0..1
     std: list[float] # Their standard deviations
 
-_LOOK = 1   # to be counted up when something else is kept of a picture: all are looked at again
-_LOOKS = np.dtype([('size', 'i4', 2), ('mean', 'f8', 3), ('square', 'f8', 3), ('pixels', 'i8'), ('hash', 'u1', 8),
+_LOOK = 2   # to be counted up when something else is kept of a picture: all are looked at again
+_LOOKS = np.dtype([('size', 'i4', 2), ('mean', 'f8', 3), ('square', 'f8', 3), ('hash', 'u1', 8),
                    ('small', 'u1', (16, 16, 3))])
 
 def _look(im):
-    "Size, mean colour, mean of its square, digest of all pixels, perceptual hash, and the picture as 16 x 16 pixels."
+    "Size, mean colour, mean of its square, perceptual hash, and the picture as 16 x 16 pixels."
     from imagehash import phash   # loads scipy
     levels, histogram = np.arange(256) / 255, np.array(im.histogram()).reshape(3, 256) / (im.width * im.height)
-    digest = hashlib.blake2b(im.tobytes(), digest_size=8, salt=np.array(im.size).tobytes())
-    small = im.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=3.)   # so that large pictures cost little
-    return (im.size, histogram @ levels, histogram @ levels**2, int.from_bytes(digest.digest(), 'big', signed=True),
-            np.packbits(phash(small).hash), np.asarray(small.resize((16, 16), Image.Resampling.BOX)))
+    small = im.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=1.)   # so that large pictures cost little
+    return (im.size, histogram @ levels, histogram @ levels**2, np.packbits(phash(small).hash),
+            np.asarray(small.resize((16, 16), Image.Resampling.BOX)))
 
 def _places(files):
     "Where each file stands when they are sorted."
@@ -118,7 +118,7 @@ def _alike_pairs(signs, small, step):
 
 def _near_pairs(hashes, small):
     "Numbers of pictures that are nearly the same, `(m, 2)`."
-    small = small.reshape(len(small), -1).astype(np.float32)
+    small = small.reshape(-1, 16 * 16 * 3).astype(np.float32)
     small -= small.mean(1, keepdims=True)
     size = np.linalg.norm(small, axis=1)
     some = np.flatnonzero(size > 2 * small.shape[1]**.5)   # of one colour only there is nothing to compare
@@ -187,16 +187,20 @@ def doubles_of(
     cache: Path | str | None = None, # Where the result is kept; None for `attnpool` in fastai's data folder
 ) -> Doubles:
     "Find pictures with the same pixels, and nearly the same ones, by what `check_pictures` has kept of each."
-    path, places = check_pictures(listing, cache).path, _places(listing.files)
+    path, places, files = check_pictures(listing, cache).path, _places(listing.files), sorted(listing.files)
+    def pixels(i): return hashlib.sha256(open_picture(listing.root/files[i]).tobytes()).digest()
     def make(folder):
-        looks = np.load(f'{path}-check/looks.npy', mmap_mode='r')
-        good, n = np.flatnonzero(looks['size'].min(1)), len(looks)
-        _, first, same = np.unique(looks['pixels'][good], return_index=True, return_inverse=True)
-        pairs = np.stack([good, good[first][same.reshape(-1)]], 1)
-        once = good[first]
+        looks, same = np.load(f'{path}-check/looks.npy', mmap_mode='r'), {}
+        n, good = len(looks), np.flatnonzero(looks['size'].min(1)).tolist()
         if n > 20_000: print(f'attnpool: looking for doubles among {n:,} pictures, this once', file=sys.stderr)
-        if 1 < len(once) <= _MOST: near = once[_near_pairs(looks['hash'][once], looks['small'][once])]
-        else: near = np.zeros((0, 2), int)
+        keys = {i: hashlib.sha256(looks[i].tobytes()).digest() for i in good}
+        often = Counter(keys.values())
+        unsure = [i for i in good if often[keys[i]] > 1]   # few: their pixels are looked at
+        exact = dict(zip(unsure, in_threads(pixels, unsure)))
+        for i in good: same.setdefault((keys[i], exact.get(i)), []).append(i)
+        once = np.array([group[0] for group in same.values()], int)
+        pairs = np.array([(group[0], i) for group in same.values() for i in group], int).reshape(-1, 2)
+        near = once[_near_pairs(looks['hash'][once], looks['small'][once])] if len(once) <= _MOST else pairs[:0]
         def groups(pairs): return connected_components(coo_array((np.ones(len(pairs)), pairs.T), (n, n)), False)[1]
         np.save(folder/'groups.npy', np.stack([groups(pairs), groups(np.concatenate([pairs, near]))]))
     kept = np.load(made_once(Path(f'{path}-doubles'), make)/'groups.npy')[:, places]

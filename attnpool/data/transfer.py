@@ -21,7 +21,7 @@ from torchvision import datasets
 
 from .cache import NO_ROOM, cache_path, made_once
 from .listing import Listing, first_few
-from .reader import in_threads, inner_folders
+from .reader import in_threads
 from ..registry import BadInput
 
 # %% ../../nbs/34_data.transfer.ipynb #d7cb00b4
@@ -170,7 +170,7 @@ def official_layout(
     root: Path, # A folder
 ) -> tuple[str, Path] | None: # Name in `TRANSFER`, and the folder itself or the only one in it; None for other data
     "Which known data set lies in a folder. One of which a part is missing is an error."
-    inside = inner_folders(root)
+    inside = [d for d in root.iterdir() if d.is_dir() and d.name[0] not in '._']
     for folder in (root, *(inside if len(inside) == 1 else ())):
         told = [(name, layout, _lacking(folder, layout)) for name, s in TRANSFER.items() for layout in s.layouts]
         for name, _, lacking in told:
