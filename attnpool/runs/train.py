@@ -162,8 +162,7 @@ def _probe(spec, folder, device, log, on_maps):
     "Train a head on the maps of its body, which it shares with the runs before and after."
     task, bs = TASKS[spec.task], spec.recipe.bs // processes()
     shared, loss, start = shared_by(spec, bs, device, on_maps), task.loss(spec.recipe), time.perf_counter()
-    dls = shared.dls
-    larger = {str(size): valid_dl(dls, size) for size in spec.eval_sizes}
+    dls, larger = shared.dls, {str(size): valid_dl(shared.dls, size) for size in spec.eval_sizes}
     on_first_process(_empty, folder, spec, dls)
     try:
         head = shared.put_head(spec)
