@@ -96,7 +96,7 @@ def bench(
       attnpool bench digits --heads avg,learned --options num_heads=4 --drop-path 0.1
       attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --splits 5
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
-      torchrun --nproc_per_node 2 -m attnpool.cli bench digits    (twice the batch, the rate times 1.4)
+      torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
     from attnpool.distributed import is_first, scale_up
     from attnpool.report.page import write_report
