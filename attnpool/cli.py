@@ -169,9 +169,10 @@ def lr(
 ):
     """Find each head's learning rate: the best mean over the seeds, of a grid. A run that diverges learned nothing.
 
-    Example:
-
-        attnpool lr digits --heads avg,concat --rates 4e-3,8e-3,16e-3
+    \b
+    Examples:
+      attnpool lr digits --heads avg,concat --rates 4e-3,8e-3,16e-3
+      attnpool lr photos/ --recipe finetune --arch tf_efficientnet_lite0 --start WEIGHTS.pth
     """
     from attnpool.report.stats import learning_rates
     grid, console, device = read_list('rates', rates, float), Console(), check_device(device)
