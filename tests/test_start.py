@@ -486,3 +486,10 @@ def test_a_run_on_digits_leaves_the_pictures_their_own_statistics(tmp_path):
     start = find_start(result.folder, "resnet10t")
     assert start.stats is None and start.size == 32 and body_of("resnet10t", weights=start).stats is None
     assert body_of("resnet10t", n_in=1, weights=start).stats is None
+
+
+def test_torchvisions_words_for_its_weights_stay_its_own():
+    from attnpool.models.start import is_start
+    theirs = torchvision.models.ResNet18_Weights
+    for word in ("DEFAULT", "IMAGENET1K_V1", "ResNet18_Weights.IMAGENET1K_V1", theirs.DEFAULT): assert not is_start(word, "torchvision.resnet18")
+    for word in ("pretrained", "w.pth", "runs/one", "IMAGENET1K_V9", Path("w"), None): assert is_start(word, "torchvision.resnet18")

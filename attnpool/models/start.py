@@ -238,7 +238,7 @@ def _run_of(
     if not isinstance(result, dict) or not {'spec', 'status'} <= result.keys():
         raise BadInput(f"start: {folder/'result.json'} is not the result of a run.")
     if result['status'] != 'complete':
-        raise BadInput(f"start: {folder.name} diverged, its weights are of no use. Give another run.")
+        raise BadInput(f"start: {folder.name} {result['status']}, its weights are of no use. Give another run.")
     return result
 
 def _run(path, arch):
@@ -293,6 +293,9 @@ def is_start(
     arch: str | Callable, # Name as for `check_arch`, or function
 ) -> bool:
     "Whether it is something for `find_start`, and none of torchvision's own weights."
-    if weights is None or isinstance(weights, (Path, Start)) or isinstance(network_of(arch), str): return True
-    return isinstance(weights, str) and (weights == 'pretrained' or os.sep in weights or '/' in weights
-                                         or '.' in weights or Path(weights).exists())
+    known = network_of(arch)
+    if weights is None or isinstance(weights, (Path, Start)) or isinstance(known, str): return True
+    if not isinstance(weights, str): return False
+    if theirs := torchvision_weights(known):
+        return weights.removeprefix(f'{theirs.__name__}.') not in theirs.__members__
+    return weights == 'pretrained' or '/' in weights or bool(Path(weights).suffix) or Path(weights).exists()
