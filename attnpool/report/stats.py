@@ -70,7 +70,7 @@ def summarize(
         _, spread, _ = paired_difference(values[name], dict.fromkeys(values[name], 0.), ratio=ratio)
         seconds = [r.seconds_per_epoch for r in done if r.seconds_per_epoch is not None]
         rates, decays = ([r.found[k] for r in done if k in r.found] for k in ('lr', 'wd'))
-        whole = [r.run_seconds for r in done if r.found]
+        whole = [r.run_seconds for r in done if r.found and r.run_seconds]
         others = {f'{METRICS.get(m, m)}{end}': of[m] for m in metrics for end, of in (('', mean), ('_sd', sd))}
         return {'head': name, 'lr': np.median(rates) if rates else rs[0].spec.recipe.lr,
                 'parameters': next((r.parameters for r in done), rs[0].parameters), 'n': len(values[name]),
