@@ -288,7 +288,7 @@ def test_a_rate_that_diverges_is_not_taken():
 def test_a_probe_is_runs_with_rates_splits_and_a_body_that_is_shared(finished, home):
     assert [r.status for r in finished] == ["complete"] * 6
     assert {(r.spec.seed, r.spec.split, r.redrawn) for r in finished} == {(s, "seed", True) for s in (1, 2, 3)}
-    assert all(r.spec.recipe.lr is None and r.found["lr"] > 0 and r.seconds > 0 and r.doubles == 0 for r in finished)
+    assert all(r.spec.recipe.lr is None and r.found["lr"] > 0 and r.run_seconds > 0 and r.doubles == 0 for r in finished)
     bodies = [r.folder / "body.safetensors" for r in finished]
     assert all(b.samefile(bodies[0]) for b in bodies) and len(list((home / "runs/.bodies").iterdir())) == 1
     assert [*load_file(finished[0].folder / "weights.safetensors")] == ["6.2.bias", "6.2.weight"] or \

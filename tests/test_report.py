@@ -169,7 +169,8 @@ def test_the_published_tables_of_this_repository(pytestconfig):
     np.testing.assert_allclose(table.sd, ends.std(), rtol=1e-12)
     assert list(table.columns) == ["lr", "parameters", "n", "diverged", "accuracy", "sd", "difference", "low", "high", "n_pairs", "seconds_per_epoch",
                                    "peak_in_box", "balanced_accuracy", "balanced_accuracy_sd", "f1", "f1_sd", "mcc", "mcc_sd", "train_loss",
-                                   "train_loss_sd", "valid_loss", "valid_loss_sd"]
+                                   "train_loss_sd", "valid_loss", "valid_loss_sd", "failed", "mean_low", "mean_high", "ratio", "lr_low", "lr_high",
+                                   "wd", "run_seconds"]
 
 
 def test_fifty_long_runs_make_a_report_quickly(tmp_path):

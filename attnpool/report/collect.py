@@ -258,6 +258,7 @@ def setting_of(
     data, start, recipe = spec.pop('data'), spec.pop('start'), _known(spec.pop('recipe'))
     every = dict(data=data['name'], arch=spec['arch'], start=start['name'], recipe=recipe.pop('name'),
                  size=recipe.get('size'))
+    if spec['split'] == 'own': del spec['split']   # of the data, as nearly all
     every |= recipe | spec | dict(weights=start['fingerprint'], family=data['family'], fingerprint=data['fingerprint'],
                                   pictures=result.pictures)
     return {k: v for k, v in every.items() if k not in ('head', 'seed', 'lr') and v not in (None, '', [], {})}

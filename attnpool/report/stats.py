@@ -70,7 +70,7 @@ def summarize(
         _, spread, _ = paired_difference(values[name], dict.fromkeys(values[name], 0.), ratio=ratio)
         seconds = [r.seconds_per_epoch for r in done if r.seconds_per_epoch is not None]
         rates, decays = ([r.found[k] for r in done if k in r.found] for k in ('lr', 'wd'))
-        whole = [r.seconds for r in done if r.found]
+        whole = [r.run_seconds for r in done if r.found and r.run_seconds]
         others = {f'{METRICS.get(m, m)}{end}': of[m] for m in metrics for end, of in (('', mean), ('_sd', sd))}
         return {'head': name, 'lr': np.median(rates) if rates else rs[0].spec.recipe.lr,
                 'parameters': next((r.parameters for r in done), rs[0].parameters), 'n': len(values[name]),
@@ -81,7 +81,7 @@ def summarize(
                 'failed': sum(r.status == 'failed' for r in rs), 'mean_low': mean[primary] - spread,
                 'mean_high': mean[primary] + spread, 'ratio': ratio, 'lr_low': min(rates, default=np.nan),
                 'lr_high': max(rates, default=np.nan), 'wd': np.median(decays or [np.nan]),
-                'seconds': np.median(whole or [np.nan])}
+                'run_seconds': np.median(whole or [np.nan])}
     return pd.DataFrame([row(name, rs) for name, rs in rows.items()])
 
 # %% ../../nbs/61_report.stats.ipynb #18793078
@@ -111,7 +111,7 @@ def format_table(
         return 'better' if low > 0 else 'worse' if high < 0 else f'cannot tell with {n}'
     def each(text, *names): return [text(*values) for values in zip(*(table[n] for n in names))]
     primary, drawn = primary_of(table), (table.ratio > 0).any()
-    time = {'s/run': table.seconds} if table.seconds.notna().any() else {'s/epoch': table.seconds_per_epoch}
+    time = {'s/run': table.run_seconds} if table.run_seconds.notna().any() else {'s/epoch': table.seconds_per_epoch}
     return pd.DataFrame({
         'head': table['head'], 'parameters': table.parameters.map(lambda n: '–' if pd.isna(n) else f'{n / 1e6:.2f} M'),
         'lr': each(rate, 'lr', 'lr_low', 'lr_high'), 'n': table.n,

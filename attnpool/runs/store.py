@@ -65,7 +65,7 @@ class Result:
     found: dict = field(default_factory=dict) # By the rule of `find_rates`: lr, wd, trials
     redrawn: bool = False # Whether its validation pictures were drawn by its seed: other seeds have others
     doubles: int | None = None # Validation pictures that train as well, as the same picture or nearly
-    seconds: float | None = None # Of the whole run, without what it shares with others
+    run_seconds: float | None = None # Of the whole run, without what it shares with others
     folder: Path | None = field(default=None, compare=False) # Where it lies
     epochs: pd.DataFrame | None = field(default=None, compare=False) # The history, of a run that was read from a table
 

@@ -155,8 +155,8 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', **found):
         parameters=sum(p.numel() for p in learn.model.parameters()), pictures=[len(dls.train_ds), len(dls.valid_ds)],
         seconds_per_epoch=round(median('seconds'), 3) if log.rows else None,
         images_per_second=round(len(dls.train) * dls.train.bs / median('train_seconds'), 1) if log.rows else None,
-        redrawn=_redrawn(spec, dls), seconds=round(time.perf_counter() - start, 3), **found, **circumstances(device)),
-        folder)
+        redrawn=_redrawn(spec, dls), run_seconds=round(time.perf_counter() - start, 3), **found,
+        **circumstances(device)), folder)
 
 def _probe(spec, folder, device, log, on_maps):
     "Train a head on the maps of its body, which it shares with the runs before and after."
@@ -251,7 +251,7 @@ def _ended(r):
     "How, and how long it took."
     if r.status == 'failed': return f'failed: {" ".join(r.reason.split())}'
     end = _shown(r.primary, r.value) if r.status == 'complete' else f'diverged in epoch {r.diverged_epoch + 1}'
-    return f'{end}, ' + (f'{r.seconds:.1f} s' if r.found else f'{r.seconds_per_epoch or 0:.1f} s per epoch')
+    return f'{end}, ' + (f'{r.run_seconds:.1f} s' if r.found else f'{r.seconds_per_epoch or 0:.1f} s per epoch')
 
 def _found(specs, out, device, say):
     "The results that are there already, by spec; says so, and what was made otherwise than it would be here."
