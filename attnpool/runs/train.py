@@ -76,39 +76,6 @@ class RunLog(Callback):
         write_file(self.path, out.getvalue())
         if self.on_epoch: self.on_epoch(self.rows[-1])
 
-# %% ../../nbs/54_runs.train.ipynb #4c5d6e7f
-def run(
-    spec: Spec, # What to run
-    out: Path | str = 'runs', # Folder of run folders
-    device: str | None = None, # Where to train; None for the GPU where there is one
-    on_epoch: Callable | None = None, # Called with each epoch's row of the history
-    wait: float = -1, # Seconds to wait for another process that makes the same run, then `filelock.Timeout`; -1: no end
-    on_maps: Callable | None = None, # As `progress` of `kept_maps`
-) -> Result:
-    "Make a run, or return it if it is there already. A diverged run is a result too, a failed one is tried again."
-    folder, device = Path(out)/spec.name, join_processes(device)
-    if (result := on_first_process(_complete, folder)): return result
-    lock = FileLock(Path(out)/'.locks'/spec.name, timeout=wait)   # the system frees it when a process dies
-    def acquire():
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    on_first_process(acquire)
-    try:   # another may have made it meanwhile
-        return on_first_process(_complete, folder) or _make(spec, folder, device, on_epoch, on_maps)
-    finally: lock.release()
-
-def _complete(folder):
-    try: result = load_run(folder)
-    except NewerVersion: raise   # not to be overwritten
-    except BadInput: return None
-    return None if result.status == 'failed' else result
-
-def _empty(folder, spec, dls):
-    if folder.exists(): shutil.rmtree(folder)   # nothing of an unfinished run may be taken for this one's
-    folder.mkdir(parents=True)
-    write_file(folder/'spec.json', json.dumps(spec.to_json(), indent=1))
-    write_pictures(spec, dls, folder)
-
 # %% ../../nbs/54_runs.train.ipynb #4c5d6e80
 def _learner(spec, dls, cbs=None):
     "The Learner of a spec."
@@ -191,13 +158,11 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', **found):
         redrawn=_redrawn(spec, dls), seconds=round(time.perf_counter() - start, 3), **found, **circumstances(device)),
         folder)
 
-# %% ../../nbs/54_runs.train.ipynb #187fe583
 def _probe(spec, folder, device, log, on_maps):
     "Train a head on the maps of its body, which it shares with the runs before and after."
     task, bs = TASKS[spec.task], spec.recipe.bs // processes()
     shared, loss, start = shared_by(spec, bs, device, on_maps), task.loss(spec.recipe), time.perf_counter()
-    dls = shared.dls
-    larger = {str(size): valid_dl(dls, size) for size in spec.eval_sizes}
+    dls, larger = shared.dls, {str(size): valid_dl(shared.dls, size) for size in spec.eval_sizes}
     on_first_process(_empty, folder, spec, dls)
     try:
         head = shared.put_head(spec)
@@ -214,6 +179,39 @@ def _probe(spec, folder, device, log, on_maps):
     sizes = _validate(learn, larger, log)
     more = dict(body=shared.body, found=found, doubles=shared.doubles)
     return on_first_process(_finish, spec, folder, device, learn, log, sizes, start, **more)
+
+# %% ../../nbs/54_runs.train.ipynb #4c5d6e7f
+def run(
+    spec: Spec, # What to run
+    out: Path | str = 'runs', # Folder of run folders
+    device: str | None = None, # Where to train; None for the GPU where there is one
+    on_epoch: Callable | None = None, # Called with each epoch's row of the history
+    wait: float = -1, # Seconds to wait for another process that makes the same run, then `filelock.Timeout`; -1: no end
+    on_maps: Callable | None = None, # As `progress` of `kept_maps`
+) -> Result:
+    "Make a run, or return it if it is there already. A diverged run is a result too, a failed one is tried again."
+    folder, device = Path(out)/spec.name, join_processes(device)
+    if (result := on_first_process(_complete, folder)): return result
+    lock = FileLock(Path(out)/'.locks'/spec.name, timeout=wait)   # the system frees it when a process dies
+    def acquire():
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    on_first_process(acquire)
+    try:   # another may have made it meanwhile
+        return on_first_process(_complete, folder) or _make(spec, folder, device, on_epoch, on_maps)
+    finally: lock.release()
+
+def _complete(folder):
+    try: result = load_run(folder)
+    except NewerVersion: raise   # not to be overwritten
+    except BadInput: return None
+    return None if result.status == 'failed' else result
+
+def _empty(folder, spec, dls):
+    if folder.exists(): shutil.rmtree(folder)   # nothing of an unfinished run may be taken for this one's
+    folder.mkdir(parents=True)
+    write_file(folder/'spec.json', json.dumps(spec.to_json(), indent=1))
+    write_pictures(spec, dls, folder)
 
 # %% ../../nbs/54_runs.train.ipynb #961983f9
 def open_run(
