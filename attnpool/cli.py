@@ -96,7 +96,7 @@ def bench(
       attnpool bench digits --heads avg,learned --options num_heads=4 --drop-path 0.1
       attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --splits 5
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
-      torchrun --nproc_per_node 2 -m attnpool.cli bench digits    (twice the batch, the rate times 1.4)
+      torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
     from attnpool.distributed import is_first, scale_up
     from attnpool.report.page import write_report
@@ -169,9 +169,10 @@ def lr(
 ):
     """Find each head's learning rate: the best mean over the seeds, of a grid. A run that diverges learned nothing.
 
-    Example:
-
-        attnpool lr digits --heads avg,concat --rates 4e-3,8e-3,16e-3
+    \b
+    Examples:
+      attnpool lr digits --heads avg,concat --rates 4e-3,8e-3,16e-3
+      attnpool lr photos/ --recipe finetune --arch tf_efficientnet_lite0 --start WEIGHTS.pth
     """
     from attnpool.report.stats import learning_rates
     grid, console, device = read_list('rates', rates, float), Console(), check_device(device)

@@ -13,7 +13,7 @@ from typing import Callable
 
 import fastai.vision.learner as fastai_learner
 import numpy as np
-from fastai.data.all import Normalize, get_c
+from fastai.data.all import get_c
 from fastai.torch_core import apply_init
 from fastai.learner import Learner
 from fastai.optimizer import Adam
@@ -51,7 +51,7 @@ class RatedLearner(Learner):
         **kwargs
     ):
         "fastai's: the head alone, then all, with smaller rates for earlier layers."
-        if base_lr is None: base_lr = np.ravel(getattr(self.lr, 'stop', self.lr))[-1]   # the head's, of a slice or list
+        if base_lr is None: base_lr = float(np.ravel(getattr(self.lr, 'stop', self.lr))[-1])   # the head's of several
         return super().fine_tune(epochs, base_lr, *args, **kwargs)
 
 # %% ../nbs/45_learner.ipynb #c4e1b002

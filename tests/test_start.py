@@ -279,6 +279,14 @@ def test_networks_say_what_their_weights_expect():
     assert expected("xeca_resnext_tiny") == (224, (), ())
 
 
+def test_a_network_of_ones_own_goes_from_a_file(tmp_path, monkeypatch):
+    from timm.models import _registry
+    monkeypatch.setitem(_registry._model_entrypoints, "my_net", lambda pretrained=False, **options: timm.create_model("resnet10t", **options))
+    start = find_start(saved(tmp_path, "resnet10t"), "my_net")
+    assert start.size == 224 and start.stats is None and len(fit_body(start.state(), "my_net")[0]) > 50
+    with pytest.raises(BadInput, match="there are no pretrained weights of my_net"): find_start("pretrained", "my_net")
+
+
 def test_the_size_follows_the_weights_only_where_the_recipe_leaves_it_open(trained):
     assert make_spec(arch=LITE, start=LITE0, lr=1e-3).recipe.size == 40   # quick's own
     open_size = replace(make_spec(lr=1e-3).recipe, size=None)
@@ -287,8 +295,9 @@ def test_the_size_follows_the_weights_only_where_the_recipe_leaves_it_open(train
     assert size(start=trained.folder) == 24
 
 
-def test_pictures_are_normalised_for_the_weights_from_first_to_last(photos, tmp_path):
-    spec = make_spec(photos, "avg", arch="resnet10t", epochs=1, size=24, bs=8, lr=1e-3, start=saved(tmp_path, "resnet10t"))
+@pytest.mark.parametrize("arch", ["resnet10t", "torchvision.resnet18"])
+def test_pictures_are_normalised_for_the_weights_from_first_to_last(arch, photos, tmp_path):
+    spec = make_spec(photos, "avg", arch=arch, epochs=1, size=24, bs=8, lr=1e-3, start=saved(tmp_path, arch))
     result = run(spec, tmp_path / "runs", "cpu")
     about = json.loads((result.folder / "data.json").read_text())
     assert about["mean"] == [.485, .456, .406] and about["std"] == [.229, .224, .225]
@@ -298,7 +307,7 @@ def test_pictures_are_normalised_for_the_weights_from_first_to_last(photos, tmp_
     for l in (learn, elsewhere): assert torch.allclose(l.dls.after_batch[-1].mean.flatten(), torch.tensor([.485, .456, .406]))
     assert same(learn.model, elsewhere.model) and learn.validate()[1] == pytest.approx(result.metrics["accuracy"])
     learn.export(tmp_path / "export.pkl")
-    further = make_spec(photos, "avg", arch="resnet10t", epochs=1, size=24, bs=8, lr=1e-3, start=result.folder)
+    further = make_spec(photos, "avg", arch=arch, epochs=1, size=24, bs=8, lr=1e-3, start=result.folder)
     assert further.start.stats == ((.485, .456, .406), (.229, .224, .225)) and further.id != spec.id
 
 
@@ -470,3 +479,17 @@ def test_weights_like_no_network_have_no_nearest():
 def test_what_does_not_fit_is_told_not_raised():
     fitted, by_order, wrong = fit_body({"a.weight": torch.ones(3)}, "resnet10t")
     assert not fitted and not by_order and len(wrong) > 50
+
+
+def test_a_run_on_digits_leaves_the_pictures_their_own_statistics(tmp_path):
+    result = run(make_spec("digits", "avg", arch="resnet10t", epochs=1, size=32, bs=512, lr=1e-3), tmp_path, "cpu")
+    start = find_start(result.folder, "resnet10t")
+    assert start.stats is None and start.size == 32 and body_of("resnet10t", weights=start).stats is None
+    assert body_of("resnet10t", n_in=1, weights=start).stats is None
+
+
+def test_torchvisions_words_for_its_weights_stay_its_own():
+    from attnpool.models.start import is_start
+    theirs = torchvision.models.ResNet18_Weights
+    for word in ("DEFAULT", "IMAGENET1K_V1", "ResNet18_Weights.IMAGENET1K_V1", theirs.DEFAULT): assert not is_start(word, "torchvision.resnet18")
+    for word in ("pretrained", "w.pth", "runs/one", "IMAGENET1K_V9", Path("w"), None): assert is_start(word, "torchvision.resnet18")

@@ -112,7 +112,7 @@ def describe(
     split_seed: int = 0, # Of that split
     cache: Path | str | None = None, # Where unpacked pictures are kept; None for `attnpool` in fastai's data folder
 ) -> Description:
-    "Counts per class and split, sizes, broken files, and a picture of a batch."
+    "Counts per class and split, sizes, broken files, doubles, and a picture of a batch."
     name, note, lines, broken, doubles = data_name(data), [], [], {}, None
     if picture is not None:
         picture, known = Path(picture), FigureCanvasBase.get_supported_filetypes()

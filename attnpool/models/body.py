@@ -131,7 +131,7 @@ def published(
 def _on_disk(arch):
     "Where timm's weights of a network lie that were downloaded before, so that nothing is asked of the net for them."
     cfg = timm.get_pretrained_cfg(arch)
-    if cfg.custom_load or not cfg.hf_hub_id: return {}
+    if not cfg or cfg.custom_load or not cfg.hf_hub_id: return {}
     names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ['model.safetensors', 'pytorch_model.bin']
     found = (try_to_load_from_cache(cfg.hf_hub_id, name) for name in names)
     return next((dict(file=file) for file in found if isinstance(file, str)), {})
@@ -169,7 +169,8 @@ def for_pictures(
     options: dict, # Of the network; an `img_size` among them stays
 ) -> dict: # The same, with `img_size` where timm builds the network for pictures of one size
     "The options of a network that gets the pictures of `dls`, at their size in validation."
-    built = isinstance(arch, str) and timm.is_model(arch) and timm.get_pretrained_cfg(arch).fixed_input_size
+    known = isinstance(arch, str) and timm.is_model(arch) and timm.get_pretrained_cfg(arch)
+    built = known and known.fixed_input_size
     if not built or 'img_size' in options: return options
     with torch.random.fork_rng([]): x, *_ = (dls.valid if len(dls.valid) else dls.train).one_batch()
     return options | dict(img_size=tuple(x.shape[-2:]))

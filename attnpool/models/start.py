@@ -43,8 +43,8 @@ def expected(
     from fastai.vision.learner import model_meta   # here, to keep the import light
     arch = network_of(arch)
     if isinstance(arch, str):
-        cfg = timm.get_pretrained_cfg(arch)
-        return Expected(cfg.input_size[1], tuple(cfg.mean), tuple(cfg.std))
+        cfg = timm.get_pretrained_cfg(arch)   # none of a network of somebody's own
+        return Expected(cfg.input_size[1], tuple(cfg.mean), tuple(cfg.std)) if cfg else Expected()
     if theirs := torchvision_weights(arch):
         how = (theirs.verify(weights) or theirs.DEFAULT).transforms()
         return Expected(how.crop_size[0], tuple(how.mean), tuple(how.std))
@@ -57,8 +57,8 @@ def _whole(arch, options):
         except TypeError as e:
             strange = re.search(r"unexpected keyword argument '(\w+)'", str(e))
             if not strange or strange[1] not in options: raise
-            raise BadInput(f"{strange[1]}: the network {getattr(arch, '__name__', arch)} has no such option. Leave it out, "
-                           "or take another.") from None
+            raise BadInput(f"{strange[1]}: the network {getattr(arch, '__name__', arch)} has no such option. "
+                           "Leave it out, or take another.") from None
 
 def _names(arch, cut, options):
     "Of a network from scratch: its state dict, the names in it up to the map, and all by the place of their part."
@@ -213,7 +213,7 @@ def _pretrained(arch):
     known, tag = network_of(arch), ''
     if isinstance(known, str):
         cfg = timm.get_pretrained_cfg(known)
-        if cfg.has_weights: tag = f'timm/{cfg.architecture}.{cfg.tag}'
+        if cfg and cfg.has_weights: tag = f'timm/{cfg.architecture}.{cfg.tag}'
     elif theirs := torchvision_weights(known): tag = f'torchvision/{theirs.DEFAULT}'
     if tag: return Start('pretrained', tag, '', *expected(arch))
     raise BadInput(f"start: there are no pretrained weights of {getattr(arch, '__name__', arch)}, got 'pretrained'. "
@@ -238,7 +238,7 @@ def _run_of(
     if not isinstance(result, dict) or not {'spec', 'status'} <= result.keys():
         raise BadInput(f"start: {folder/'result.json'} is not the result of a run.")
     if result['status'] != 'complete':
-        raise BadInput(f"start: {folder.name} diverged, its weights are of no use. Give another run.")
+        raise BadInput(f"start: {folder.name} {result['status']}, its weights are of no use. Give another run.")
     return result
 
 def _run(path, arch):
@@ -293,6 +293,9 @@ def is_start(
     arch: str | Callable, # Name as for `check_arch`, or function
 ) -> bool:
     "Whether it is something for `find_start`, and none of torchvision's own weights."
-    if weights is None or isinstance(weights, (Path, Start)) or isinstance(network_of(arch), str): return True
-    return isinstance(weights, str) and (weights == 'pretrained' or os.sep in weights or '/' in weights
-                                         or '.' in weights or Path(weights).exists())
+    known = network_of(arch)
+    if weights is None or isinstance(weights, (Path, Start)) or isinstance(known, str): return True
+    if not isinstance(weights, str): return False
+    if theirs := torchvision_weights(known):
+        return weights.removeprefix(f'{theirs.__name__}.') not in theirs.__members__
+    return weights == 'pretrained' or '/' in weights or bool(Path(weights).suffix) or Path(weights).exists()

@@ -70,7 +70,9 @@ def body_of(
 ) -> Network: # Without pool and classifier
     "Any network up to its last map."
     from fastai.vision.learner import model_meta   # here, to keep the import light
-    arch, start = network_of(arch), find_start(weights, arch, False) if is_start(weights, arch) else Start()
+    start = Start()
+    if is_start(weights, arch): start, weights = find_start(weights, arch, False), None
+    arch = network_of(arch)
     given, pretrained = start.body(arch, cut, **options), pretrained or bool(start)
     if isinstance(arch, str):
         if cut is not None:
@@ -81,12 +83,12 @@ def body_of(
         splitter = timm_splitter if isinstance(net, PatchConvNet) else split_head
     else:
         meta = model_meta.get(arch, {})
-        net = whole_network(arch, pretrained and not given, None if start else weights, **options)
+        net = whole_network(arch, pretrained and not given, weights, **options)
         if given: net.load_state_dict(net.state_dict() | given)
         model = up_to_map(net, arch, cut, n_in, pretrained)
-        stats, splitter = expected(arch, None if start else weights)[1:], meta.get('split', split_head)
-    stats = start.stats or stats
-    known = pretrained and len(stats[0]) == n_in if stats and stats[0] else False
+        stats, splitter = expected(arch, weights)[1:], meta.get('split', split_head)
+    if start: stats = start.stats   # None of a run on pictures that were made, which go by their own
+    known = pretrained and stats and len(stats[0]) == n_in
     return Network(model, splitter, stats if known else None, arch, n_in)
 
 # %% ../../nbs/26_models.surgery.ipynb #c0ffee0c

@@ -42,7 +42,7 @@ class Shared:
         "Build the head of a spec and make it the network's; the order of the training pictures begins anew."
         self.maps.train.rng = deepcopy(self.dls.train.rng)
         torch.set_rng_state(self.state)
-        head = head_of(spec)(self.ni, get_c(self.dls)).to(self.dls.device)
+        head = head_of(spec, self.dls.vocab)(self.ni, get_c(self.dls)).to(self.dls.device)
         state = spec.start.head(spec.head, dict(spec.options), self.dls.vocab)   # of a run that had the same
         if state: head.load_state_dict(state)
         setattr(self.model, [*self.model._modules][-1], head)
