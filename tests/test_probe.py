@@ -471,3 +471,10 @@ except ValueError as e: print(e)
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
     assert said.stdout.startswith("cache: no room left in"), said.stderr
     assert not list((tmp_path / "cache").rglob("maps.npy"))
+
+
+def test_several_processes_are_told_that_one_is_enough(home):
+    "In scale_up, which the command calls before anything is read."
+    from attnpool.distributed import scale_up
+    with pytest.raises(BadInput, match="^train: heads on kept maps train in seconds, in one process, got 2"): scale_up(spec_of(home), 2)
+    assert scale_up(spec_of(home), 1) == spec_of(home)

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 
 from ..data.cache import check_writable, write_file
 from ..data.pictures import valid_dl
-from ..distributed import distributed, is_first, join_processes, on_first_process, processes
+from ..distributed import distributed, is_first, join_processes, on_first_process, processes, scale_up
 from ..frozen import head_learner
 from ..layers import evaluating
 from ..models.start import Start
@@ -160,8 +160,8 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', **found):
 
 def _probe(spec, folder, device, log, on_maps):
     "Train a head on the maps of its body, which it shares with the runs before and after."
-    task, bs = TASKS[spec.task], spec.recipe.bs // processes()
-    shared, loss, start = shared_by(spec, bs, device, on_maps), task.loss(spec.recipe), time.perf_counter()
+    task, recipe = TASKS[spec.task], scale_up(spec.recipe)   # an error for several processes
+    shared, loss, start = shared_by(spec, recipe.bs, device, on_maps), task.loss(spec.recipe), time.perf_counter()
     dls, larger = shared.dls, {str(size): valid_dl(shared.dls, size) for size in spec.eval_sizes}
     on_first_process(_empty, folder, spec, dls)
     try:
@@ -173,7 +173,7 @@ def _probe(spec, folder, device, log, on_maps):
         failed = Result(spec, 'failed', {}, task.primary, reason=str(e) or repr(e), redrawn=_redrawn(spec, dls),
                         pictures=[len(dls.train_ds), len(dls.valid_ds)], **circumstances(device))
         return on_first_process(write_result, failed, folder)
-    recipe, found = on_first_process(find_rates, shared.maps, head, spec.recipe, loss, spec.seed)
+    recipe, found = find_rates(shared.maps, head, recipe, loss, spec.seed)
     _fit(head_learner(shared.maps, head, recipe, loss, task.metrics(), [log]), spec, log)
     learn = learner_for(dls, shared.model, recipe, loss, task.metrics())
     sizes = _validate(learn, larger, log)
