@@ -199,11 +199,12 @@ def _labels(dataset):
 def map_loaders(
     train: MapSet, # To train on
     valid: MapSet, # To validate on
-    bs: int, # Batch size; validation takes twice as many
+    bs: int, # Largest batch; validation takes twice as many
     device: torch.device | str = 'cpu', # Where the batches go
 ) -> DataLoaders:
-    "`DataLoaders` of maps."
-    loaders = (MapLoader(train, bs=min(bs, len(train)), shuffle=True, drop_last=True), MapLoader(valid, bs=2 * bs))
+    "`DataLoaders` of maps. A batch is an eighth of those that train at most: few pictures need as many steps."
+    few = min(bs, max(2, len(train) // 8), len(train))
+    loaders = (MapLoader(train, bs=few, shuffle=True, drop_last=True), MapLoader(valid, bs=2 * bs))
     return DataLoaders(*loaders, device=torch.device(device))
 
 def frozen_dls(
@@ -212,6 +213,7 @@ def frozen_dls(
     views: int = 1, # How many augmented views train, one after the other; 1 for the pictures as they are validated
     cache: Path | str | None = None, # As for `kept_maps`
     progress: Callable | None = None, # As for `kept_maps`
+    bs: int | None = None, # As for `map_loaders`; None for that of `dls`
 ) -> DataLoaders: # Of maps and labels, for a Learner of a head; in the same order and with the same seed as `dls`
     "The maps of a body that stands still, in the place of the pictures."
     plain = kept_maps(dls, body, None, cache, progress)
@@ -220,7 +222,7 @@ def frozen_dls(
     n = len(dls.train_ds)
     train, valid = (MapSet(maps, r, _labels(ds), list(dls.vocab)) for maps, r, ds in (
         (seen, rows[:n], dls.train_ds), ([plain], rows[n:], dls.valid_ds)))
-    made = map_loaders(train, valid, dls.train.bs, dls.device)
+    made = map_loaders(train, valid, bs or dls.train.bs, dls.device)
     made.train.rng = deepcopy(dls.train.rng)
     return made
 
@@ -229,7 +231,7 @@ def check_frozen(
     recipe: Recipe, # With any `train`
 ) -> Recipe: # The same
     "An error where a recipe asks for what kept maps cannot give."
-    frozen, other = recipe.train == 'frozen', "or use --train head, which runs the body in every step"
+    frozen, other = recipe.train == 'frozen', "or use --recipe finetune --train head, which runs the body in every step"
     for name in decided(recipe).keys() & {'mix', 'drop_path'} if frozen else ():
         raise BadInput(f"{name}: with train frozen the body has seen each picture before the training, "
                        f"got {getattr(recipe, name)!r}. Leave {name} out, {other}.")

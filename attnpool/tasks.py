@@ -98,6 +98,7 @@ def _pictures(spec, bs, device):
     r, further = spec.recipe, {'skip_broken': True} if spec.skip_broken else {}
     if spec.start.stats: further['stats'] = spec.start.stats
     if spec.split == 'seed': further['split'] = spec.seed
+    if r.train == 'frozen' and spec.data.fingerprint: bs = None   # the batches are of maps
     return get_dls(spec.data.path, r.size, bs, device, r.augment, **further)
 
 def _classifier(spec, dls, head=None):

@@ -103,7 +103,7 @@ class Listing:
         if not train: raise BadInput(f"data: {self.root} has no training pictures.")
         if len(train) == 1:
             raise BadInput(f"data: {self.root} has one class only, {train.pop()!r}. A classifier needs two or more.")
-        if not valid: raise BadInput(f"data: {self.root} has no validation pictures.")
+        if not valid: raise BadInput(f"data: {self.root} has no validation pictures. Add val/CLASS, or two a class.")
         if valid - train:
             raise BadInput(f"data: {self.root} has classes with validation but no training pictures: "
                            f"{first_few(sorted(valid - train))}. Add training pictures, or take these classes out.")
@@ -141,9 +141,9 @@ def _of_folder(root, folder):
 # %% ../../nbs/30_data.listing.ipynb #9d67f23d
 def _random_split(files, labels, valid_pct, seed):
     "The same share of each class validates; a class keeps at least one training picture."
-    if not 0 < valid_pct < 1:
-        raise BadInput(f"valid_pct: expected a share between 0 and 1, got {valid_pct}. The default is 0.2.")
+    if not 0 < valid_pct < 1: raise BadInput(f"valid_pct: expected a share between 0 and 1, like .2, got {valid_pct}.")
     valid = share_of_each(labels, valid_pct, seed)
+    if not valid.any(): valid = share_of_each(labels, valid_pct, seed, least=1)   # classes of two
     order = np.argsort(valid, kind='stable')
     return [files[i] for i in order], [labels[i] for i in order], int((~valid).sum())
 

@@ -178,7 +178,7 @@ def _loaders(dsets, about, bs, device, num_workers):
 def picture_dls(
     data: str | Path, # Name, folder, archive, CSV, or folder as a known data set is given out
     size: int = 128, # Side of the pictures, in pixels
-    bs: int = 64, # Batch size; validation takes twice as many
+    bs: int | None = 64, # Batch size; validation takes twice as many. None for 64, or as many as train
     device: str | torch.device | None = None, # Where the batches go; None for fastai's default, a GPU if there is one
     skip_broken: bool = False, # Leave broken pictures out instead of stopping
     augment: str | bool = 'own', # Name in `AUGMENTS`, or 'own': the data set's; False, of earlier versions, is 'light'
@@ -197,8 +197,10 @@ def picture_dls(
     whole.tell()
     whole, sizes = without_broken(whole, check := check_pictures(whole, cache), skip_broken)
     listing, numbers = (whole, np.arange(len(sizes))) if split is None else whole.split(split)
+    if bs is None: bs = min(64, listing.n_train)
     if not 1 <= bs <= listing.n_train:
-        raise BadInput(f"bs: expected 1 to {listing.n_train:,}, the number of training pictures, got {bs}.")
+        raise BadInput(f"bs: expected 1 to {listing.n_train:,}, the number of training pictures, got {bs}. Use bs="
+                       f"{max(1, listing.n_train // 4)} (--bs {max(1, listing.n_train // 4)}).")
     load = int(min(2 * size, sizes.min(1).max()))   # one file for all sizes at which nothing is shrunk
     pixels = make_pixels(whole, sizes, load, Path(f'{check.path}-{load}'), cache_gb)
     mean, std = stats or STATS.get(listing.family, (check.mean, np.maximum(check.std, 1e-3).tolist()))

@@ -70,7 +70,7 @@ def shared_by(
         set_seed(spec.seed)
         model, _ = TASKS[spec.task].model(spec, dls, no_head)
         body = nn.Sequential(*[*model.to(dls.device).children()][:-1])
-        maps = frozen_dls(dls, body, spec.recipe.views, progress=progress)
+        maps = frozen_dls(dls, body, spec.recipe.views, progress=progress, bs=spec.recipe.bs)
         _KEPT[alike] = Shared(dls, maps, model, *seen[-1], weights_hash(body), _doubles(dls))
     return _KEPT[alike]
 
