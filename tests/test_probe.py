@@ -400,7 +400,37 @@ def test_the_corrected_interval_covers_where_the_usual_one_does_not():
     assert told(0) > .2 and told(.25) < .1
 
 
+def test_the_interval_of_parts_of_one_training_set_covers_another_training_set():
+    "Equal heads, each with a nearest-mean classifier on its own features; the test pictures stay."
+    def told(ratio, n_parts, times=200, n=60):
+        rng, wrong = np.random.default_rng(1), 0
+        for _ in range(times):
+            y, test = np.arange(n) % 2, np.arange(2000) % 2
+            values = [{}, {}]
+            for kept in values:
+                x, new = (rng.normal(0, 1, (len(of), 4)) + of[:, None] * .6 for of in (y, test))
+                for s in range(n_parts):
+                    part = ~share_of_each(y, .2, s)
+                    a, b = (x[part & (y == c)].mean(0) for c in (0, 1))
+                    kept[s] = ((new @ (b - a) > (a + b) @ (b - a) / 2) == (test == 1)).mean()
+            mean, half, _ = paired_difference(*values, ratio=ratio)
+            wrong += abs(mean) > half
+        return wrong / times
+    for n_parts in (5, 10): assert told(0, n_parts) > .25 and told(4, n_parts) < .08
+
+
+def test_differences_that_agree_by_chance_give_no_verdict(finished):
+    for d in (-.1, 0., .1):
+        mean, half, n = paired_difference({1: .8 + d, 2: .9 + d}, {1: .8, 2: .9})
+        assert mean == pytest.approx(d) and np.isnan(half) and n == 2
+    two = [replace(r, metrics=r.metrics | dict(accuracy=.8 + .1 * (r.spec.seed == 2) - .1 * (r.spec.head == "concat")))
+           for r in finished if r.spec.seed < 3]
+    assert format_table(summarize(two)).verdict.tolist() == ["–", "cannot tell with 2"]
+
+
 def test_the_report_names_the_interval_and_what_it_covers(finished, home, tmp_path):
+    accuracy = np.random.default_rng(0).uniform(.5, .9, 6)   # those of tiny runs may not differ
+    finished = [replace(r, metrics=r.metrics | dict(accuracy=float(v))) for r, v in zip(finished, accuracy)]
     table = summarize(finished)
     values = {h: {r.spec.seed: r.value for r in finished if r.spec.head == h} for h in ("avg", "concat")}
     mean, half, _ = paired_difference(values["concat"], values["avg"], ratio=12 / 48)
@@ -416,7 +446,12 @@ def test_the_report_names_the_interval_and_what_it_covers(finished, home, tmp_pa
     assert "initialisation and order of\nthe batches, and" not in page
     other = [replace(r, redrawn=False) for r in finished]
     page = write_report(other, tmp_path / "other.html").read_text()
-    assert "corrected" not in page and "four fifths of the training pictures" in page and summarize(other).ratio.eq(0).all()
+    assert "corrected" not in page and "jackknife t interval" in page and "four fifths of the training pictures" in page
+    row = summarize(other).set_index("head").loc["concat"]
+    d = np.array([values["concat"][s] - values["avg"][s] for s in (1, 2, 3)])
+    assert row.high - row.low == pytest.approx(2 * stats.t.ppf(.975, 2) * d.std(ddof=1) * (1 / 3 + 4)**.5)
+    given = [replace(r, found=dict(trials=[])) for r in finished]   # both rates were typed
+    assert "one rule for all heads" not in write_report(given, tmp_path / "given.html").read_text()
     quick = write_report([run(make_spec(head="avg", epochs=1, size=20, bs=128), tmp_path)], tmp_path / "quick.html").read_text()
     assert "The interval covers what differs between seeds" in quick and "four fifths" not in quick
 
