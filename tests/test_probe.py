@@ -331,6 +331,17 @@ def test_a_run_may_start_from_a_probe(finished, home):
     assert result.status == "complete" and spec.start.fingerprint != finished[0].spec.start.fingerprint
 
 
+def test_a_start_that_has_seen_the_validation_pictures_is_refused(finished, home):
+    probe = finished[0].folder   # of split 1
+    own, official = (run(spec_of(home, data=data, recipe="quick", epochs=1, start="", split="own"), home / "quick", "cpu").folder
+                     for data in ("photos", "official"))
+    for start, more in ((own, {}), (probe, dict(seed=2)), (probe, dict(split="own", recipe="quick"))):
+        with pytest.raises(BadInput, match="^start: the run photos-avg-1-.* that would validate now. Start from"):
+            spec_of(home, start=str(start), **more)
+    for start, more in ((own, dict(split="own", seed=3)), (probe, dict(seed=1)), (official, dict(data="official")), (own, dict(data="official"))):
+        assert spec_of(home, start=str(start), **more).start.path
+
+
 def test_a_head_that_cannot_take_the_map_is_a_result_and_the_others_go_on(home, tmp_path, capsys):
     specs = [spec_of(home, head, seed, options=options) for seed in (1, 2) for head, options in (("avg", {}), ("learned", dict(num_heads=7)))]
     results = sweep(specs, tmp_path, "cpu")
@@ -444,14 +455,13 @@ def test_the_report_names_the_interval_and_what_it_covers(finished, home, tmp_pa
     page = write_report(finished, tmp_path / "report.html").read_text()
     assert all(said in page for said in ("corrected resampled t interval", "Nadeau", "n splits", "<dt>splits</dt><dd>1, 2, 3</dd>", "one rule for all heads"))
     assert "initialisation and order of\nthe batches, and" not in page
-    other = [replace(r, redrawn=False) for r in finished]
+    other = [replace(r, redrawn=False, found=dict(trials=[])) for r in finished]   # both rates were typed
     page = write_report(other, tmp_path / "other.html").read_text()
     assert "corrected" not in page and "jackknife t interval" in page and "four fifths of the training pictures" in page
     row = summarize(other).set_index("head").loc["concat"]
     d = np.array([values["concat"][s] - values["avg"][s] for s in (1, 2, 3)])
     assert row.high - row.low == pytest.approx(2 * stats.t.ppf(.975, 2) * d.std(ddof=1) * (1 / 3 + 4)**.5)
-    given = [replace(r, found=dict(trials=[])) for r in finished]   # both rates were typed
-    assert "one rule for all heads" not in write_report(given, tmp_path / "given.html").read_text()
+    assert "one rule for all heads" not in page
     quick = write_report([run(make_spec(head="avg", epochs=1, size=20, bs=128), tmp_path)], tmp_path / "quick.html").read_text()
     assert "The interval covers what differs between seeds" in quick and "four fifths" not in quick
 
