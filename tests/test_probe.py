@@ -283,6 +283,23 @@ def test_a_rate_that_diverges_is_not_taken():
     assert any(v is None for *_, v in found["trials"]) and recipe.lr <= 3e-3
 
 
+def test_decay_spares_norms_biases_powers_and_queries():
+    "The loss does not depend on the head, so that decay alone moves it: by (1 - lr wd) in each step."
+    class Nothing(nn.Module):
+        def forward(self, out, y): return 0 * out.sum()
+    dls = map_loaders(separable(40, 0), separable(30, 1), 20)
+    for name in ("learned", "gem", "torch-mha", "classquery"):
+        head = get_head(name)(8, 3, **dict(num_heads=2) if name == "torch-mha" else {})
+        learn = head_learner(dls, head, get_recipe("probe", epochs=1, lr=1e-2, wd=3., bs=20), Nothing())
+        before = {k: v.detach().clone() for k, v in head.named_parameters()}
+        for fit in (lambda: learn.fit(1), lambda: learn.fit(1, wd=3.)):
+            with learn.no_bar(), learn.no_logging(): fit()
+        for k, p in head.named_parameters():
+            shrunk = before[k] * (1 - .03)**4 if k.endswith("weight") and p.ndim > 1 else before[k]
+            torch.testing.assert_close(p.detach(), shrunk, msg=f"{name}: {k}")
+        assert {k for k, p in head.named_parameters() if p.ndim > 1 and not torch.equal(before[k], p)} and len(learn.opt.hypers) == 1
+
+
 # Runs
 
 def test_a_probe_is_runs_with_rates_splits_and_a_body_that_is_shared(finished, home):
