@@ -182,7 +182,8 @@ class Recipe:
     ) -> 'Recipe': # With one learning rate; with none, where it is to be found by a rule
         "The recipe with the learning rate of that head, on that data if it has its own."
         if isinstance(self.lr, float) or self.lr is None and self.train == 'frozen': return self
-        rates, base = rates_of(self.name) if self.lr is None else self.lr, str(head).split('-')[0]
+        rates = rates_of(self.name) if self.lr is None else self.lr
+        base = head if head in PEERS else str(head).split('-')[0]   # a peer with a dash is nobody's ablation
         for key in (f'{data}/{head}', head, f'{data}/{base}', base, '*'):
             if key in rates: return replace(self, lr=rates[key])
         raise BadInput(f"lr: the recipe has no learning rate for {head!r} and none for '*', the rest. "
