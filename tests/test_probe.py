@@ -16,7 +16,7 @@ import pytest
 import torch
 from fastai.vision.all import CrossEntropyLossFlat, load_learner, set_seed
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import nn
 
@@ -24,18 +24,19 @@ from attnpool.cli import main
 from attnpool.data import get_dls
 from attnpool.data.listing import list_folder
 from attnpool.data.splits import numbered_split, share_of_each
-from attnpool.frozen import frozen_dls, head_learner, kept_maps, map_loaders, MapSet, weights_hash
-from attnpool.heads import get_head
+from attnpool.frozen import frozen_dls, head_learner, kept_maps, map_loaders, MapSet
+from attnpool.heads import get_head, HEADS
 from attnpool.layers import evaluating
 from attnpool.models.surgery import body_of
 from attnpool.recipe import get_recipe
 from attnpool.registry import BadInput
 from attnpool.report.page import write_report
 from attnpool.report.stats import format_table, paired_difference, summarize
-from attnpool.runs.probe import find_rates, inner_split
+from attnpool.runs.probe import find_rates, forget_shared, inner_split
 from attnpool.runs.spec import make_spec
 from attnpool.runs.store import load_run, read_run_weights
 from attnpool.runs.train import open_run, run, sweep
+from attnpool.weights import weights_hash
 
 ARCH, SIZE = "xeca_resnext_tiny", 32
 COLOURS = dict(red=(200, 60, 60), green=(60, 200, 60), blue=(60, 60, 200))
@@ -102,7 +103,7 @@ class Counted(nn.Module):
 def test_maps_are_computed_once_for_all_splits_and_are_the_bodys(home):
     body, dls = Counted(), [get_dls(home / "photos", SIZE, 16, "cpu", "none", split=split) for split in (1, 2, None)]
     made = [frozen_dls(d, body) for d in dls]
-    assert body.seen == 60
+    assert body.seen == 60 and all(m.train_ds.views[0].flags.writeable for m in made)   # of others, torch warns
     for d, maps in zip(dls, made):
         for dl, kept in ((d.valid, maps.valid), (d.train.new(shuffle=False, drop_last=False), maps.train.new(shuffle=False, drop_last=False))):
             for (x, y), (m, label) in zip(dl, kept, strict=True):
@@ -149,6 +150,8 @@ def test_views_are_augmented_reproducible_and_taken_in_turn(home, tmp_path):
     views = once.train_ds.views
     assert len(views) == 3 and all(np.array_equal(a, b) for a, b in zip(views, again.train_ds.views))
     assert all((np.abs(a.astype(float) - b).max() > .1) for a, b in ((views[0], views[1]), (views[1], views[2]), (views[0], once.valid_ds.views[0])))
+    part, held = inner_split(once.train_ds, 10**6, 1)
+    assert part.views is views and len(held.views) == 1 and np.array_equal(held.views[0], once.valid_ds.views[0])
     seen = []
     class Watch(nn.Module):
         def __init__(self): super().__init__(); self.out = nn.Linear(256, 3)
@@ -230,6 +233,21 @@ def test_a_drawn_split_is_for_any_recipe_and_is_told_in_the_run(home):
     assert Counter(table.run) == {"train": 24, "val": 12, "": 6} and not official.redrawn and official.pictures == [24, 12]
 
 
+def test_files_are_looked_at_once_for_all_heads_of_a_split(home, tmp_path):
+    "By the pictures that a process opens: after the first run, none."
+    shutil.copytree(home / "photos", tmp_path / "photos")
+    specs = [spec_of(home, head, data=str(tmp_path / "photos"), lr=1e-3, wd=0., epochs=1) for head in ("avg", "gem", "max")]
+    opened, hear = [], [True]
+    sys.addaudithook(lambda event, args: opened.append(args[0]) if hear[0] and event == "open" and str(args[0]).startswith(str(tmp_path / "photos")) else None)
+    try:
+        first = run(specs[0], tmp_path / "runs", "cpu")
+        assert opened
+        opened.clear()
+        others = [run(spec, tmp_path / "runs", "cpu") for spec in specs[1:]]
+    finally: hear[0] = False
+    assert not opened and len({(r.folder / "pictures.csv").read_text() for r in (first, *others)}) == 1
+
+
 # The rule
 
 def separable(n=120, seed=0, noise=1.):
@@ -283,6 +301,23 @@ def test_a_rate_that_diverges_is_not_taken():
     assert any(v is None for *_, v in found["trials"]) and recipe.lr <= 3e-3
 
 
+def test_decay_spares_norms_biases_powers_and_queries():
+    "The loss does not depend on the head, so that decay alone moves it: by (1 - lr wd) in each step."
+    class Nothing(nn.Module):
+        def forward(self, out, y): return 0 * out.sum()
+    dls = map_loaders(separable(40, 0), separable(30, 1), 20)
+    for name in ("learned", "gem", "torch-mha", "classquery"):
+        head = get_head(name)(8, 3, **dict(num_heads=2) if name == "torch-mha" else {})
+        learn = head_learner(dls, head, get_recipe("probe", epochs=1, lr=1e-2, wd=3., bs=20), Nothing())
+        before = {k: v.detach().clone() for k, v in head.named_parameters()}
+        for fit in (lambda: learn.fit(1), lambda: learn.fit(1, wd=3.)):
+            with learn.no_bar(), learn.no_logging(): fit()
+        for k, p in head.named_parameters():
+            shrunk = before[k] * (1 - .03)**4 if k.endswith("weight") and p.ndim > 1 else before[k]
+            torch.testing.assert_close(p.detach(), shrunk, msg=f"{name}: {k}")
+        assert {k for k, p in head.named_parameters() if p.ndim > 1 and not torch.equal(before[k], p)} and len(learn.opt.hypers) == 1
+
+
 # Runs
 
 def test_a_probe_is_runs_with_rates_splits_and_a_body_that_is_shared(finished, home):
@@ -291,9 +326,9 @@ def test_a_probe_is_runs_with_rates_splits_and_a_body_that_is_shared(finished, h
     assert all(r.spec.recipe.lr is None and r.found["lr"] > 0 and r.run_seconds > 0 and r.doubles == 0 for r in finished)
     bodies = [r.folder / "body.safetensors" for r in finished]
     assert all(b.samefile(bodies[0]) for b in bodies) and len(list((home / "runs/.bodies").iterdir())) == 1
-    assert [*load_file(finished[0].folder / "weights.safetensors")] == ["6.2.bias", "6.2.weight"] or \
-        all(k.split(".")[0] == max(read_run_weights(finished[0].folder), key=lambda n: int(n.split(".")[0])).split(".")[0]
-            for k in load_file(finished[0].folder / "weights.safetensors"))
+    children = {k: int(k.partition(".")[0]) for k in read_run_weights(finished[0].folder)}
+    alone = {k for k, i in children.items() if i == max(children.values())}   # the head's
+    assert load_file(finished[0].folder / "weights.safetensors").keys() == alone
     assert all(load_run(r.folder) == replace(r, folder=r.folder) for r in finished)
     with np.load(finished[1].folder / "maps.npz") as f: assert f["maps"].shape[:2] == (8, 1)
     first = finished[0]
@@ -307,6 +342,7 @@ def test_a_probe_opens_whole_moved_alone_and_without_its_start(finished, home, t
     start.rename(tmp_path / "away.pth")
     try: learn = open_run(tmp_path / "moved", "cpu")
     finally: (tmp_path / "away.pth").rename(start)
+    assert (learn.lr, learn.wd) == (r.found["lr"], r.found["wd"])
     with learn.no_bar(): loss, accuracy, *_ = learn.validate()
     assert accuracy == pytest.approx(r.value, abs=1e-6) and loss == pytest.approx(r.metrics["valid_loss"], rel=5e-3)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
@@ -331,6 +367,17 @@ def test_a_run_may_start_from_a_probe(finished, home):
     assert result.status == "complete" and spec.start.fingerprint != finished[0].spec.start.fingerprint
 
 
+def test_a_start_that_has_seen_the_validation_pictures_is_refused(finished, home):
+    probe = finished[0].folder   # of split 1
+    own, official = (run(spec_of(home, data=data, recipe="quick", epochs=1, start="", split="own"), home / "quick", "cpu").folder
+                     for data in ("photos", "official"))
+    for start, more in ((own, {}), (probe, dict(seed=2)), (probe, dict(split="own", recipe="quick"))):
+        with pytest.raises(BadInput, match="^start: the run photos-avg-1-.* that would validate now. Start from"):
+            spec_of(home, start=str(start), **more)
+    for start, more in ((own, dict(split="own", seed=3)), (probe, dict(seed=1)), (official, dict(data="official")), (own, dict(data="official"))):
+        assert spec_of(home, start=str(start), **more).start.path
+
+
 def test_a_head_that_cannot_take_the_map_is_a_result_and_the_others_go_on(home, tmp_path, capsys):
     specs = [spec_of(home, head, seed, options=options) for seed in (1, 2) for head, options in (("avg", {}), ("learned", dict(num_heads=7)))]
     results = sweep(specs, tmp_path, "cpu")
@@ -344,6 +391,26 @@ def test_a_head_that_cannot_take_the_map_is_a_result_and_the_others_go_on(home, 
     sweep(specs, tmp_path, "cpu")
     said = capsys.readouterr().out
     assert "2 of 4 runs are in" in said and "run 1/2  learned split 1: failed" in said   # tried again
+
+
+def test_what_is_no_fault_of_the_head_ends_the_sweep(home, tmp_path):
+    "Memory that is full, and a start that has changed since it was asked for."
+    class Hungry(nn.Module):
+        def __init__(self, ni, n_out): super().__init__(); self.out = nn.Linear(ni, n_out)
+        def forward(self, x): return self.out(torch.empty(10**15).view(-1))
+    HEADS["hungry"] = Hungry
+    try:
+        with pytest.raises(RuntimeError, match="can't allocate memory"): sweep([spec_of(home, "hungry")], tmp_path, "cpu")
+    finally: del HEADS["hungry"]
+    shutil.copytree(run(spec_of(home), home / "runs", "cpu").folder, tmp_path / "begun")
+    specs = [spec_of(home, start=str(tmp_path / "begun"), lr=lr) for lr in (None, 1e-3)]   # which share the body
+    with forget_shared():
+        run(specs[0], tmp_path, "cpu")
+        weights = tmp_path / "begun/weights.safetensors"
+        torch.manual_seed(5)
+        save_file({k: torch.rand_like(v) for k, v in load_file(weights).items()}, weights)
+        with pytest.raises(BadInput, match="^start: the weights in .*begun are not what they were"): run(specs[1], tmp_path, "cpu")
+    assert len(list(tmp_path.glob("*/result.json"))) == 2
 
 
 def test_killed_in_the_middle_the_same_command_goes_on_without_the_body(home, tmp_path):
@@ -400,7 +467,37 @@ def test_the_corrected_interval_covers_where_the_usual_one_does_not():
     assert told(0) > .2 and told(.25) < .1
 
 
+def test_the_interval_of_parts_of_one_training_set_covers_another_training_set():
+    "Equal heads, each with a nearest-mean classifier on its own features; the test pictures stay."
+    def told(ratio, n_parts, times=200, n=60):
+        rng, wrong = np.random.default_rng(1), 0
+        for _ in range(times):
+            y, test = np.arange(n) % 2, np.arange(2000) % 2
+            values = [{}, {}]
+            for kept in values:
+                x, new = (rng.normal(0, 1, (len(of), 4)) + of[:, None] * .6 for of in (y, test))
+                for s in range(n_parts):
+                    part = ~share_of_each(y, .2, s)
+                    a, b = (x[part & (y == c)].mean(0) for c in (0, 1))
+                    kept[s] = ((new @ (b - a) > (a + b) @ (b - a) / 2) == (test == 1)).mean()
+            mean, half, _ = paired_difference(*values, ratio=ratio)
+            wrong += abs(mean) > half
+        return wrong / times
+    for n_parts in (5, 10): assert told(0, n_parts) > .25 and told(4, n_parts) < .08
+
+
+def test_differences_that_agree_by_chance_give_no_verdict(finished):
+    for d in (-.1, 0., .1):
+        mean, half, n = paired_difference({1: .8 + d, 2: .9 + d}, {1: .8, 2: .9})
+        assert mean == pytest.approx(d) and np.isnan(half) and n == 2
+    two = [replace(r, metrics=r.metrics | dict(accuracy=.8 + .1 * (r.spec.seed == 2) - .1 * (r.spec.head == "concat")))
+           for r in finished if r.spec.seed < 3]
+    assert format_table(summarize(two)).verdict.tolist() == ["–", "cannot tell with 2"]
+
+
 def test_the_report_names_the_interval_and_what_it_covers(finished, home, tmp_path):
+    accuracy = np.random.default_rng(0).uniform(.5, .9, 6)   # those of tiny runs may not differ
+    finished = [replace(r, metrics=r.metrics | dict(accuracy=float(v))) for r, v in zip(finished, accuracy)]
     table = summarize(finished)
     values = {h: {r.spec.seed: r.value for r in finished if r.spec.head == h} for h in ("avg", "concat")}
     mean, half, _ = paired_difference(values["concat"], values["avg"], ratio=12 / 48)
@@ -414,9 +511,13 @@ def test_the_report_names_the_interval_and_what_it_covers(finished, home, tmp_pa
     page = write_report(finished, tmp_path / "report.html").read_text()
     assert all(said in page for said in ("corrected resampled t interval", "Nadeau", "n splits", "<dt>splits</dt><dd>1, 2, 3</dd>", "one rule for all heads"))
     assert "initialisation and order of\nthe batches, and" not in page
-    other = [replace(r, redrawn=False) for r in finished]
+    other = [replace(r, redrawn=False, found=dict(trials=[])) for r in finished]   # both rates were typed
     page = write_report(other, tmp_path / "other.html").read_text()
-    assert "corrected" not in page and "four fifths of the training pictures" in page and summarize(other).ratio.eq(0).all()
+    assert "corrected" not in page and "jackknife t interval" in page and "four fifths of the training pictures" in page
+    row = summarize(other).set_index("head").loc["concat"]
+    d = np.array([values["concat"][s] - values["avg"][s] for s in (1, 2, 3)])
+    assert row.high - row.low == pytest.approx(2 * stats.t.ppf(.975, 2) * d.std(ddof=1) * (1 / 3 + 4)**.5)
+    assert "one rule for all heads" not in page
     quick = write_report([run(make_spec(head="avg", epochs=1, size=20, bs=128), tmp_path)], tmp_path / "quick.html").read_text()
     assert "The interval covers what differs between seeds" in quick and "four fifths" not in quick
 
