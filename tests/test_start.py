@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,8 +197,23 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(tmp_path, capsys):
     assert e.value.code == 2 and said.count("\n") == 1 and "attnpool: start: " in said and "holds more than weights" in said
     assert not (tmp_path / "made").exists() and not (tmp_path / "runs").exists()
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Runs(tmp_path / "made")))
-    with pytest.raises(BadInput): find_start(tmp_path / "raw.pth", LITE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")   # torch's own says less
+        for protocol in range(6):
+            (tmp_path / "raw.pth").write_bytes(pickle.dumps(Runs(tmp_path / "made"), protocol))
+            with pytest.raises(BadInput, match=r"holds more than weights \((posix|nt).mkdir\): to open it is to run code"): find_start(tmp_path / "raw.pth", LITE)
+    (tmp_path / "raw.pth").write_bytes(b"no pickle at all")
+    with pytest.raises(BadInput, match="cannot be read as weights .*download it again"): find_start(tmp_path / "raw.pth", LITE)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_file_one_tensor_short_says_so_first(tmp_path):
+    state = torch.load(LITE0, weights_only=True)
+    del state["_conv_head.weight"]
+    torch.save(state, tmp_path / "short.pth")
+    counted = [k for k in timm.create_model(LITE).state_dict() if not k.endswith("num_batches_tracked")]
+    with pytest.raises(BadInput, match=f"are not those of {LITE}: it has {len(counted) - 1} tensors instead of {len(counted)}, or {len(counted) - 2} up to the map; "):
+        find_start(tmp_path / "short.pth", LITE)
 
 
 @pytest.mark.parametrize("start, said", [

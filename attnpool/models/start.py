@@ -143,8 +143,14 @@ def _read(path):
     except (BadInput, FileNotFoundError) as e:
         raise type(e)(re.sub('^(file|checkpoint):', 'start:', str(e))) from None
 
-def _misfit(path, arch, state, wrong):
+def _misfit(path, arch, state, wrong, *how):
     "The error for weights of another network."
+    has, whole, needed = (sum(not k.endswith('num_batches_tracked') for k in names)
+                          for names in (state, *_names(network_of(arch), *how)[:2]))
+    arch = getattr(arch, '__name__', arch)
+    off = min(abs(has - whole), abs(has - needed))
+    if 0 < off < needed / 10 and len(wrong) > needed / 2:   # but for these, their order could tell
+        wrong = [f'it has {has} tensors instead of {whole}, or {needed} up to the map', *wrong]
     near = nearest_timm(state) if len(wrong) > len(state) / 10 else ''   # else a variant of it
     what = f'The nearest of timm is {near}: --arch {near}.' if near and near != arch else \
         'Give a file of this network, or the network of the file.'
@@ -183,8 +189,8 @@ class Start:
         "The weights of a network up to its map."
         if not self.path: return {}
         fitted, by_order, wrong = fit_body(state := self.state(), arch, cut, **options)
+        if wrong: raise _misfit(self.path, arch, state, wrong, cut, options)
         arch, taken = getattr(arch, '__name__', arch), {id(v) for v in fitted.values()}
-        if wrong: raise _misfit(self.path, arch, state, wrong)
         if by_order: _tell(f'{self.name}: its names are not those of {arch}, its weights are loaded by their order.')
         last = next((k for k, v in reversed(state.items()) if v.ndim == 2 and id(v) not in taken), None)
         if last and not Path(self.path).is_dir():
