@@ -284,6 +284,23 @@ def test_a_rate_that_diverges_is_not_taken():
     assert any(v is None for *_, v in found["trials"]) and recipe.lr <= 3e-3
 
 
+def test_decay_spares_norms_biases_powers_and_queries():
+    "The loss does not depend on the head, so that decay alone moves it: by (1 - lr wd) in each step."
+    class Nothing(nn.Module):
+        def forward(self, out, y): return 0 * out.sum()
+    dls = map_loaders(separable(40, 0), separable(30, 1), 20)
+    for name in ("learned", "gem", "torch-mha", "classquery"):
+        head = get_head(name)(8, 3, **dict(num_heads=2) if name == "torch-mha" else {})
+        learn = head_learner(dls, head, get_recipe("probe", epochs=1, lr=1e-2, wd=3., bs=20), Nothing())
+        before = {k: v.detach().clone() for k, v in head.named_parameters()}
+        for fit in (lambda: learn.fit(1), lambda: learn.fit(1, wd=3.)):
+            with learn.no_bar(), learn.no_logging(): fit()
+        for k, p in head.named_parameters():
+            shrunk = before[k] * (1 - .03)**4 if k.endswith("weight") and p.ndim > 1 else before[k]
+            torch.testing.assert_close(p.detach(), shrunk, msg=f"{name}: {k}")
+        assert {k for k, p in head.named_parameters() if p.ndim > 1 and not torch.equal(before[k], p)} and len(learn.opt.hypers) == 1
+
+
 # Runs
 
 def test_a_probe_is_runs_with_rates_splits_and_a_body_that_is_shared(finished, home):
@@ -330,6 +347,17 @@ def test_a_run_may_start_from_a_probe(finished, home):
     spec = spec_of(home, "avg", 1, recipe="quick", epochs=1, start=str(finished[0].folder))
     result = run(spec, home / "quick", "cpu")
     assert result.status == "complete" and spec.start.fingerprint != finished[0].spec.start.fingerprint
+
+
+def test_a_start_that_has_seen_the_validation_pictures_is_refused(finished, home):
+    probe = finished[0].folder   # of split 1
+    own, official = (run(spec_of(home, data=data, recipe="quick", epochs=1, start="", split="own"), home / "quick", "cpu").folder
+                     for data in ("photos", "official"))
+    for start, more in ((own, {}), (probe, dict(seed=2)), (probe, dict(split="own", recipe="quick"))):
+        with pytest.raises(BadInput, match="^start: the run photos-avg-1-.* that would validate now. Start from"):
+            spec_of(home, start=str(start), **more)
+    for start, more in ((own, dict(split="own", seed=3)), (probe, dict(seed=1)), (official, dict(data="official")), (own, dict(data="official"))):
+        assert spec_of(home, start=str(start), **more).start.path
 
 
 def test_a_head_that_cannot_take_the_map_is_a_result_and_the_others_go_on(home, tmp_path, capsys):
@@ -401,7 +429,37 @@ def test_the_corrected_interval_covers_where_the_usual_one_does_not():
     assert told(0) > .2 and told(.25) < .1
 
 
+def test_the_interval_of_parts_of_one_training_set_covers_another_training_set():
+    "Equal heads, each with a nearest-mean classifier on its own features; the test pictures stay."
+    def told(ratio, n_parts, times=200, n=60):
+        rng, wrong = np.random.default_rng(1), 0
+        for _ in range(times):
+            y, test = np.arange(n) % 2, np.arange(2000) % 2
+            values = [{}, {}]
+            for kept in values:
+                x, new = (rng.normal(0, 1, (len(of), 4)) + of[:, None] * .6 for of in (y, test))
+                for s in range(n_parts):
+                    part = ~share_of_each(y, .2, s)
+                    a, b = (x[part & (y == c)].mean(0) for c in (0, 1))
+                    kept[s] = ((new @ (b - a) > (a + b) @ (b - a) / 2) == (test == 1)).mean()
+            mean, half, _ = paired_difference(*values, ratio=ratio)
+            wrong += abs(mean) > half
+        return wrong / times
+    for n_parts in (5, 10): assert told(0, n_parts) > .25 and told(4, n_parts) < .08
+
+
+def test_differences_that_agree_by_chance_give_no_verdict(finished):
+    for d in (-.1, 0., .1):
+        mean, half, n = paired_difference({1: .8 + d, 2: .9 + d}, {1: .8, 2: .9})
+        assert mean == pytest.approx(d) and np.isnan(half) and n == 2
+    two = [replace(r, metrics=r.metrics | dict(accuracy=.8 + .1 * (r.spec.seed == 2) - .1 * (r.spec.head == "concat")))
+           for r in finished if r.spec.seed < 3]
+    assert format_table(summarize(two)).verdict.tolist() == ["–", "cannot tell with 2"]
+
+
 def test_the_report_names_the_interval_and_what_it_covers(finished, home, tmp_path):
+    accuracy = np.random.default_rng(0).uniform(.5, .9, 6)   # those of tiny runs may not differ
+    finished = [replace(r, metrics=r.metrics | dict(accuracy=float(v))) for r, v in zip(finished, accuracy)]
     table = summarize(finished)
     values = {h: {r.spec.seed: r.value for r in finished if r.spec.head == h} for h in ("avg", "concat")}
     mean, half, _ = paired_difference(values["concat"], values["avg"], ratio=12 / 48)
@@ -415,9 +473,13 @@ def test_the_report_names_the_interval_and_what_it_covers(finished, home, tmp_pa
     page = write_report(finished, tmp_path / "report.html").read_text()
     assert all(said in page for said in ("corrected resampled t interval", "Nadeau", "n splits", "<dt>splits</dt><dd>1, 2, 3</dd>", "one rule for all heads"))
     assert "initialisation and order of\nthe batches, and" not in page
-    other = [replace(r, redrawn=False) for r in finished]
+    other = [replace(r, redrawn=False, found=dict(trials=[])) for r in finished]   # both rates were typed
     page = write_report(other, tmp_path / "other.html").read_text()
-    assert "corrected" not in page and "four fifths of the training pictures" in page and summarize(other).ratio.eq(0).all()
+    assert "corrected" not in page and "jackknife t interval" in page and "four fifths of the training pictures" in page
+    row = summarize(other).set_index("head").loc["concat"]
+    d = np.array([values["concat"][s] - values["avg"][s] for s in (1, 2, 3)])
+    assert row.high - row.low == pytest.approx(2 * stats.t.ppf(.975, 2) * d.std(ddof=1) * (1 / 3 + 4)**.5)
+    assert "one rule for all heads" not in page
     quick = write_report([run(make_spec(head="avg", epochs=1, size=20, bs=128), tmp_path)], tmp_path / "quick.html").read_text()
     assert "The interval covers what differs between seeds" in quick and "four fifths" not in quick
 

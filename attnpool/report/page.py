@@ -75,7 +75,7 @@ _PAGE = '''{% for g in groups %}
 {% endfor %}
 {% for g in groups if g.failed %}<p>Heads that cannot take the body's map: {{ g.failed }}</p>{% endfor %}
 <p>{{ metrics }} after the last epoch: mean ± sample standard deviation over n {{ over }}.
-Difference: paired by {{ by }}, with its 95% {{ 'corrected resampled ' if 'drawn' in where }}t interval;
+Difference: paired by {{ by }}, with its 95% {{ interval }}t interval;
 better or worse where that excludes zero, otherwise these {{ over }} cannot tell.
 {% if 'seeds' in where %}{{ where.seeds }}The interval covers what differs between seeds, initialisation and order of
 the batches, and is meant for one comparison at a time. It does not cover the choice of learning rates, nor other
@@ -86,9 +86,11 @@ all heads alike. Since all are splits of the same pictures, the usual interval w
 splits, with s² that of single splits. [95%] is that of the mean itself. It covers other splits and other pictures of
 this kind, initialisation and order, and is meant for one comparison at a time.
 {% endif %}{% if 'parts' in where %}{{ where.parts }}Each number draws four fifths of the training pictures; the
-validation pictures are those of the data, the same for all. The interval is the usual one over these training parts:
-it covers which of the training pictures were taken, initialisation and order. It does not cover other validation
-pictures.
+validation pictures are those of the data, the same for all. Since such parts have most of their pictures in common, the
+usual interval would be far too narrow: that of the delete-d jackknife (Shao and Wu, 1989) takes s²·(1/n + pictures
+kept/pictures left out), which is s²·(1/n + 4), for the variance over n parts. [95%] is that of the mean itself. It
+covers another draw of training pictures, initialisation and order, on these validation pictures, and is meant for one
+comparison at a time. It does not cover other validation pictures.
 {% endif %}{% if found %}Learning rate and weight decay: found in each run by trials inside its training pictures, by
 one rule for all heads; the table has the median rate, and the range where it differs.
 {% endif %}{% for g in groups if g.doubles %}{{ g.doubles }}
@@ -140,6 +142,7 @@ def _setting(results):
     return [(k, v) for k, v in (decided | ran).items() if v != '']
 
 _KINDS = dict(seeds='seed', drawn='split', parts='training part')   # what differs between runs of a head
+_INTERVALS = dict(drawn='corrected resampled ', parts='jackknife ')
 
 def _kind(results):
     "What the seed decides beside initialisation and order."
@@ -151,8 +154,9 @@ def _prose(groups):
     names = {k: [g[0].spec.data.name for g in groups if _kind(g) == k] for k in kinds}
     where = {k: f"{' and '.join(dict.fromkeys(names[k]))}: " if len(kinds) > 1 else '' for k in kinds}
     by = ' or '.join(_KINDS[k] for k in kinds)
-    found = any(r.found for g in groups for r in g)
-    return dict(where=where, by=by, over=by.replace(' or ', 's or ') + 's', found=found)
+    found = any(r.found.keys() & {'lr', 'wd'} for g in groups for r in g)
+    interval = ' or '.join(_INTERVALS[k] for k in kinds if k in _INTERVALS)
+    return dict(where=where, by=by, over=by.replace(' or ', 's or ') + 's', found=found, interval=interval)
 
 def _doubled(results):
     "That a network is asked about pictures which it was shown, where it is."

@@ -20,6 +20,7 @@ from rich.text import Text
 from scipy import stats
 
 from ..data.pictures import validation_pictures
+from ..data.splits import SHARE
 from ..maps.compute import maps_of
 from ..maps.measures import agreement, deletion_insertion, energy_in_box, entropy, pointing_game
 from ..registry import BadInput
@@ -32,13 +33,13 @@ def paired_difference(
     a: dict, # Seed: value
     b: dict, # Seed: value, of what `a` is compared with
     level: float = .95, # Confidence of the interval, between 0 and 1
-    ratio: float = 0., # Pictures that validate by pictures that train, where the seeds draw both from the same pictures
+    ratio: float = 0., # Where seeds share pictures: validating by training ones, or kept by left out of those
 ) -> tuple[float, float, int]: # Mean of `a - b` over common seeds, half width of its interval, number of these seeds
-    "Mean paired difference with its Student t interval, corrected where seeds share pictures; NaN below two seeds."
+    "Mean paired difference with its Student t interval, wider where seeds share pictures; NaN without any spread."
     d = np.array([a[s] - b[s] for s in sorted(a.keys() & b.keys())])
     if len(d) == 0: return np.nan, np.nan, 0
-    if len(d) == 1: return float(d[0]), np.nan, 1
-    variance = d.var(ddof=1) * (1 / len(d) + ratio)   # Nadeau and Bengio, 2003
+    if np.ptp(d) < 1e-9: return float(d.mean()), np.nan, len(d)   # one seed, or few that agree by chance
+    variance = d.var(ddof=1) * (1 / len(d) + ratio)   # Nadeau and Bengio, 2003; kept by left out: the jackknife's
     return float(d.mean()), float(stats.t.ppf((1 + level) / 2, len(d) - 1) * variance**.5), len(d)
 
 # %% ../../nbs/61_report.stats.ipynb #f417b795
@@ -65,7 +66,8 @@ def summarize(
         done = [r for r in rs if r.status == 'complete']
         table = pd.DataFrame([r.metrics for r in done], columns=[primary, 'peak_in_box', *metrics], dtype=float)
         mean, sd = table.mean(), table.std()
-        ratio = next((r.pictures[1] / r.pictures[0] for r in done if r.redrawn), 0.)
+        parts = (1 - SHARE) / SHARE if rs[0].spec.split == 'seed' else 0.   # of training pictures, kept by left out
+        ratio = next((r.pictures[1] / r.pictures[0] for r in done if r.redrawn), parts)
         diff, half, n_pairs = paired_difference(values[name], values.get(best, {}) if name != best else {}, ratio=ratio)
         _, spread, _ = paired_difference(values[name], dict.fromkeys(values[name], 0.), ratio=ratio)
         seconds = [r.seconds_per_epoch for r in done if r.seconds_per_epoch is not None]
