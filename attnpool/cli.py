@@ -46,7 +46,8 @@ _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEER
           'Also ablations, such as slim-rms (heads.ABLATIONS).')
 _ARCH = 'Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18.'
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "
-          '(.safetensors, .pth, .pt), or the folder of a run.  [default: from scratch]')
+          '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone.  '
+          '[default: from scratch]')
 _RECIPE = 'Recipe: `RECIPES`. The options after it replace single values.'
 _DEVICE = 'cpu, cuda, mps, or auto.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "

@@ -33,7 +33,8 @@ from .registry import BadInput, UnknownName
 def _fastais(dls, arch, init, splitter, **kwargs):
     "fastai's own `vision_learner`, with the groups of a PatchConvNet and an error that helps."
     stats = expected(arch)[1:]
-    if hasattr(dls, 'family') and kwargs['pretrained'] and kwargs['normalize'] and stats[0]: normalise(dls, stats)
+    known = kwargs['pretrained'] and kwargs['normalize'] and stats[0] and kwargs.get('n_in', 3) == 3
+    if known: normalise(dls, stats)
     if splitter is None and isinstance(arch, str) and arch.startswith('patchconvnet'): splitter = timm_splitter
     if init is not None: kwargs['init'] = init
     try: return fastai_learner.vision_learner(dls, arch, splitter=splitter, **for_pictures(arch, dls, kwargs))

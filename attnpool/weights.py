@@ -7,7 +7,9 @@ __all__ = ['weights_in', 'read_weights', 'mismatches', 'fit_by_name', 'fit_by_or
 
 # %% ../nbs/07_weights.ipynb #d09cfa8e
 import hashlib
+import pickletools
 import re
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -75,6 +77,17 @@ def weights_in(
 _BESIDE = [Namespace, np.dtype, np.ndarray, np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0],
            *(type(np.dtype(kind)) for kind in ('f2', 'f4', 'f8', 'u1', 'i4', 'i8', '?'))]
 
+def _calls(file):
+    "What any pickle calls when it is opened, as far as it can be read."
+    found, texts = [], []
+    try:
+        for op, arg, _ in pickletools.genops(file.read_bytes()):
+            if op.name == 'GLOBAL': found.append(arg.replace(' ', '.'))
+            elif op.name == 'STACK_GLOBAL': found.append('.'.join(texts[-2:]))
+            elif isinstance(arg, str): texts.append(arg)
+    except Exception: pass   # no pickle, or a torn one
+    return found
+
 def read_weights(
     file: str | Path, # `.safetensors`, or what torch.save wrote
     names: Iterable[str] = (), # Names that the state dict has in its network, as in `weights_in`
@@ -86,12 +99,15 @@ def read_weights(
     try:
         if file.suffix == '.safetensors': found = load_file(file)
         else:
-            with torch.serialization.safe_globals(_BESIDE):
+            with torch.serialization.safe_globals(_BESIDE), warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'Detected pickle protocol')   # what follows from it is said below
                 found = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e:   # whatever a damaged or foreign file leads to
         pickled = re.findall(r'GLOBAL ([\w.]+)', str(e))
+        why = ' '.join(str(e).rpartition('WeightsUnpickler error:')[2].split())
+        if why.startswith('Unsupported operand'): pickled = _calls(file)   # not torch's pickle, or none
         if not pickled:
-            raise BadInput(f"file: {file} cannot be read as weights ({type(e).__name__}: {str(e)[:100]}). Give a file "
+            raise BadInput(f"file: {file} cannot be read as weights ({type(e).__name__}: {why[:100]}). Give a file "
                            "of torch.save or a .safetensors file; if it should be one, download it again.") from e
         raise BadInput(f"file: {file} holds more than weights ({pickled[0]}): to open it is to run code that came with "
                        "it. If you trust it, pass what torch.load(file, weights_only=False) returns, or save its "

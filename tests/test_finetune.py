@@ -2,6 +2,7 @@
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from attnpool.data.digits import digits_dls
 from attnpool.data.pictures import picture_dls
 from attnpool.heads import AvgAttnConcatPoolHead, AvgPoolHead, AvgStartAttnPoolHead, get_head, HEADS, LearnedAggregationHead
 from attnpool.learner import RatedLearner, vision_learner
+from attnpool.models.start import find_start
 from attnpool.models.surgery import build_network, swap_pool
 from attnpool.recipe import get_recipe, learner_for, OPTIMIZERS, rates_of, Recipe, recipe_learner, RECIPES, SCHEDULES
 from attnpool.registry import BadInput
@@ -238,6 +240,28 @@ def test_every_spelling_of_a_file_is_right_or_an_error(weights, photos):
         with pytest.raises(BadInput, match="weights: "): vision_learner(few(), "test_resnet", custom_head=head, weights=weights)
 
 
+def test_normalisation_that_was_added_follows_the_weights_and_ones_own_is_told_of(weights, capsys):
+    def plain(*tfms):
+        items = [(torch.rand(3, 64, 64), i % 2) for i in range(4)]
+        dls = DataLoaders(*(TfmdDL(items, bs=2, num_workers=0, after_batch=[*tfms]) for _ in range(2)))
+        dls.c = 2
+        return dls
+    def learner(dls, stats, head="avgstart"):
+        body = dict(weights=weights) if stats is None else dict(weights=replace(find_start(weights, "test_efficientnet"), mean=stats[0], std=stats[1]))
+        return vision_learner(dls, "test_efficientnet", custom_head=head, loss_func=CrossEntropyLossFlat(), **body)
+    for head in ("avgstart", None):
+        dls = plain()
+        for mean in (.3, .7): assert statistics(learner(dls, ((mean,) * 3, (.5,) * 3), head).dls) == [[pytest.approx(mean)] * 3] * 2
+        assert "normalised with" not in capsys.readouterr().err
+    dls = plain(Normalize.from_stats([.1] * 3, [.2] * 3))
+    learner(dls, None)
+    said = capsys.readouterr().err
+    assert statistics(dls) == [[pytest.approx(.1)] * 3] * 2 and said.count("\n") == 1
+    assert "normalised with means 0.1, 0.1, 0.1, the weights were trained at 0.485, 0.456, 0.406 (std 0.229, 0.224, 0.225)" in said
+    learner(plain(Normalize.from_stats([.485, .456, .406], [.229, .224, .225])), None)
+    assert not capsys.readouterr().err
+
+
 def test_a_users_own_normalisation_stays(weights):
     for head in (None, "avgstart"):
         items = [(torch.rand(3, 64, 64), i % 2) for i in range(4)]
@@ -322,7 +346,7 @@ def test_what_cannot_be_meant(recipe, words):
 
 
 def test_nothing_is_fine_tuned_that_was_never_trained(dls, capsys):
-    with pytest.raises(BadInput, match="start: train finetune begins from trained weights, got none. Give 'pretrained'"): make_spec("digits", recipe="finetune")
+    with pytest.raises(BadInput, match=r"start: recipe finetune \(train finetune\) begins from trained weights, got none. Give 'pretrained'"): make_spec("digits", recipe="finetune")
     with pytest.raises(BadInput, match="start: train finetune"): recipe_learner(dls, "test_efficientnet", "avg", "finetune")
     with pytest.raises(SystemExit) as e: main(["bench", "digits", "--recipe", "finetune"])
     assert e.value.code == 2 and "start: train finetune" in capsys.readouterr().err

@@ -537,7 +537,7 @@ def test_doubles_are_told_in_the_report_of_a_probe(home, tmp_path):
 @pytest.mark.parametrize("values, message", [
     (dict(mix="cutmix"), "^mix: with train frozen"), (dict(drop_path=.1), "^drop_path: with train frozen"),
     (dict(augment="light"), "^augment: with train frozen each picture is seen once"), (dict(views=2, augment="none"), "^views: 2 views of a picture"),
-    (dict(start=""), "^start: train frozen begins from trained weights"), (dict(split="random"), "^split: .*random"),
+    (dict(start=""), r"^start: recipe probe \(train frozen\) begins from trained weights"), (dict(split="random"), "^split: .*random"),
     (dict(recipe="quick", start="", views=2), "^views: only train frozen"), (dict(views=0), "^views: expected")])
 def test_what_a_probe_cannot_do_is_told_first(home, values, message):
     with pytest.raises(BadInput, match=message): spec_of(home, **values)

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from attnpool.models.surgery import body_of, build_network, with_head
 from attnpool.models.xresnet import ARCHS
 from attnpool.registry import BadInput
 from attnpool.report.collect import collect, group_by_setting, tell_apart, write_runs
+from attnpool.runs.options import read_specs
 from attnpool.runs.spec import make_spec, read_spec
 from attnpool.runs.train import open_run, run
 from attnpool.weights import read_weights, weights_hash
@@ -196,8 +198,23 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(tmp_path, capsys):
     assert e.value.code == 2 and said.count("\n") == 1 and "attnpool: start: " in said and "holds more than weights" in said
     assert not (tmp_path / "made").exists() and not (tmp_path / "runs").exists()
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Runs(tmp_path / "made")))
-    with pytest.raises(BadInput): find_start(tmp_path / "raw.pth", LITE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")   # torch's own says less
+        for protocol in range(6):
+            (tmp_path / "raw.pth").write_bytes(pickle.dumps(Runs(tmp_path / "made"), protocol))
+            with pytest.raises(BadInput, match=r"holds more than weights \((posix|nt).mkdir\): to open it is to run code"): find_start(tmp_path / "raw.pth", LITE)
+    (tmp_path / "raw.pth").write_bytes(b"no pickle at all")
+    with pytest.raises(BadInput, match="cannot be read as weights .*download it again"): find_start(tmp_path / "raw.pth", LITE)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_file_one_tensor_short_says_so_first(tmp_path):
+    state = torch.load(LITE0, weights_only=True)
+    del state["_conv_head.weight"]
+    torch.save(state, tmp_path / "short.pth")
+    counted = [k for k in timm.create_model(LITE).state_dict() if not k.endswith("num_batches_tracked")]
+    with pytest.raises(BadInput, match=f"are not those of {LITE}: it has {len(counted) - 1} tensors instead of {len(counted)}, or {len(counted) - 2} up to the map; "):
+        find_start(tmp_path / "short.pth", LITE)
 
 
 @pytest.mark.parametrize("start, said", [
@@ -347,6 +364,33 @@ def test_a_run_hands_on_its_body_and_its_head_where_that_is_the_same(trained, ph
     photos = renamed
     began()
     assert "its head has other classes" in capsys.readouterr().err
+
+
+def test_where_heads_are_compared_none_goes_on(trained, photos, tmp_path, capsys):
+    from attnpool.tasks import TASKS
+    def asked(heads, recipe="quick", **more):
+        rates = {} if recipe == "probe" else dict(lr=1e-3)
+        return read_specs(str(photos), heads, "1", recipe, arch="xeca_resnext_tiny", start=trained.folder, size=24, bs=8, **rates, **more)
+    alone, (slim, compared), (probed,) = asked("learned")[0], asked("slim,learned"), asked("learned", "probe")
+    assert [s.start.body_only for s in (alone, slim, compared, probed)] == [False, True, True, True]
+    assert len({alone.id, compared.id}) == 2 and alone.start.fingerprint == compared.start.fingerprint
+    assert [read_spec(json.loads(json.dumps(s.to_json()))) == s for s in (alone, compared)] == [True] * 2
+    old = alone.to_json()
+    del old["start"]["body_only"]
+    assert read_spec(old) == alone
+    trained_state = load_file(trained.folder / "weights.safetensors")
+    last = max(int(k.split(".")[0]) for k in trained_state)
+    capsys.readouterr()
+    for spec, goes_on in ((alone, True), (compared, False)):
+        state = TASKS["classify"].model(spec, TASKS["classify"].dls(spec, 8, "cpu"))[0].state_dict()
+        same = {k for k in state if torch.equal(state[k], trained_state[k])}
+        assert {k for k in state if not k.startswith(f"{last}.")} <= same and (same == state.keys()) is goes_on
+        assert ("its head is not, so that all heads begin anew" in capsys.readouterr().err) is not goes_on
+    results = [run(replace(s, recipe=replace(s.recipe, epochs=1)), tmp_path / "runs", "cpu") for s in (alone, compared)]
+    assert len(group_by_setting(results)) == 2 and ["body_only" in title for title, _ in tell_apart(group_by_setting(results))] == [False, True]
+    write_runs(results, tmp_path / "all.runs.csv")
+    read, problems = collect([tmp_path / "all.runs.csv"])
+    assert {r.spec.id for r in read} == {r.spec.id for r in results} and {r.spec.start.body_only for r in read} == {False, True} and not problems
 
 
 def test_a_run_of_another_network_names_it(trained, tmp_path):

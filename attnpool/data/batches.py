@@ -6,6 +6,7 @@
 __all__ = ['RawBatches', 'pipelines_of', 'transform_parts', 'normalise']
 
 # %% ../../nbs/38_data.batches.ipynb #e66fa915
+import sys
 from functools import cache, reduce
 from typing import Sequence
 
@@ -77,13 +78,23 @@ def transform_parts(
     return tuple(map(join, *(run(apply(at, b, p), fs) for p, fs in zip(places, pipelines))))
 
 # %% ../../nbs/38_data.batches.ipynb #1e04adda
+def _shown(values): return ', '.join(f'{v:.3g}' for v in values.flatten().tolist())
+
 def normalise(
     dls: DataLoaders, # fastai's; changed in place
     stats: Sequence, # Means and standard deviations of the channels, 0..1
 ):
-    "Normalise the pictures as weights expect it. A `Normalize` that is there stays, but in `DataLoaders` of ours."
-    there = [t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize)]
-    if not there: dls.add_tfms([Normalize.from_stats(*stats)], 'after_batch')
-    if not hasattr(dls, 'family'): return
-    for t in there: t.mean, t.std = (t.mean.new_tensor(values).view(1, -1, 1, 1) for values in stats)
-    if hasattr(dls, 'about'): dls.about |= dict(zip(('mean', 'std'), map(list, stats)))
+    "Normalise the pictures as weights expect it. A `Normalize` of one's own stays, and is told of if it is another."
+    there = list({id(t): t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize)}.values())
+    if not there:
+        added = Normalize.from_stats(*stats)
+        added.of_weights = True   # the next network's weights may expect something else
+        dls.add_tfms([added], 'after_batch')
+    for t in there:
+        mean, std = (t.mean.new_tensor(values).view(1, -1, 1, 1) for values in stats)
+        if hasattr(dls, 'family') or hasattr(t, 'of_weights'): t.mean, t.std = mean, std
+        elif there[0] is t and not all(torch.allclose(a, b, atol=1e-3) for a, b in ((t.mean, mean), (t.std, std))):
+            print(f'attnpool: the pictures are normalised with means {_shown(t.mean)}, the weights were trained at '
+                  f'{_shown(mean)} (std {_shown(std)}). Leave Normalize out of batch_tfms to have theirs.',
+                  file=sys.stderr)
+    if hasattr(dls, 'family') and hasattr(dls, 'about'): dls.about |= dict(zip(('mean', 'std'), map(list, stats)))

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -143,8 +143,14 @@ def _read(path):
     except (BadInput, FileNotFoundError) as e:
         raise type(e)(re.sub('^(file|checkpoint):', 'start:', str(e))) from None
 
-def _misfit(path, arch, state, wrong):
+def _misfit(path, arch, state, wrong, *how):
     "The error for weights of another network."
+    has, whole, needed = (sum(not k.endswith('num_batches_tracked') for k in names)
+                          for names in (state, *_names(network_of(arch), *how)[:2]))
+    arch = getattr(arch, '__name__', arch)
+    off = min(abs(has - whole), abs(has - needed))
+    if 0 < off < needed / 10 and len(wrong) > needed / 2:   # but for these, their order could tell
+        wrong = [f'it has {has} tensors instead of {whole}, or {needed} up to the map', *wrong]
     near = nearest_timm(state) if len(wrong) > len(state) / 10 else ''   # else a variant of it
     what = f'The nearest of timm is {near}: --arch {near}.' if near and near != arch else \
         'Give a file of this network, or the network of the file.'
@@ -161,6 +167,7 @@ class Start:
     size: int | None = field(default=None, compare=False) # Side of the pictures that the weights expect, in pixels
     mean: tuple[float, ...] = field(default=(), compare=False) # Of their channels, 0..1; empty for the data's own
     std: tuple[float, ...] = field(default=(), compare=False) # Their standard deviations, as many
+    body_only: bool = False # Whether the head of a run is left out too, as where heads are compared
 
     def __bool__(self): return bool(self.fingerprint)
 
@@ -168,6 +175,10 @@ class Start:
     def stats(self) -> tuple | None: # Means and standard deviations, for `get_dls`; None for the data's own
         "How pictures are normalised for these weights."
         return (self.mean, self.std) if self.mean else None
+
+    def for_all_heads(self) -> 'Start': # The same, but for a run
+        "So that no head is ahead of the others: of a run, its body only."
+        return replace(self, body_only=True) if self.path and Path(self.path).is_dir() else self
 
     def state(self) -> dict[str, Tensor]: # By the names in the file
         "The weights in the file or the run, which have to be those that the start was found with."
@@ -183,8 +194,8 @@ class Start:
         "The weights of a network up to its map."
         if not self.path: return {}
         fitted, by_order, wrong = fit_body(state := self.state(), arch, cut, **options)
+        if wrong: raise _misfit(self.path, arch, state, wrong, cut, options)
         arch, taken = getattr(arch, '__name__', arch), {id(v) for v in fitted.values()}
-        if wrong: raise _misfit(self.path, arch, state, wrong)
         if by_order: _tell(f'{self.name}: its names are not those of {arch}, its weights are loaded by their order.')
         last = next((k for k, v in reversed(state.items()) if v.ndim == 2 and id(v) not in taken), None)
         if last and not Path(self.path).is_dir():
@@ -197,7 +208,9 @@ class Start:
         vocab: Sequence, # Names of the classes that it is to tell apart
     ) -> dict[str, Tensor]: # By the head's own names; empty where it has to begin anew
         "The weights of a run's head, where it is the same head for the same classes."
-        return _head(self, head, options, vocab) if self.path and Path(self.path).is_dir() else {}
+        if self.body_only: _tell(f'{self.name}: its body is taken; its head is not, so that all heads begin anew.')
+        return {} if self.body_only or not self.path or not Path(self.path).is_dir() else \
+            _head(self, head, options, vocab)
 
 # %% ../../nbs/25_models.start.ipynb #340c2626
 def _pretrained(arch):

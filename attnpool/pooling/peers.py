@@ -280,7 +280,7 @@ def _query2label(ni, n_out,
     num_heads: int | None = None, # Heads, a divisor of `dim`; None for 4 or the next smaller
     dropout: float = .1, # Dropout in the decoder
 ):
-    """Query2Label's decoder (arXiv 2107.10834), one layer instead of two and no encoder: a learned query for each class.
+    """Query2Label's decoder (arXiv 2107.10834), one layer instead of two, no encoder: a learned query for each class.
 
     The positions have no embedding. A query is the residual, not only what asks: it is in the result itself.
     """

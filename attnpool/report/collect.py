@@ -259,8 +259,8 @@ def setting_of(
     every = dict(data=data['name'], arch=spec['arch'], start=start['name'], recipe=recipe.pop('name'),
                  size=recipe.get('size'))
     if spec['split'] == 'own': del spec['split']   # of the data, as nearly all
-    every |= recipe | spec | dict(weights=start['fingerprint'], family=data['family'], fingerprint=data['fingerprint'],
-                                  pictures=result.pictures)
+    every |= recipe | spec | dict(weights=start['fingerprint'], body_only=start['body_only'] or None,
+                                  family=data['family'], fingerprint=data['fingerprint'], pictures=result.pictures)
     return {k: v for k, v in every.items() if k not in ('head', 'seed', 'lr') and v not in (None, '', [], {})}
 
 def tell_apart(

@@ -206,6 +206,7 @@ def read_specs(
     if splits: common['split'] = 'seed'
     numbers = range(1, splits + 1) if splits else read_list('seeds', seeds or '1,2,3', int)
     common['start'] = start = find_start(common.get('start'), common['arch'], **of_arch)   # read once for all
+    if len(heads) > 1: common['start'] = start = start.for_all_heads()
     variants = [common | dict(lr=rate) for rate in rates] or [common]
     def on(data):
         return [make_spec(data, head, seed, recipe=recipe, options=mine(head), **variant)

@@ -88,6 +88,7 @@ def make_spec(
     if not isinstance(data, DataId): data = data_for(data, recipe)
     r = check_frozen(get_recipe(recipe, head, data.family, **overrides))
     r.check_start(start)
+    if r.train == 'frozen': start = start.for_all_heads()   # a probe is a comparison
     if split not in SPLITS: raise unknown('split', split, SPLITS)
     if split == 'seed' and data.name and not data.fingerprint:
         raise BadInput(f"split: {data.name} are made, always with the same split, got {split!r}. Leave --splits out "
@@ -115,6 +116,7 @@ def _check_unseen(spec):
     raise BadInput(f"start: the run {spec.start.name} was trained on pictures that would validate now. "
                    f"Start from what it started from, or keep its {what}.")
 
+# %% ../../nbs/51_runs.spec.ipynb #0f5e9a31
 def _whole(name, value, least):
     try: number = int(value)
     except (TypeError, ValueError, OverflowError): number = -1
