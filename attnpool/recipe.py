@@ -35,10 +35,24 @@ from .models.xresnet import ARCHS
 from .registry import BadInput, Registry, unknown
 
 # %% ../nbs/44_recipe.ipynb #b374688d
+class _SparingAdamW(torch.optim.AdamW):
+    "AdamW that decays weights alone: no norms, biases, scales, powers, queries or positions."
+    def __init__(self, params, weights=None, **kwargs):
+        super().__init__(params, **kwargs)
+        self.weights = weights   # ids; None for all of two or more dimensions
+    def step(self, closure=None):   # a Learner freezes by group, with one decay for all
+        def decays(p): return p.ndim > 1 and (self.weights is None or id(p) in self.weights)
+        groups = self.param_groups
+        self.param_groups = [dict(g, params=[p for p in g['params'] if decays(p) == part],
+                                  weight_decay=part * g['weight_decay']) for g in groups for part in (True, False)]
+        try: return super().step(closure)
+        finally: self.param_groups = groups
+
 OPTIMIZERS, SCHEDULES, LOSSES, MIXES = map(Registry, ('opt', 'schedule', 'loss', 'mix'))
 
 OPTIMIZERS['adam'], OPTIMIZERS['ranger'], OPTIMIZERS['lamb'] = Adam, ranger, Lamb
 OPTIMIZERS['adamw'] = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)   # one pass over the weights
+OPTIMIZERS['adamw-groups'] = partial(OptimWrapper, opt=_SparingAdamW, fused=True)
 OPTIMIZERS['sgd'] = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
 
 @SCHEDULES.register('one_cycle')
@@ -125,7 +139,7 @@ class Recipe:
     size: int | None # Side of the pictures, in pixels; if none is given, what the weights expect
     bs: int # Batch size, of all processes together; attnpool bench multiplies it by their number
     lr: float | dict | None = None # Peak learning rate, for all heads; if none is given, each head's own
-    opt: str = 'ranger' # Optimizer: `OPTIMIZERS`; adamw is torch's fused one
+    opt: str = 'ranger' # Optimizer: `OPTIMIZERS`; adamw is torch's; adamw-groups decays weights alone
     schedule: str = 'flat_cos' # Course of the learning rate: `SCHEDULES`
     label_smoothing: float = 0. # Share of the label that is spread over all classes
     mix: str = 'none' # What mixes the pictures: `MIXES`
@@ -168,7 +182,8 @@ class Recipe:
     ) -> 'Recipe': # With one learning rate; with none, where it is to be found by a rule
         "The recipe with the learning rate of that head, on that data if it has its own."
         if isinstance(self.lr, float) or self.lr is None and self.train == 'frozen': return self
-        rates, base = rates_of(self.name) if self.lr is None else self.lr, str(head).split('-')[0]
+        rates = rates_of(self.name) if self.lr is None else self.lr
+        base = head if head in PEERS else str(head).split('-')[0]   # a peer with a dash is nobody's ablation
         for key in (f'{data}/{head}', head, f'{data}/{base}', base, '*'):
             if key in rates: return replace(self, lr=rates[key])
         raise BadInput(f"lr: the recipe has no learning rate for {head!r} and none for '*', the rest. "
@@ -193,7 +208,7 @@ _row('mixed', epochs=8, size=40, bs=32, label_smoothing=.1, mix='cutmixup', prec
 _row('blog', epochs=80, size=224, bs=64, label_smoothing=.1, mix='cutmixup-batch')
 _row('paper-small', epochs=100, size=224, bs=256, lr=3e-3, opt='lamb', schedule='cosine', wd=.01, label_smoothing=.1,
      mix='paper')
-_row('probe', epochs=8, size=None, bs=64, opt='adamw', schedule='one_cycle', augment='none', train='frozen')
+_row('probe', epochs=8, size=None, bs=64, opt='adamw-groups', schedule='one_cycle', augment='none', train='frozen')
 _row('finetune', epochs=6, size=None, bs=32, opt='adam', schedule='one_cycle', train='finetune')
 _PAPER = dict(size=224, bs=768, schedule='paper', label_smoothing=.1, mix='paper', augment='randaugment')
 _row('paper-transfer', **_PAPER, epochs=1000, lr=1e-2, opt='sgd', wd=1e-4, warmup=5/1000)
@@ -236,7 +251,9 @@ def learner_for(
     if recipe.lr is None: raise BadInput("lr: give a learning rate; attnpool bench finds those of train frozen itself.")
     r, layout = recipe, [ChannelsLast()] if torch.device(dls.device).type in ('cpu', 'cuda') else []
     cbs = [*L(cbs), *layout, *TRAINS[r.train](), *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()]
-    learn = Learner(dls, model, loss, OPTIMIZERS[r.opt], r.lr, wd=r.wd, metrics=metrics, cbs=cbs, **kwargs)
+    weights = {id(p) for name, p in model.named_parameters() if name.endswith('weight')}
+    opt = partial(OPTIMIZERS[r.opt], weights=weights) if r.opt == 'adamw-groups' else OPTIMIZERS[r.opt]
+    learn = Learner(dls, model, loss, opt, r.lr, wd=r.wd, metrics=metrics, cbs=cbs, **kwargs)
     learn.recipe = recipe
     return learn
 

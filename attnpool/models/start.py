@@ -6,7 +6,6 @@
 __all__ = ['Expected', 'expected', 'fit_body', 'nearest_timm', 'Start', 'find_start', 'is_start']
 
 # %% ../../nbs/25_models.start.ipynb #138c490b
-import hashlib
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from .body import network_of, torchvision_weights, up_to_map, whole_network, without_head
 from ..registry import BadInput
-from ..weights import fit_by_name, fit_by_order, read_weights
+from ..weights import fit_by_name, fit_by_order, read_weights, weights_hash
 
 # %% ../../nbs/25_models.start.ipynb #748a2b6d
 class Expected(NamedTuple):
@@ -137,13 +136,6 @@ def _tell(text):
     "Say something on the standard error, once; of several processes the first does."
     if os.environ.get('RANK', '0') == '0': print(f'attnpool: {text}', file=sys.stderr)
 
-def _hash(state):
-    found = hashlib.sha256()
-    for name, t in sorted(state.items()):
-        found.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
-        found.update(t.detach().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
-
 def _read(path):
     files = [path/'body.safetensors', path/'weights.safetensors'] if path.is_dir() else [path]
     if path.is_dir() and not files[0].exists(): files = files[1:]   # it is one file, but where the body was not trained
@@ -179,7 +171,7 @@ class Start:
 
     def state(self) -> dict[str, Tensor]: # By the names in the file
         "The weights in the file or the run, which have to be those that the start was found with."
-        if _hash(state := _read(Path(self.path))) == self.fingerprint: return state
+        if weights_hash(state := _read(Path(self.path))) == self.fingerprint: return state
         raise BadInput(f"start: the weights in {self.path} are not what they were when they were asked for. Put the "
                        "file back, or ask for what is there now.")
 
@@ -239,6 +231,10 @@ def _run_of(
         raise BadInput(f"start: {folder/'result.json'} is not the result of a run.")
     if result['status'] != 'complete':
         raise BadInput(f"start: {folder.name} {result['status']}, its weights are of no use. Give another run.")
+    for name in ('weights.safetensors', 'body.safetensors', 'data.json'):   # the rest of a run may be gone
+        size, file = result.get('files', {}).get(name), folder/name
+        if size is not None and (now := file.stat().st_size if file.exists() else 'no') != size:
+            raise BadInput(f"start: {file} has {now} bytes instead of {size}. Copy the run again, or give another.")
     return result
 
 def _run(path, arch):
@@ -251,7 +247,7 @@ def _run(path, arch):
     size = spec['recipe']['size'] if isinstance(spec['recipe'], dict) else spec['size']   # flat, as until 0.1
     told = json.loads(about.read_text()) if about.exists() else spec.get('start') or {}
     mean, std = (tuple(told.get(name, ())) for name in ('mean', 'std'))
-    return Start(path.name, _hash(_read(path)), str(path), size, mean, std)
+    return Start(path.name, weights_hash(_read(path)), str(path), size, mean, std)
 
 def _head(start, head, options, vocab):
     spec, about = _run_of(start.path)['spec'], Path(start.path)/'data.json'
@@ -284,7 +280,7 @@ def find_start(
                                 f"{' Did you mean pretrained?' if near else ''} Type 'pretrained', or give a file of "
                                 "weights (.safetensors, .pth, .pt) or the folder of a run.")
     if path.is_dir(): found = _run(path, arch)
-    else: found = Start(path.name, _hash(_read(path)), str(path), *expected(arch))
+    else: found = Start(path.name, weights_hash(_read(path)), str(path), *expected(arch))
     if check: found.body(arch, **options)
     return found
 

@@ -215,9 +215,12 @@ def _timm_latent(ni, n_out,
 @_peer('simpool')
 def _simpool(ni, n_out,
     num_heads: int = 1, # Heads, a divisor of `ni`; one in the paper
-    gamma: float | None = None, # Power of the values that are averaged; None for none, 2 in the paper for a ResNet
+    gamma: float | None = 2., # Power of the values' mean, 2 in the paper for a ResNet; None for the plain mean
 ):
-    "timm's SimPool2d, linear: the mean asks, values are the map itself (arXiv 2309.06891)."
+    """timm's SimPool2d, linear: the mean asks, values are the map after a LayerNorm (arXiv 2309.06891).
+
+    With `gamma`, of what each channel has above its least: nothing on a map of one position, which needs None.
+    """
     check_divides('num_heads', num_heads, ni)
     return AttentionPeer(_timm('SimPool2d', ni, num_heads=num_heads, gamma=gamma), ni)
 
@@ -277,7 +280,10 @@ def _query2label(ni, n_out,
     num_heads: int | None = None, # Heads, a divisor of `dim`; None for 4 or the next smaller
     dropout: float = .1, # Dropout in the decoder
 ):
-    "A learned query per class in one decoder layer, as in Query2Label without its encoder (arXiv 2107.10834)."
+    """Query2Label's decoder (arXiv 2107.10834), one layer instead of two and no encoder: a learned query for each class.
+
+    The positions have no embedding. A query is the residual, not only what asks: it is in the result itself.
+    """
     heads = _parts('num_heads', num_heads, _whole('dim', dim), 4)
     layer = nn.TransformerDecoderLayer(dim, heads, 4 * dim, check_rate('dropout', dropout))
     decoder = QueryDecoder(nn.Parameter(torch.randn(n_out, dim)), nn.Linear(ni, dim), layer)

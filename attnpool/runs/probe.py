@@ -18,11 +18,12 @@ from torch import nn
 
 from ..data.check import doubles_of
 from ..data.splits import SHARE, share_of_each
-from ..frozen import MapSet, frozen_dls, head_learner, map_loaders, weights_hash
+from ..frozen import MapSet, frozen_dls, head_learner, map_loaders
 from ..layers import evaluating
 from ..recipe import Recipe
 from .spec import Spec
 from ..tasks import TASKS, head_of, split_options
+from ..weights import weights_hash
 
 # %% ../../nbs/53_runs.probe.ipynb #3dcc5223
 @dataclass

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from ..data import DataId, identify
-from ..data.pictures import SOURCES, blog_version
+from ..data.pictures import SOURCES, blog_version, find_pictures
 from ..frozen import check_frozen
 from ..heads import get_head
 from ..models.body import check_arch
@@ -100,7 +100,20 @@ def make_spec(
         raise BadInput(f"eval_sizes: expected several sides in pixels, such as ({eval_sizes},), got {eval_sizes!r}.")
     skip = bool(skip_broken and data.fingerprint)   # of pictures that are made, none is broken
     sizes, options = tuple(_whole('eval_sizes', s, 1) for s in eval_sizes), _pairs(of_head | of_arch)
-    return Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split)
+    spec = Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split)
+    _check_unseen(spec)
+    return spec
+
+def _check_unseen(spec):
+    "An error for a run to begin from that was trained on pictures which would validate."
+    if not spec.start.path or not (Path(spec.start.path)/'result.json').exists(): return
+    run = read_spec(json.loads((Path(spec.start.path)/'result.json').read_text())['spec'])
+    def number(s): return s.seed if s.split == 'seed' else None
+    same = spec.data.fingerprint and run.data.fingerprint == spec.data.fingerprint
+    if not same or number(run) == number(spec) or not find_pictures(spec.data.path).drawn: return
+    what = 'own split: --seeds in the place of --splits' if run.split == 'own' else f'split, that of seed {run.seed}'
+    raise BadInput(f"start: the run {spec.start.name} was trained on pictures that would validate now. "
+                   f"Start from what it started from, or keep its {what}.")
 
 def _whole(name, value, least):
     try: number = int(value)

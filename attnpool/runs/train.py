@@ -27,13 +27,14 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from ..callback.ends import BodyStands
 from ..data.cache import check_writable, write_file
 from ..data.pictures import valid_dl
 from ..distributed import distributed, is_first, join_processes, on_first_process, processes, scale_up
 from ..frozen import head_learner
 from ..layers import evaluating
 from ..models.start import Start
-from ..recipe import BodyStands, learner_for
+from ..recipe import learner_for
 from ..registry import BadInput
 from .probe import find_rates, shared_by, try_head
 from .spec import NewerVersion, Spec
