@@ -92,8 +92,8 @@ kept/pictures left out), which is s²·(1/n + 4), for the variance over n parts.
 covers another draw of training pictures, initialisation and order, on these validation pictures, and is meant for one
 comparison at a time. It does not cover other validation pictures.
 {% endif %}{% if interval %}The bounds shown of a mean are cut at 0 and 100%.
-{% endif %}{% if found %}{{ found }}: found in each run by trials inside its training pictures, by one rule for all
-heads; the table has the commonest value, and the range where it differs.
+{% endif %}{% if found %}{{ found }}: found in each run by trials inside its training pictures, by
+one rule for all heads; the table has the commonest value, and the range where it differs.
 {% endif %}{% if boxes %}Peak in box: share of validation pictures in which the peak of the map lies in the object's
 true box.{% endif %}</p>
 {% for title, table in blog %}
