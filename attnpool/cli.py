@@ -16,8 +16,8 @@ from rich.console import Console
 from .cost.commands import complexity, speed
 from .registry import BadInput
 from attnpool.runs.options import (
-    LateCommands, check_device, check_out, expand, guarded, late_options, make_runs, path_of, read_list, read_specs,
-    say)
+    LateCommands, check_device, check_out, expand, fail, guarded, late_options, make_runs, path_of, read_list,
+    read_specs, say)
 
 # %% ../nbs/70_cli.ipynb #36a013b6
 app = typer.Typer(cls=LateCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -100,7 +100,7 @@ def bench(
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
     from attnpool.distributed import is_first, scale_up
-    from attnpool.report.page import write_report
+    from attnpool.report.page import remarks, write_report
     from attnpool.report.stats import rich_table, summarize
     from attnpool.runs.cluster import check_cluster
     console, device = Console(), check_device(device)
@@ -121,7 +121,12 @@ def bench(
     begin = f' from {specs[0].start.name}' if specs[0].start else ''
     say(f'{data}, {arch}{begin}, recipe {recipe}')   # no title of the table, which would be cut to its width
     console.print(rich_table(summarize(results)))
-    say(f'Report: {report.resolve().as_uri()}\nTable:  {report.with_suffix(".csv")}')
+    lost = all(r.status == 'failed' for r in results)
+    say('\n'.join([*([] if lost else remarks(results)), f'Report: {report.resolve().as_uri()}',
+                   f'Table:  {report.with_suffix(".csv")}']))
+    if lost:
+        fail(f"no head could be trained. {' '.join(remarks(results))}")
+        raise typer.Exit(1)
 
 # %% ../nbs/70_cli.ipynb #83c9bc1c
 @app.command()
@@ -142,7 +147,7 @@ def report(
         attnpool report runs/ --published imagenette
     """
     from attnpool.report.collect import group_by_setting, tell_apart
-    from attnpool.report.page import write_report
+    from attnpool.report.page import remarks, write_report
     from attnpool.report.stats import rich_table, summarize
     check_out(out, runs, _TABLES, make=True)
     if not (results := _collected(runs)):
@@ -151,6 +156,7 @@ def report(
     for (title, _), group in zip(tell_apart(groups), groups):
         say(title)
         Console().print(rich_table(summarize(group)))
+        for line in remarks(group): say(line)
     say(f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}')
 
 # %% ../nbs/70_cli.ipynb #aa4698c2

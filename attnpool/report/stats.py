@@ -74,7 +74,8 @@ def summarize(
         rates, decays = ([r.found[k] for r in done if k in r.found] for k in ('lr', 'wd'))
         whole = [r.run_seconds for r in done if r.found and r.run_seconds]
         others = {f'{METRICS.get(m, m)}{end}': of[m] for m in metrics for end, of in (('', mean), ('_sd', sd))}
-        return {'head': name, 'lr': np.median(rates) if rates else rs[0].spec.recipe.lr,
+        def commonest(values): return pd.Series(values).mode()[0]   # one that was used; of several the least
+        return {'head': name, 'lr': commonest(rates) if rates else rs[0].spec.recipe.lr,
                 'parameters': next((r.parameters for r in done), rs[0].parameters), 'n': len(values[name]),
                 'diverged': sum(r.status == 'diverged' for r in rs), METRICS.get(primary, primary): mean[primary],
                 'sd': sd[primary],
@@ -82,8 +83,9 @@ def summarize(
                 'seconds_per_epoch': np.median(seconds or [np.nan]), 'peak_in_box': mean.peak_in_box, **others,
                 'failed': sum(r.status == 'failed' for r in rs), 'mean_low': mean[primary] - spread,
                 'mean_high': mean[primary] + spread, 'ratio': ratio, 'lr_low': min(rates, default=np.nan),
-                'lr_high': max(rates, default=np.nan), 'wd': np.median(decays or [np.nan]),
-                'run_seconds': np.median(whole or [np.nan])}
+                'lr_high': max(rates, default=np.nan), 'wd': commonest(decays) if decays else np.nan,
+                'run_seconds': np.median(whole or [np.nan]),
+                'wd_low': min(decays, default=np.nan), 'wd_high': max(decays, default=np.nan)}
     return pd.DataFrame([row(name, rs) for name, rs in rows.items()])
 
 # %% ../../nbs/61_report.stats.ipynb #18793078
@@ -101,10 +103,10 @@ def format_table(
     def value(v, sd, diverged, failed):
         text = '–' if pd.isna(v) else f'{100 * v:.1f}' + ('' if pd.isna(sd) else f' ± {100 * sd:.1f}')
         return text + (f' ({diverged} diverged)' if diverged else '') + (f' ({failed} failed)' if failed else '')
-    def rate(lr, low, high):
-        if pd.isna(lr): return '–'
-        return f'{lr:g}' if pd.isna(low) or low == high else f'{lr:g} ({low:g} to {high:g})'
-    def mean(low, high): return '–' if pd.isna(low) else f'{100 * low:.1f} to {100 * high:.1f}'
+    def rate(value, low, high):
+        if pd.isna(value): return '–'
+        return f'{value:g}' if pd.isna(low) or low == high else f'{value:g} ({low:g} to {high:g})'
+    def mean(low, high): return '–' if pd.isna(low) else f'{100 * max(low, 0):.1f} to {100 * min(high, 1):.1f}'
     def difference(d, low, high):
         if pd.isna(d): return '–'
         return f'{100 * d:+.1f}' + ('' if pd.isna(low) else f' [{100 * low:+.1f}, {100 * high:+.1f}]')
@@ -116,13 +118,14 @@ def format_table(
     time = {'s/run': table.run_seconds} if table.run_seconds.notna().any() else {'s/epoch': table.seconds_per_epoch}
     return pd.DataFrame({
         'head': table['head'], 'parameters': table.parameters.map(lambda n: '–' if pd.isna(n) else f'{n / 1e6:.2f} M'),
-        'lr': each(rate, 'lr', 'lr_low', 'lr_high'), 'n': table.n,
+        'lr': each(rate, 'lr', 'lr_low', 'lr_high'),
+        **({'wd': each(rate, 'wd', 'wd_low', 'wd_high')} if table.wd.notna().any() else {}), 'n': table.n,
         f'{primary} %': each(value, primary, 'sd', 'diverged', 'failed'),
         **({'[95%]': each(mean, 'mean_low', 'mean_high')} if drawn else {}),
         'points vs avg [95%]': each(difference, 'difference', 'low', 'high'),
         'verdict': each(verdict, 'difference', 'low', 'high', 'n_pairs'),
         **{name: seconds.map(optional('{:.1f}')) for name, seconds in time.items()},
-        'peak in box': table.peak_in_box.map(optional('{:.0%}'))})
+        **({'peak in box': table.peak_in_box.map(optional('{:.0%}'))} if table.peak_in_box.notna().any() else {})})
 
 # %% ../../nbs/61_report.stats.ipynb #32e73253
 def _rich(texts, title=None):
@@ -140,8 +143,7 @@ def rich_table(
 ) -> Table:
     "The table for the terminal, within 80 columns."
     short = {'parameters': 'params', 'points vs avg [95%]': 'vs avg [95%]', 'peak in box': 'in box'}
-    text = format_table(table).drop(columns=['lr', '[95%]'], errors='ignore').rename(columns=short)
-    return _rich(text.drop(columns='in box') if (text['in box'] == '–').all() else text, title)
+    return _rich(format_table(table).drop(columns=['lr', 'wd', '[95%]'], errors='ignore').rename(columns=short), title)
 
 def plain_table(
     table: pd.DataFrame # Of numbers
