@@ -59,7 +59,8 @@ def _key(dls, body, view):
     "What the maps depend on, as 16 hexadecimal digits."
     if hasattr(dls, 'every'):
         about = {k: v for k, v in dls.about.items() if k not in ('vocab', 'augment')}
-        pictures = (sorted(about.items()), READER, [digest for *_, digest in digests(dls.every[0]).values()])
+        if not hasattr(dls, 'digests'): dls.digests = [digest for *_, digest in digests(dls.every[0]).values()]   # once
+        pictures = (sorted(about.items()), READER, dls.digests)
         if view is not None: pictures += (dls.about['augment'],)
     else: pictures = (x for dl in _seeded(dls, view) for x, *_ in dl)
     layers = re.sub(' at 0x[0-9a-fA-F]+', '', str(body))   # where a function lies is another place each time

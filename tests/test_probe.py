@@ -233,6 +233,21 @@ def test_a_drawn_split_is_for_any_recipe_and_is_told_in_the_run(home):
     assert Counter(table.run) == {"train": 24, "val": 12, "": 6} and not official.redrawn and official.pictures == [24, 12]
 
 
+def test_files_are_looked_at_once_for_all_heads_of_a_split(home, tmp_path):
+    "By the pictures that a process opens: after the first run, none."
+    shutil.copytree(home / "photos", tmp_path / "photos")
+    specs = [spec_of(home, head, data=str(tmp_path / "photos"), lr=1e-3, wd=0., epochs=1) for head in ("avg", "gem", "max")]
+    opened, hear = [], [True]
+    sys.addaudithook(lambda event, args: opened.append(args[0]) if hear[0] and event == "open" and str(args[0]).startswith(str(tmp_path / "photos")) else None)
+    try:
+        first = run(specs[0], tmp_path / "runs", "cpu")
+        assert opened
+        opened.clear()
+        others = [run(spec, tmp_path / "runs", "cpu") for spec in specs[1:]]
+    finally: hear[0] = False
+    assert not opened and len({(r.folder / "pictures.csv").read_text() for r in (first, *others)}) == 1
+
+
 # The rule
 
 def separable(n=120, seed=0, noise=1.):
