@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -289,6 +290,14 @@ def test_without_a_net_one_line_says_what_to_do(no_net, capsys):
 
 
 # ---------------------------------------------------------------- what weights expect of pictures
+
+def test_without_a_net_timms_weights_are_told_at_once_in_one_line(no_net, capfd):
+    before = time.monotonic()
+    with pytest.raises(SystemExit) as e: main(["bench", "digits", "--arch", "resnet10t", "--start", "pretrained", "--out", str(no_net / "runs")])
+    said = capfd.readouterr().err
+    assert e.value.code == 2 and said.count("\n") == 1 and "pretrained: the weights of resnet10t could not be had (ConnectError" in said
+    assert time.monotonic() - before < 10   # a minute, if it is tried again and again
+
 
 def test_networks_say_what_their_weights_expect():
     assert expected(LITE) == (224, (.5,) * 3, (.5,) * 3)

@@ -16,7 +16,8 @@ from typing import Any, Callable
 import timm
 import torch
 import torchvision
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
@@ -136,6 +137,13 @@ def _on_disk(arch):
     found = (try_to_load_from_cache(cfg.hf_hub_id, name) for name in names)
     return next((dict(file=file) for file in found if isinstance(file, str)), {})
 
+def _ask(arch):
+    "An error at once where the place of timm's weights cannot be reached: their download tries for a minute."
+    cfg = timm.get_pretrained_cfg(arch)
+    if not cfg or cfg.custom_load or not cfg.hf_hub_id: return
+    try: get_hf_file_metadata(hf_hub_url(cfg.hf_hub_id, 'config.json'), timeout=10)
+    except HfHubHTTPError: pass   # it answered
+
 def timm_net(
     arch: str, # timm name
     pretrained: bool = False, # Pretrained weights; what they hold for each position is resampled
@@ -153,7 +161,10 @@ def timm_net(
         if state:   # what is behind the map stays as it begins
             with torch.random.fork_rng([]): overlay = overlay | dict(state_dict=make().state_dict() | state)
         make = partial(make, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay)
-        net = published(make, arch) if pretrained and not state else make()
+        def had():
+            if not {'file', 'url', 'state_dict'} & overlay.keys(): _ask(arch)
+            return make()
+        net = published(had, arch) if pretrained and not state else make()
     except AssertionError as e:
         if options.get('img_size') is None: raise
         raise BadInput(f"img_size: {arch} cannot be built for pictures of {options['img_size']} px. Choose another "
