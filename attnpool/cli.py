@@ -40,6 +40,19 @@ def _collected(runs):
     for line in problems: sys.stderr.write(f'attnpool: left out: {line}\n')
     return results
 
+def _show(results):
+    "The table of one setting, and what one must know to read it."
+    from attnpool.report.page import remarks
+    from attnpool.report.stats import rich_table, summarize
+    Console().print(rich_table(summarize(results)))
+    for line in remarks(results): say(line)
+
+def _check_trained(results):
+    "Status 1 where no head could be trained, and why."
+    if any(r.status != 'failed' for r in results): return
+    fail(f"heads: none could be trained. {'; '.join(dict.fromkeys(f'{r.spec.head}: {r.reason}' for r in results))}")
+    raise typer.Exit(1)
+
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
          'or a folder, tar or CSV file of pictures.')
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
@@ -100,8 +113,7 @@ def bench(
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
     from attnpool.distributed import is_first, scale_up
-    from attnpool.report.page import remarks, write_report
-    from attnpool.report.stats import rich_table, summarize
+    from attnpool.report.page import write_report
     from attnpool.runs.cluster import check_cluster
     console, device = Console(), check_device(device)
     if cluster: check_cluster(cluster, time_limit)
@@ -120,13 +132,9 @@ def bench(
     report = write_report(results, out/'report.html')
     begin = f' from {specs[0].start.name}' if specs[0].start else ''
     say(f'{data}, {arch}{begin}, recipe {recipe}')   # no title of the table, which would be cut to its width
-    console.print(rich_table(summarize(results)))
-    lost = all(r.status == 'failed' for r in results)
-    say('\n'.join([*([] if lost else remarks(results)), f'Report: {report.resolve().as_uri()}',
-                   f'Table:  {report.with_suffix(".csv")}']))
-    if lost:
-        fail(f"no head could be trained. {' '.join(remarks(results))}")
-        raise typer.Exit(1)
+    _show(results)
+    say(f'Report: {report.resolve().as_uri()}\nTable:  {report.with_suffix(".csv")}')
+    _check_trained(results)
 
 # %% ../nbs/70_cli.ipynb #83c9bc1c
 @app.command()
@@ -147,16 +155,14 @@ def report(
         attnpool report runs/ --published imagenette
     """
     from attnpool.report.collect import group_by_setting, tell_apart
-    from attnpool.report.page import remarks, write_report
-    from attnpool.report.stats import rich_table, summarize
+    from attnpool.report.page import write_report
     check_out(out, runs, _TABLES, make=True)
     if not (results := _collected(runs)):
         raise BadInput(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
     page, groups = write_report(results, out, data=published), group_by_setting(results)
     for (title, _), group in zip(tell_apart(groups), groups):
         say(title)
-        Console().print(rich_table(summarize(group)))
-        for line in remarks(group): say(line)
+        _show(group)
     say(f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}')
 
 # %% ../nbs/70_cli.ipynb #aa4698c2

@@ -94,8 +94,7 @@ comparison at a time. It does not cover other validation pictures.
 {% endif %}{% if interval %}The bounds shown of a mean are cut at 0 and 100%.
 {% endif %}{% if found %}{{ found }}: found in each run by trials inside its training pictures, by
 one rule for all heads; the table has the commonest value, and the range where it differs.
-{% endif %}{% if boxes %}Peak in box: share of validation pictures in which the peak of the map lies in the object's
-true box.{% endif %}</p>
+{% endif %}{% if boxes %}Peak in box: share of pictures with the map's peak in the object's true box.{% endif %}</p>
 {% for title, table in blog %}
 {% if loop.first %}<h2>Beside the blog</h2>
 <p>Mean ± standard deviation (ours: sample; the blog's: population, three runs).</p>{% endif %}
@@ -162,6 +161,7 @@ def _prose(groups):
     return dict(where=where, by=by, over=by.replace(' or ', 's or ') + 's', found=found, interval=interval,
                 boxes=boxes)
 
+# %% ../../nbs/63_report.page.ipynb #8e56ed1a
 def _doubled(results):
     "That a network is asked about pictures which it was shown, where it is."
     worst = max(results, key=lambda r: r.doubles or 0)
