@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from fastai.data.all import DataLoader, DataLoaders, Pipeline, fastai_path, no_random, noop
 from fastai.vision.all import Callback, Learner, progress_bar
+from filelock import FileLock
 from torch import Tensor, nn
 
 from .data.cache import made_once
@@ -58,7 +59,8 @@ def _key(dls, body, view):
     "What the maps depend on, as 16 hexadecimal digits."
     if hasattr(dls, 'every'):
         about = {k: v for k, v in dls.about.items() if k not in ('vocab', 'augment')}
-        pictures = (sorted(about.items()), READER, [digest for *_, digest in digests(dls.every[0]).values()])
+        if not hasattr(dls, 'digests'): dls.digests = [digest for *_, digest in digests(dls.every[0]).values()]   # once
+        pictures = (sorted(about.items()), READER, dls.digests)
         if view is not None: pictures += (dls.about['augment'],)
     else: pictures = (x for dl in _seeded(dls, view) for x, *_ in dl)
     layers = re.sub(' at 0x[0-9a-fA-F]+', '', str(body))   # where a function lies is another place each time
@@ -80,6 +82,10 @@ def _fits(folder, n, row):
                    f"{free / 2**20:,.0f} MB free. Free some room, take smaller pictures (--size), or choose another "
                    "folder with the environment variable FASTAI_HOME.")
 
+def _layout(dls):
+    "Channels last where that is quicker."
+    return torch.channels_last if torch.device(dls.device).type in ('cpu', 'cuda') else torch.contiguous_format
+
 def _write_maps(folder, body, dls, view, dtype, progress):
     "Write the maps of all pictures to `maps.npy`; False where they are too large for `dtype`."
     total = sum(len(dl.dataset) for dl in _all_pictures(dls, view))
@@ -87,7 +93,7 @@ def _write_maps(folder, body, dls, view, dtype, progress):
     with open(folder/'maps.npy', 'wb') as file:
         for dl in _seeded(dls, view):
             for x, *_ in dl:
-                m = body(x.as_subclass(Tensor).contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+                m = body(x.as_subclass(Tensor).contiguous(memory_format=_layout(dls))).permute(0, 2, 3, 1)
                 largest = m.abs().max().item()   # NaN if there is one
                 if not np.isfinite(largest):
                     raise BadInput("start: the body gives values that are not finite. Its weights are damaged, or they "
@@ -124,16 +130,20 @@ def kept_maps(
     dest = home/f'maps-{_key(dls, body, view)}'
     def make(folder):
         with evaluating(body), torch.inference_mode():
-            body.to(memory_format=torch.channels_last)
+            body.to(memory_format=_layout(dls))
             try:
                 if _write_maps(folder, body, dls, view, 'float16', progress or _bar()): return
                 print('attnpool: the maps of this body are too large for float16 and kept as float32.', file=sys.stderr)
                 _write_maps(folder, body, dls, view, 'float32', progress or _bar())
             finally: body.to(memory_format=torch.contiguous_format)
-    made_once(dest, make)
-    try: return np.load(dest/'maps.npy', mmap_mode='r')
-    except (FileNotFoundError, ValueError, EOFError): shutil.rmtree(dest)   # torn
-    return np.load(made_once(dest, make)/'maps.npy', mmap_mode='r')
+    def read(): return np.load(made_once(dest, make)/'maps.npy', mmap_mode='c')   # torch warns of what is read only
+    torn = FileNotFoundError, ValueError, EOFError
+    try: return read()
+    except torn:
+        with FileLock(f'{dest}.lock'):   # another process may have made them again meanwhile
+            try: np.load(dest/'maps.npy', mmap_mode='c')
+            except torn: shutil.rmtree(dest, ignore_errors=True)
+    return read()
 
 # %% ../nbs/49_frozen.ipynb #c812017d
 class MapSet:
@@ -143,8 +153,10 @@ class MapSet:
         rows: np.ndarray, # `(n,)`, the numbers of these pictures in there
         labels: Tensor, # `(n,)`, their classes
         vocab: Sequence, # Names of the classes
+        plain: np.ndarray | None = None, # Their maps as they are validated; None for the first view
     ):
         self.views, self.rows, self.labels, self.vocab, self.view = views, torch.as_tensor(rows), labels, vocab, 0
+        self.plain = views[0] if plain is None else plain
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]: return tuple(t[0] for t in self.batch([i]))
@@ -161,7 +173,11 @@ class MapSet:
         chosen: np.ndarray # `(n,)` whether a picture stays, or the numbers of those that do
     ) -> 'MapSet':
         "Some of them."
-        return MapSet(self.views, self.rows[chosen], self.labels[chosen], self.vocab)
+        return MapSet(self.views, self.rows[chosen], self.labels[chosen], self.vocab, self.plain)
+
+    def as_validated(self) -> 'MapSet':
+        "The same pictures, not augmented."
+        return MapSet([self.plain], self.rows, self.labels, self.vocab)
 
 class MapLoader(DataLoader):
     "Batches of a `MapSet`."
@@ -211,7 +227,7 @@ def frozen_dls(
     seen = [kept_maps(dls, body, view, cache, progress) for view in range(views)] if views > 1 else [plain]
     rows = dls.every[2] if hasattr(dls, 'every') else np.arange(len(plain))
     n = len(dls.train_ds)
-    train, valid = (MapSet(maps, r, _labels(ds), list(dls.vocab)) for maps, r, ds in (
+    train, valid = (MapSet(maps, r, _labels(ds), list(dls.vocab), plain) for maps, r, ds in (
         (seen, rows[:n], dls.train_ds), ([plain], rows[n:], dls.valid_ds)))
     made = map_loaders(train, valid, dls.train.bs, dls.device)
     made.train.rng = deepcopy(dls.train.rng)

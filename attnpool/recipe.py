@@ -49,7 +49,6 @@ class _SparingAdamW(torch.optim.AdamW):
         finally: self.param_groups = groups
 
 OPTIMIZERS, SCHEDULES, LOSSES, MIXES = map(Registry, ('opt', 'schedule', 'loss', 'mix'))
-
 OPTIMIZERS['adam'], OPTIMIZERS['ranger'], OPTIMIZERS['lamb'] = Adam, ranger, Lamb
 OPTIMIZERS['adamw'] = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)   # one pass over the weights
 OPTIMIZERS['adamw-groups'] = partial(OptimWrapper, opt=_SparingAdamW, fused=True)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from fastai.vision.all import CrossEntropyLossFlat, load_learner, set_seed
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import nn
 
@@ -25,14 +25,14 @@ from attnpool.data import get_dls
 from attnpool.data.listing import list_folder
 from attnpool.data.splits import numbered_split, share_of_each
 from attnpool.frozen import frozen_dls, head_learner, kept_maps, map_loaders, MapSet
-from attnpool.heads import get_head
+from attnpool.heads import get_head, HEADS
 from attnpool.layers import evaluating
 from attnpool.models.surgery import body_of
 from attnpool.recipe import get_recipe
 from attnpool.registry import BadInput
 from attnpool.report.page import write_report
 from attnpool.report.stats import format_table, paired_difference, summarize
-from attnpool.runs.probe import find_rates, inner_split
+from attnpool.runs.probe import find_rates, forget_shared, inner_split
 from attnpool.runs.spec import make_spec
 from attnpool.runs.store import load_run, read_run_weights
 from attnpool.runs.train import open_run, run, sweep
@@ -103,7 +103,7 @@ class Counted(nn.Module):
 def test_maps_are_computed_once_for_all_splits_and_are_the_bodys(home):
     body, dls = Counted(), [get_dls(home / "photos", SIZE, 16, "cpu", "none", split=split) for split in (1, 2, None)]
     made = [frozen_dls(d, body) for d in dls]
-    assert body.seen == 60
+    assert body.seen == 60 and all(m.train_ds.views[0].flags.writeable for m in made)   # of others, torch warns
     for d, maps in zip(dls, made):
         for dl, kept in ((d.valid, maps.valid), (d.train.new(shuffle=False, drop_last=False), maps.train.new(shuffle=False, drop_last=False))):
             for (x, y), (m, label) in zip(dl, kept, strict=True):
@@ -150,6 +150,8 @@ def test_views_are_augmented_reproducible_and_taken_in_turn(home, tmp_path):
     views = once.train_ds.views
     assert len(views) == 3 and all(np.array_equal(a, b) for a, b in zip(views, again.train_ds.views))
     assert all((np.abs(a.astype(float) - b).max() > .1) for a, b in ((views[0], views[1]), (views[1], views[2]), (views[0], once.valid_ds.views[0])))
+    part, held = inner_split(once.train_ds, 10**6, 1)
+    assert part.views is views and len(held.views) == 1 and np.array_equal(held.views[0], once.valid_ds.views[0])
     seen = []
     class Watch(nn.Module):
         def __init__(self): super().__init__(); self.out = nn.Linear(256, 3)
@@ -229,6 +231,21 @@ def test_a_drawn_split_is_for_any_recipe_and_is_told_in_the_run(home):
     official = run(spec_of(home, "avg", 1, "official", **quick), home / "quick", "cpu")
     table = pd.read_csv(official.folder / "pictures.csv", keep_default_na=False)
     assert Counter(table.run) == {"train": 24, "val": 12, "": 6} and not official.redrawn and official.pictures == [24, 12]
+
+
+def test_files_are_looked_at_once_for_all_heads_of_a_split(home, tmp_path):
+    "By the pictures that a process opens: after the first run, none."
+    shutil.copytree(home / "photos", tmp_path / "photos")
+    specs = [spec_of(home, head, data=str(tmp_path / "photos"), lr=1e-3, wd=0., epochs=1) for head in ("avg", "gem", "max")]
+    opened, hear = [], [True]
+    sys.addaudithook(lambda event, args: opened.append(args[0]) if hear[0] and event == "open" and str(args[0]).startswith(str(tmp_path / "photos")) else None)
+    try:
+        first = run(specs[0], tmp_path / "runs", "cpu")
+        assert opened
+        opened.clear()
+        others = [run(spec, tmp_path / "runs", "cpu") for spec in specs[1:]]
+    finally: hear[0] = False
+    assert not opened and len({(r.folder / "pictures.csv").read_text() for r in (first, *others)}) == 1
 
 
 # The rule
@@ -325,6 +342,7 @@ def test_a_probe_opens_whole_moved_alone_and_without_its_start(finished, home, t
     start.rename(tmp_path / "away.pth")
     try: learn = open_run(tmp_path / "moved", "cpu")
     finally: (tmp_path / "away.pth").rename(start)
+    assert (learn.lr, learn.wd) == (r.found["lr"], r.found["wd"])
     with learn.no_bar(): loss, accuracy, *_ = learn.validate()
     assert accuracy == pytest.approx(r.value, abs=1e-6) and loss == pytest.approx(r.metrics["valid_loss"], rel=5e-3)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
@@ -383,6 +401,26 @@ def test_a_comparison_in_which_no_head_could_be_trained_is_no_success(home, tmp_
     assert err.count("attnpool: heads: none could be trained. learned: num_heads") == 1 and "add it to --heads" not in out + err
     assert (tmp_path / "report.html").exists()
     assert call(*command, "--heads", "avg,learned") == 0 and "Heads that cannot take the body's map: learned (num_heads" in capsys.readouterr().out
+
+
+def test_what_is_no_fault_of_the_head_ends_the_sweep(home, tmp_path):
+    "Memory that is full, and a start that has changed since it was asked for."
+    class Hungry(nn.Module):
+        def __init__(self, ni, n_out): super().__init__(); self.out = nn.Linear(ni, n_out)
+        def forward(self, x): return self.out(torch.empty(10**15).view(-1))
+    HEADS["hungry"] = Hungry
+    try:
+        with pytest.raises(RuntimeError, match="can't allocate memory"): sweep([spec_of(home, "hungry")], tmp_path, "cpu")
+    finally: del HEADS["hungry"]
+    shutil.copytree(run(spec_of(home), home / "runs", "cpu").folder, tmp_path / "begun")
+    specs = [spec_of(home, start=str(tmp_path / "begun"), lr=lr) for lr in (None, 1e-3)]   # which share the body
+    with forget_shared():
+        run(specs[0], tmp_path, "cpu")
+        weights = tmp_path / "begun/weights.safetensors"
+        torch.manual_seed(5)
+        save_file({k: torch.rand_like(v) for k, v in load_file(weights).items()}, weights)
+        with pytest.raises(BadInput, match="^start: the weights in .*begun are not what they were"): run(specs[1], tmp_path, "cpu")
+    assert len(list(tmp_path.glob("*/result.json"))) == 2
 
 
 def test_killed_in_the_middle_the_same_command_goes_on_without_the_body(home, tmp_path):

@@ -73,10 +73,17 @@ class _Grid:
     def __init__(self, specs, out, cluster, retries, options):
         self.todo, self.out, self.jobs, self.cluster = list(dict.fromkeys(specs)), out, out/'.jobs', cluster
         self.limits, self.options = {f'{cluster}_max_num_timeout': retries}, options
-        self.known, self.failed, self.missed = set(), set(), {}
+        self.known, self.failed, self.refused, self.missed = set(), set(), set(), {}
         self.jobs.mkdir(parents=True, exist_ok=True)
         book = self.jobs/'jobs.json'
         self.book = json.loads(book.read_text()) if book.exists() else {}   # run: name of its batch, place in it
+
+    def try_again(self):
+        "Forget what a head could not do: it may have been mended."
+        for s in self.todo:
+            try: again = load_run(self.out/s.name).status == 'failed'
+            except BadInput: again = False
+            if again: (self.out/s.name/'result.json').unlink()
 
     def send(self, group):
         "Give runs to the cluster as one batch."
@@ -93,7 +100,7 @@ class _Grid:
         self.known |= set(group)
 
     def look(self):
-        "Ask queue and folders; the runs that have failed since."
+        "Ask queue and folders; the runs that have failed since, and those whose head cannot take the body's map."
         states, self.results = queued(self.cluster), {}   # the queue first, so that what ends in between is not missed
         for s in self.todo:
             try: self.results[s] = load_run(self.out/s.name)
@@ -105,14 +112,16 @@ class _Grid:
             self.missed[s] = self.missed.get(s, 0) + 1 if gone else 0
         new = [s for s in self.todo if self.missed[s] > 2 and s not in self.failed]
         self.failed |= set(new)
-        return new
+        refused = [s for s, r in self.results.items() if r.status == 'failed' and s not in self.refused]
+        self.refused |= set(refused)
+        return new, refused
 
     def text(self, waiting):
         "How far it is, with the number of runs that wait for a place."
         states = [state for s, state in self.live.items() if s not in self.results] + ['PENDING'] * waiting
         counts = [f'{states.count(state)} {state.lower()}' for state in sorted(set(states))]
-        if self.failed: counts.append(f'{len(self.failed)} failed')
-        return ', '.join([f'{len(self.results)} of {len(self.todo)} runs complete', *counts])
+        if failed := len(self.failed | self.refused): counts.append(f'{failed} failed')
+        return ', '.join([f'{len(self.results) - len(self.refused)} of {len(self.todo)} runs complete', *counts])
 
 # %% ../../nbs/55_runs.cluster.ipynb #ca5b6709
 def check_cluster(
@@ -161,8 +170,11 @@ def submit(
     columns = SpinnerColumn(), TextColumn('{task.description}', markup=False), BarColumn(), count
     with lock, Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task('', total=len(grid.todo))
+        grid.try_again()
         while True:
-            for s in grid.look():
+            lost, refused = grid.look()
+            for s in refused: show(f'{s.name}: failed: {" ".join(grid.results[s].reason.split())}')
+            for s in lost:
                 name, i = grid.book[s.name]
                 show(f'{s.name} failed. The end of its log in {grid.jobs/name}:\n{_log(grid.jobs/name, i)}\n')
             new = [s for s in grid.todo if s not in grid.known]

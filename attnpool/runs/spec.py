@@ -100,17 +100,15 @@ def make_spec(
         raise BadInput(f"eval_sizes: expected several sides in pixels, such as ({eval_sizes},), got {eval_sizes!r}.")
     skip = bool(skip_broken and data.fingerprint)   # of pictures that are made, none is broken
     sizes, options = tuple(_whole('eval_sizes', s, 1) for s in eval_sizes), _pairs(of_head | of_arch)
-    spec = Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split)
-    _check_unseen(spec)
-    return spec
+    return _unseen(Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split))
 
-def _check_unseen(spec):
+def _unseen(spec):
     "An error for a run to begin from that was trained on pictures which would validate."
-    if not spec.start.path or not (Path(spec.start.path)/'result.json').exists(): return
+    if not spec.start.path or not (Path(spec.start.path)/'result.json').exists(): return spec
     run = read_spec(json.loads((Path(spec.start.path)/'result.json').read_text())['spec'])
     def number(s): return s.seed if s.split == 'seed' else None
     same = spec.data.fingerprint and run.data.fingerprint == spec.data.fingerprint
-    if not same or number(run) == number(spec) or not find_pictures(spec.data.path).drawn: return
+    if not same or number(run) == number(spec) or not find_pictures(spec.data.path).drawn: return spec
     what = 'own split: --seeds in the place of --splits' if run.split == 'own' else f'split, that of seed {run.seed}'
     raise BadInput(f"start: the run {spec.start.name} was trained on pictures that would validate now. "
                    f"Start from what it started from, or keep its {what}.")

@@ -14,7 +14,9 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Sequence
 try: import resource
 except ImportError: resource = None
@@ -257,6 +259,14 @@ def circumstances(
                 threads=torch.get_num_threads(), peak_memory_mb=_peak_memory(device), versions=versions)
 
 # %% ../../nbs/52_runs.store.ipynb #431fa46d
+@lru_cache(1)   # for all runs on the same pictures: their fingerprint is of these digests
+def _digested(data):
+    "The files of a data set, and their digests as a table; None of very many."
+    listing = find_pictures(data.path)
+    with TemporaryDirectory() as folder:
+        write_digests(listing, file := Path(folder)/'pictures.csv')
+        return listing.files, pd.read_csv(file, dtype=str, keep_default_na=False) if file.exists() else None
+
 def write_pictures(
     spec: Spec, # Of the run
     dls: DataLoaders, # Its data
@@ -264,13 +274,12 @@ def write_pictures(
 ):
     "Write `pictures.csv`: what identifies each picture, and with a drawn split what it was for."
     if not spec.data.fingerprint: return
-    listing, file = find_pictures(spec.data.path), Path(folder)/'pictures.csv'
-    write_digests(listing, file)
-    if spec.split == 'own' or not file.exists(): return
-    table, used = pd.read_csv(file, dtype=str, keep_default_na=False), dls.listing
-    roles = {f: 'train' if i < used.n_train else 'val' for i, f in enumerate(used.files)}
-    table['run'] = [roles.get(f, '') for f in listing.files]
-    write_file(file, table.to_csv(index=False, lineterminator='\n'))
+    (files, table), used = _digested(spec.data), dls.listing
+    if table is None: return
+    if spec.split != 'own':
+        roles = {f: 'train' if i < used.n_train else 'val' for i, f in enumerate(used.files)}
+        table = table.assign(run=[roles.get(f, '') for f in files])
+    write_file(Path(folder)/'pictures.csv', table.to_csv(index=False, lineterminator='\n'))
 
 # %% ../../nbs/52_runs.store.ipynb #6e4a9747
 def write_weights(

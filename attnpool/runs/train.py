@@ -36,12 +36,12 @@ from ..layers import evaluating
 from ..models.start import Start
 from ..recipe import learner_for
 from ..registry import BadInput
-from .probe import find_rates, shared_by, try_head
+from .probe import MACHINES, find_rates, forget_shared, shared_by, try_head
 from .spec import NewerVersion, Spec
 from .store import (
     Result, circumstances, earlier_data, load_run, open_data, read_run_weights, write_about, write_pictures,
     write_result, write_weights)
-from ..tasks import TASKS
+from ..tasks import TASKS, head_of
 
 # %% ../../nbs/54_runs.train.ipynb #32dae89d
 class RunLog(Callback):
@@ -162,24 +162,23 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', **found):
 def _probe(spec, folder, device, log, on_maps):
     "Train a head on the maps of its body, which it shares with the runs before and after."
     task, recipe = TASKS[spec.task], scale_up(spec.recipe)   # an error for several processes
-    shared, loss, start = shared_by(spec, recipe.bs, device, on_maps), task.loss(spec.recipe), time.perf_counter()
+    shared, loss, start = shared_by(spec, device, on_maps), task.loss(spec.recipe), time.perf_counter()
     dls, larger = shared.dls, {str(size): valid_dl(shared.dls, size) for size in spec.eval_sizes}
-    on_first_process(_empty, folder, spec, dls)
-    try:
-        head = shared.put_head(spec)
-        try_head(head, shared.maps, loss)
-        if larger: _check_sizes(shared, spec)
-    except (ImportError, MemoryError, torch.OutOfMemoryError): raise   # not the head's fault
+    _empty(folder, spec, dls)
+    build = head_of(spec, dls.vocab)   # what is wrong with the start is told as such
+    try: try_head(head := shared.put_head(build), shared.maps, loss)
     except Exception as e:   # whatever a head says of a map that it cannot take
+        if isinstance(e, (ImportError, MemoryError)) or MACHINES.search(str(e)): raise
         failed = Result(spec, 'failed', {}, task.primary, reason=str(e) or repr(e), redrawn=_redrawn(spec, dls),
                         pictures=[len(dls.train_ds), len(dls.valid_ds)], **circumstances(device))
-        return on_first_process(write_result, failed, folder)
+        return write_result(failed, folder)
+    if larger: _check_sizes(shared, spec)
     recipe, found = find_rates(shared.maps, head, recipe, loss, spec.seed)
     _fit(head_learner(shared.maps, head, recipe, loss, task.metrics(), [log]), spec, log)
     learn = learner_for(dls, shared.model, recipe, loss, task.metrics())
     sizes = _validate(learn, larger, log)
     more = dict(body=shared.body, found=found, doubles=shared.doubles)
-    return on_first_process(_finish, spec, folder, device, learn, log, sizes, start, **more)
+    return _finish(spec, folder, device, learn, log, sizes, start, **more)
 
 # %% ../../nbs/54_runs.train.ipynb #4c5d6e7f
 def run(
@@ -226,7 +225,7 @@ def open_run(
     result, folder = load_run(folder), Path(folder)
     spec, dls = result.spec, open_data(result, device, data, check, with_data)
     if result.status == 'failed': raise BadInput(f"folder: {folder} failed, there is nothing to open: {result.reason}")
-    recipe = replace(spec.recipe, lr=spec.recipe.lr or result.found.get('lr'))
+    recipe = replace(spec.recipe, **{k: v for k, v in result.found.items() if k != 'trials'})
     learn = _learner(replace(spec, start=Start(), recipe=recipe), dls)   # its own weights follow
     if recipe.train == 'frozen': learn.remove_cb(BodyStands)   # all may learn now
     try: learn.model.load_state_dict(read_run_weights(folder, str(dls.device)))
@@ -288,7 +287,7 @@ def sweep(
     todo = [s for s in dict.fromkeys(specs) if s not in results]
     text, percent = TextColumn('{task.description}', markup=False), TextColumn('{task.percentage:>3.0f}%')
     columns = SpinnerColumn(), text, BarColumn(), percent, TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
+    with forget_shared(), Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
         bar = progress.add_task('', total=sum(s.recipe.epochs for s in todo))
         queue, elsewhere, done = deque(todo), 0, 0
         while queue:
