@@ -393,6 +393,16 @@ def test_a_head_that_cannot_take_the_map_is_a_result_and_the_others_go_on(home, 
     assert "2 of 4 runs are in" in said and "run 1/2  learned split 1: failed" in said   # tried again
 
 
+def test_a_comparison_in_which_no_head_could_be_trained_is_no_success(home, tmp_path, capsys):
+    command = ["bench", str(home / "photos"), "--arch", ARCH, "--start", str(home / "body.pth"), "--recipe", "probe", "--size", "24", "--bs", "16",
+               "--epochs", "1", "--splits", "2", "--options", "num_heads=7", "--out", str(tmp_path)]
+    assert call(*command, "--heads", "learned") == 1
+    out, err = capsys.readouterr()
+    assert err.count("attnpool: heads: none could be trained. learned: num_heads") == 1 and "add it to --heads" not in out + err
+    assert (tmp_path / "report.html").exists()
+    assert call(*command, "--heads", "avg,learned") == 0 and "Heads that cannot take the body's map: learned (num_heads" in capsys.readouterr().out
+
+
 def test_what_is_no_fault_of_the_head_ends_the_sweep(home, tmp_path):
     "Memory that is full, and a start that has changed since it was asked for."
     class Hungry(nn.Module):
@@ -411,16 +421,6 @@ def test_what_is_no_fault_of_the_head_ends_the_sweep(home, tmp_path):
         save_file({k: torch.rand_like(v) for k, v in load_file(weights).items()}, weights)
         with pytest.raises(BadInput, match="^start: the weights in .*begun are not what they were"): run(specs[1], tmp_path, "cpu")
     assert len(list(tmp_path.glob("*/result.json"))) == 2
-
-
-def test_a_comparison_in_which_no_head_could_be_trained_is_no_success(home, tmp_path, capsys):
-    command = ["bench", str(home / "photos"), "--arch", ARCH, "--start", str(home / "body.pth"), "--recipe", "probe", "--size", "24", "--bs", "16",
-               "--epochs", "1", "--splits", "2", "--options", "num_heads=7", "--out", str(tmp_path)]
-    assert call(*command, "--heads", "learned") == 1
-    out, err = capsys.readouterr()
-    assert err.count("attnpool: heads: none could be trained. learned: num_heads") == 1 and "add it to --heads" not in out + err
-    assert (tmp_path / "report.html").exists()
-    assert call(*command, "--heads", "avg,learned") == 0 and "Heads that cannot take the body's map: learned (num_heads" in capsys.readouterr().out
 
 
 def test_killed_in_the_middle_the_same_command_goes_on_without_the_body(home, tmp_path):
