@@ -51,7 +51,7 @@ def test_every_field_is_an_option_and_reaches_the_spec(asked, capsys, tmp_path):
     with pytest.raises(SystemExit): main(["bench", "--help"])
     text = capsys.readouterr().out
     assert all(f"--{f.name.replace('_', '-')} " in text for f in SETTINGS)
-    words = " ".join(text.split())
+    words = " ".join(text.split()).replace("- ", "-")   # a line may end at a hyphen
     for table in NAMES.values(): assert ", ".join(table) in words
     assert "`" not in words
 
