@@ -171,7 +171,7 @@ class Recipe:
         "An error for a recipe that leaves weights as they are that have learned nothing."
         if self.train in ('finetune', 'frozen') and not start:
             raise BadInput(f"start: recipe {self.name or 'of your own'} (train {self.train}) begins from trained "
-                           "weights, got none. Give 'pretrained', a file or a run's folder, or another recipe, such as quick.")
+                           "weights, got none. Give 'pretrained', a file or a run's folder, or take recipe quick.")
 
     def __repr__(self): return f"Recipe({', '.join(f'{k}={v!r}' for k, v in decided(self).items())})"
 

@@ -144,6 +144,7 @@ def _ask(arch):
     try: get_hf_file_metadata(hf_hub_url(cfg.hf_hub_id, 'config.json'), timeout=10)
     except HfHubHTTPError: pass   # it answered
 
+# %% ../../nbs/23_models.body.ipynb #7c1e55b2
 def timm_net(
     arch: str, # timm name
     pretrained: bool = False, # Pretrained weights; what they hold for each position is resampled
