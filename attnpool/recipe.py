@@ -39,9 +39,9 @@ class _SparingAdamW(torch.optim.AdamW):
     "AdamW that decays weights alone: no norms, biases, scales, powers, queries or positions."
     def __init__(self, params, weights=None, **kwargs):
         super().__init__(params, **kwargs)
-        self.weights = weights   # ids; None for all of two or more dimensions
+        self.weights = {id(p) for g in self.param_groups for p in g['params']} & {*(weights or ())}   # none once loaded
     def step(self, closure=None):   # a Learner freezes by group, with one decay for all
-        def decays(p): return p.ndim > 1 and (self.weights is None or id(p) in self.weights)
+        def decays(p): return p.ndim > 1 and (not self.weights or id(p) in self.weights)
         groups = self.param_groups
         self.param_groups = [dict(g, params=[p for p in g['params'] if decays(p) == part],
                                   weight_decay=part * g['weight_decay']) for g in groups for part in (True, False)]
