@@ -211,9 +211,8 @@ def map_loaders(
     bs: int, # Largest batch; validation takes twice as many
     device: torch.device | str = 'cpu', # Where the batches go
 ) -> DataLoaders:
-    "`DataLoaders` of maps. A batch is an eighth of those that train at most: few pictures need as many steps."
-    few = min(bs, max(2, len(train) // 8), len(train))
-    loaders = (MapLoader(train, bs=few, shuffle=True, drop_last=True), MapLoader(valid, bs=2 * bs))
+    "`DataLoaders` of maps."
+    loaders = (MapLoader(train, bs=min(bs, len(train)), shuffle=True, drop_last=True), MapLoader(valid, bs=2 * bs))
     return DataLoaders(*loaders, device=torch.device(device))
 
 def frozen_dls(

@@ -32,7 +32,7 @@ from attnpool.recipe import get_recipe
 from attnpool.registry import BadInput
 from attnpool.report.page import write_report
 from attnpool.report.stats import format_table, paired_difference, summarize
-from attnpool.runs.probe import find_rates, forget_shared, inner_split
+from attnpool.runs.probe import find_rates, forget_shared, inner_split, shared_by
 from attnpool.runs.spec import make_spec
 from attnpool.runs.store import load_run, read_run_weights
 from attnpool.runs.train import open_run, run, sweep
@@ -174,7 +174,7 @@ def test_a_probed_head_has_the_weights_of_one_trained_with_the_body_in_it(home, 
         last = [k for k in state if k.endswith("weight") and state[k].ndim == 1][-2:]
         for k in last: state[k] *= scale
     torch.save(state, tmp_path / "body.pth")
-    fixed = dict(start=str(tmp_path / "body.pth"), lr=1e-3, wd=.01)
+    fixed = dict(start=str(tmp_path / "body.pth"), lr=1e-3, wd=.01, bs=4)   # an eighth of the pictures at most
     probed, whole = (run(spec_of(home, head, 5, **fixed, **more), tmp_path, "cpu") for more in ({}, dict(train="head")))
     assert not probed.found.get("trials")
     a, b = read_run_weights(probed.folder), read_run_weights(whole.folder)
@@ -404,7 +404,7 @@ def test_a_comparison_in_which_no_head_could_be_trained_is_no_success(home, tmp_
 
 
 def test_what_is_no_fault_of_the_head_ends_the_sweep(home, tmp_path):
-    "Memory that is full, and a start that has changed since it was asked for."
+    "Memory that is full."
     class Hungry(nn.Module):
         def __init__(self, ni, n_out): super().__init__(); self.out = nn.Linear(ni, n_out)
         def forward(self, x): return self.out(torch.empty(10**15).view(-1))
@@ -412,15 +412,6 @@ def test_what_is_no_fault_of_the_head_ends_the_sweep(home, tmp_path):
     try:
         with pytest.raises(RuntimeError, match="can't allocate memory"): sweep([spec_of(home, "hungry")], tmp_path, "cpu")
     finally: del HEADS["hungry"]
-    shutil.copytree(run(spec_of(home), home / "runs", "cpu").folder, tmp_path / "begun")
-    specs = [spec_of(home, start=str(tmp_path / "begun"), lr=lr) for lr in (None, 1e-3)]   # which share the body
-    with forget_shared():
-        run(specs[0], tmp_path, "cpu")
-        weights = tmp_path / "begun/weights.safetensors"
-        torch.manual_seed(5)
-        save_file({k: torch.rand_like(v) for k, v in load_file(weights).items()}, weights)
-        with pytest.raises(BadInput, match="^start: the weights in .*begun are not what they were"): run(specs[1], tmp_path, "cpu")
-    assert len(list(tmp_path.glob("*/result.json"))) == 2
 
 
 def test_killed_in_the_middle_the_same_command_goes_on_without_the_body(home, tmp_path):
@@ -589,3 +580,11 @@ def test_several_processes_are_told_that_one_is_enough(home):
     from attnpool.distributed import scale_up
     with pytest.raises(BadInput, match="^train: heads on kept maps train in seconds, in one process, got 2"): scale_up(spec_of(home), 2)
     assert scale_up(spec_of(home), 1) == spec_of(home)
+
+
+def test_heads_get_their_steps_on_few_pictures(home):
+    "A batch is at most an eighth of the pictures, in the run and in the trials of its rates; a smaller one is kept."
+    with forget_shared():
+        for bs, used in ((16, 6), (4, 4)):
+            shared = shared_by(spec_of(home, bs=bs), "cpu")
+            assert (len(shared.maps.train_ds), shared.maps.train.bs, len(shared.maps.train)) == (48, used, 48 // used)

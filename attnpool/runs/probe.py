@@ -50,6 +50,8 @@ class Shared:
         setattr(self.model, [*self.model._modules][-1], head)
         return head
 
+def _batch(bs, n): return min(bs, max(2, n // 8))   # eight steps in an epoch or more: few pictures need as many
+
 _KEPT = {}   # the last one, by what it was made for
 
 def shared_by(
@@ -71,7 +73,7 @@ def shared_by(
         set_seed(spec.seed)
         model, _ = TASKS[spec.task].model(spec, dls, no_head)
         body = nn.Sequential(*[*model.to(dls.device).children()][:-1])
-        maps = frozen_dls(dls, body, spec.recipe.views, progress=progress, bs=spec.recipe.bs)
+        maps = frozen_dls(dls, body, spec.recipe.views, progress=progress, bs=_batch(spec.recipe.bs, len(dls.train_ds)))
         _KEPT[alike] = Shared(dls, maps, model, *seen[-1], weights_hash(body), _doubles(dls))
     return _KEPT[alike]
 
@@ -131,7 +133,8 @@ def find_rates(
     @cache
     def trial(lr, wd):
         set_seed(seed)   # before the DataLoaders, as for a run
-        inner, short = map_loaders(train, held, recipe.bs, maps.device), replace(recipe, epochs=epochs, lr=lr, wd=wd)
+        inner = map_loaders(train, held, _batch(recipe.bs, len(train)), maps.device)
+        short = replace(recipe, epochs=epochs, lr=lr, wd=wd)
         learn = head_learner(inner, deepcopy(head), short, loss)
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
         value = float(learn.recorder.values[-1][1])
