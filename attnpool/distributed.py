@@ -219,6 +219,9 @@ def scale_up(
     n = processes() if n is None else n
     if n == 1: return recipe
     if hasattr(recipe, 'recipe'): return replace(recipe, recipe=scale_up(recipe.recipe, n))
+    if recipe.train == 'frozen':
+        raise BadInput(f"train: heads on kept maps train in seconds, in one process, got {n}. Start the command "
+                       "without a launcher, and with one GPU at most.")
     if recipe.lr is None or isinstance(recipe.lr, dict):
         raise BadInput(f"recipe: it has no rate of its own yet, got lr={recipe.lr}. Take get_recipe(name, head).")
     return replace(recipe, bs=n * recipe.bs, lr=n**.5 * recipe.lr)

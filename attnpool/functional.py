@@ -6,6 +6,7 @@
 __all__ = ['check_map', 'check_divides', 'attention_pool_plain', 'attention_scores', 'attention_pool']
 
 # %% ../nbs/05_functional.ipynb #a1ff1940
+from numbers import Integral
 from typing import Callable
 
 import torch
@@ -39,8 +40,8 @@ def check_divides(
     channels: int, # What it should divide
 ):
     "Raise unless the channels can be cut into so many equal parts."
-    if parts < 1 or channels % parts:
-        raise BadInput(f"{name}: {parts} does not divide the {channels} channels. Use a divisor of {channels}.")
+    if not isinstance(parts, Integral) or parts < 1 or channels % parts:
+        raise BadInput(f"{name}: {parts!r} does not divide the {channels} channels. Use a divisor of {channels}.")
 
 def _check(x, query, q, k, num_heads):
     check_map(x, query.shape[-1] if callable(k) else k[0].shape[1])

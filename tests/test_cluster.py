@@ -11,9 +11,12 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
+from PIL import Image
 from rich.console import Console
 
+from attnpool.models.surgery import body_of
 from attnpool.runs.cluster import queued, RunJob, submit
 from attnpool.runs.spec import make_spec
 from attnpool.runs.store import load_run
@@ -40,7 +43,8 @@ def until(f, seconds=200):
 
 def submit_elsewhere(specs, out, call):
     "A submitter in a process of its own, to be killed."
-    code = f"""from attnpool.runs.cluster import submit
+    code = f"""from attnpool.models.surgery import body_of
+from attnpool.runs.cluster import submit
 from attnpool.runs.spec import read_spec
 submit([read_spec(s) for s in {[s.to_json() for s in specs]!r}], {str(out)!r}, {call})"""
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -86,6 +90,22 @@ def test_a_failing_job_is_named_with_its_log_and_the_others_are_made(tmp_path):
     assert load_run(tmp_path / good.name).status == "complete"
     made = book(tmp_path)
     assert len(submit([good], tmp_path, "local")) == 1 and book(tmp_path) == made
+
+
+def test_a_head_that_cannot_take_the_map_is_named_and_tried_again(tmp_path):
+    torch.save(body_of("xeca_resnext_tiny").model.state_dict(), tmp_path / "body.pth")
+    for name in ("red", "blue"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(8): Image.new("RGB", (32, 32), (i, 9 * i, 50)).save(tmp_path / f"photos/{name}/{i}.png")
+    spec = make_spec(str(tmp_path / "photos"), "learned", 1, "xeca_resnext_tiny", "probe", start=str(tmp_path / "body.pth"),
+                     options=dict(num_heads=7), epochs=1, size=32, bs=4)
+    made = []
+    for _ in range(2):
+        said = StringIO()
+        result, = submit([spec], tmp_path / "runs", "local", console=Console(file=said, width=400))
+        assert result.status == "failed" and f"{spec.name}: failed: num_heads" in said.getvalue() and "0 of 1 runs complete, 1 failed" in said.getvalue()
+        made.append((result.folder / "result.json").stat().st_mtime_ns)
+    assert made[0] < made[1]
 
 
 def test_the_same_place_is_not_used_by_two_submitters(tmp_path):

@@ -200,7 +200,8 @@ def test_our_networks_in_a_plain_learner(dls):
 
 
 @pytest.mark.parametrize("make, error, words", [
-    (lambda dls: vision_learner(dls, resnet18, custom_head="concat", **quiet), TypeError, "custom_head: expected a class or callable"),
+    (lambda dls: vision_learner(dls, resnet18, custom_head=7, **quiet), TypeError, "custom_head: expected a class or callable"),
+    (lambda dls: vision_learner(dls, resnet18, custom_head="concta", **quiet), ValueError, "custom_head: 'concta' is unknown. Did you mean 'concat'?"),
     (lambda dls: vision_learner(dls, resnet18, custom_head=LearnedAggregationHead, n_out=-1, **quiet), ValueError, "n_out: expected at least 1"),
     (lambda dls: vision_learner(dls, lambda pretrained: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), custom_head=LearnedAggregationHead, **quiet),
      ValueError, "has no pooling layer at which to cut it. Pass cut="),
@@ -241,9 +242,11 @@ def test_width_of_a_body_that_needs_large_pictures():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("head", ["avg", LearnedAggregationHead, partial(LearnedAggregationHead, ffn_expand=1)])
 def test_recipes_train(dls, recipe, head):
-    learn = recipe_learner(dls, "xeca_resnext_tiny", head, recipe, epochs=1, lr=1e-3)
+    trained = RECIPES[recipe].train != "all"   # a function may bring its weights along
+    arch, epochs = (xeca_resnext_tiny, 2) if trained else ("xeca_resnext_tiny", 1)
+    learn = recipe_learner(dls, arch, head, recipe, epochs=epochs, lr=1e-3)
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
-    assert learn.recorder.values[0][-1] >= 0
+    assert torch.tensor(learn.recorder.values[0]).isfinite().all()
     assert learn.recipe.lr == 1e-3
 
 
@@ -276,7 +279,7 @@ def test_a_partial_trains_at_its_heads_rate(dls):
 
 def test_every_head_has_its_learning_rate():
     for name, recipe in RECIPES.items():
-        if recipe.lr is None: assert set(HEADS) | {"*"} == {k for k in rates_of(name) if "/" not in k}, name
+        if recipe.lr is None and recipe.train != "frozen": assert set(HEADS) | {"*"} <= {k for k in rates_of(name) if "/" not in k}, name
     assert get_recipe("quick", "avg").lr == rates_of("quick")["avg"]
     assert Recipe(1, 40, 32, lr={"avg": 1e-2}).for_head("avg").lr == 1e-2
     assert get_recipe("quick", "somebody's").lr == rates_of("quick")["*"]

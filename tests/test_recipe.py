@@ -2,6 +2,7 @@
 import inspect
 from dataclasses import fields, replace
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import attnpool.recipe
 from attnpool.cli import main
 from attnpool.data.digits import digits_dls
 from attnpool.heads import AvgAttnConcatPoolHead, HEADS
+from attnpool.models.xresnet import ARCHS
 from attnpool.recipe import (
-    decided, get_recipe, learner_for, MIXES, NAMES, rates_of, Recipe, recipe_learner, RECIPES, scratch_network, SCHEDULES)
+    decided, get_recipe, learner_for, MIXES, NAMES, rates_of, Recipe, recipe_learner, RECIPES, network_for, SCHEDULES)
 from attnpool.registry import BadInput
 
 SETTINGS = [f for f in fields(Recipe) if f.compare]
@@ -23,7 +25,7 @@ SETTINGS = [f for f in fields(Recipe) if f.compare]
 def other(field):
     "A value that is not its default."
     if field.name in NAMES: return [name for name in NAMES[field.name] if name != field.default or len(NAMES[field.name]) == 1][-1]
-    return 24 if field.type is int else .25
+    return 24 if int in (field.type, *get_args(field.type)) else .25
 
 
 @pytest.fixture
@@ -35,16 +37,21 @@ def asked(monkeypatch):
     return specs
 
 
-def test_every_field_is_an_option_and_reaches_the_spec(asked, capsys):
-    values = {f.name: other(f) for f in SETTINGS}
-    flags = [word for k, v in values.items() for word in (f"--{k.replace('_', '-')}", str(v))]
-    with pytest.raises(SystemExit) as e: main(["bench", "digits", "--heads", "avg,slim", "--seeds", "1", "--device", "cpu", *flags])
-    assert e.value.code == 0 and len(asked) == 2
-    assert all(s.recipe == Recipe(**values) for s in asked) and decided(asked[0].recipe).keys() >= values.keys() - {"loss"}
+def test_every_field_is_an_option_and_reaches_the_spec(asked, capsys, tmp_path):
+    torch.save(ARCHS["xeca_resnext_tiny"](10).state_dict(), file := tmp_path / "body.pth")
+    of_one = dict(freeze_epochs=dict(train="finetune", schedule="one_cycle", freeze_epochs=2), views=dict(train="frozen", augment="light", views=2))
+    values = {f.name: other(f) for f in SETTINGS if f.name not in of_one} | dict(train="head", schedule="cosine")   # with which all others can be meant
+    for values in (values, *of_one.values()):
+        flags = [word for k, v in values.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+        with pytest.raises(SystemExit) as e:
+            main(["bench", "digits", "--heads", "avg,slim", "--seeds", "1", "--device", "cpu", "--start", str(file), *flags])
+        specs = [asked.pop() for _ in list(asked)][::-1]
+        assert e.value.code == 0 and len(specs) == 2, capsys.readouterr().err
+        for s in specs: assert s.recipe == get_recipe("quick", s.head, **values) and decided(s.recipe).keys() >= values.keys() - {"loss"}
     with pytest.raises(SystemExit): main(["bench", "--help"])
     text = capsys.readouterr().out
     assert all(f"--{f.name.replace('_', '-')} " in text for f in SETTINGS)
-    words = " ".join(text.split())
+    words = " ".join(text.split()).replace("- ", "-")   # a line may end at a hyphen
     for table in NAMES.values(): assert ", ".join(table) in words
     assert "`" not in words
 
@@ -115,11 +122,14 @@ def test_a_recipe_at_hand_is_used_as_it_is(dls):
 def test_rates_belong_to_head_data_and_recipe(dls):
     assert get_recipe("quick", "avg").lr == rates_of("quick")["avg"] and get_recipe("quick", "somebody's").lr == rates_of("quick")["*"]
     assert get_recipe("quick", "concat", "imagenette").lr == rates_of("quick")["imagenette/concat"] != get_recipe("quick", "concat").lr
-    assert Recipe(1, 40, 32, lr={"avg": 1e-2}).for_head("avg").lr == 1e-2
+    mine = Recipe(1, 40, 32, lr={"avg": 1e-2, "slim": 2e-2, "*": 3e-2})
+    assert {head: mine.for_head(head).lr for head in ("avg", "slim-rms", "slim-of-mine", "avg-norm", None)} == \
+        {"avg": 1e-2, "slim-rms": 2e-2, "slim-of-mine": 2e-2, "avg-norm": 3e-2, None: 3e-2}   # a peer is no ablation
+    assert replace(mine, lr={"avg-norm": 4e-2, "*": 3e-2}).for_head("avg-norm").lr == 4e-2
     assert recipe_learner(dls, "xeca_resnext_tiny", partial(AvgAttnConcatPoolHead, ffn_expand=1)).recipe.lr == rates_of("quick")["concat"]
-    for name in RECIPES:
-        if rates_of(name): assert set(HEADS) | {"*"} == {k for k in rates_of(name) if "/" not in k}, name
-        else: assert isinstance(RECIPES[name].lr, float), name
+    for name, recipe in RECIPES.items():
+        if rates_of(name): assert set(HEADS) | {"*"} <= {k for k in rates_of(name) if "/" not in k}, name
+        else: assert isinstance(recipe.lr, float) or recipe.train == "frozen", name   # which finds its own
 
 
 def flat_learner(**kwargs):
@@ -138,10 +148,10 @@ def test_the_rate_rises_for_its_share_of_the_training(schedule, own, warmup):
 
 def test_stochastic_depth_reaches_our_networks_and_timms(dls):
     from timm.layers import DropPath
-    def drops(arch, p): return [m for m in scratch_network(dls, arch, HEADS["avg"], p)[0].modules() if "drop" in type(m).__name__.lower() or "stoch" in type(m).__name__.lower()]
+    def drops(arch, p): return [m for m in network_for(dls, arch, HEADS["avg"], p)[0].modules() if "drop" in type(m).__name__.lower() or "stoch" in type(m).__name__.lower()]
     assert len(drops("xeca_resnext_tiny", .2)) > len(drops("xeca_resnext_tiny", 0.))
     assert any(isinstance(m, DropPath) for m in drops("resnet10t", .2)) and not any(isinstance(m, DropPath) for m in drops("resnet10t", 0.))
-    with pytest.raises(BadInput, match="drop_path: the network ghostnet_050 has no such option"): scratch_network(dls, "ghostnet_050", HEADS["avg"], .2)
+    with pytest.raises(BadInput, match="drop_path: the network ghostnet_050 has no such option"): network_for(dls, "ghostnet_050", HEADS["avg"], .2)
 
 
 def test_with_train_head_no_number_of_the_body_changes(dls):

@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from attnpool.cli import main
 from attnpool.data import DataId
 from attnpool.heads import ABLATIONS, HEADS
 from attnpool.models.xresnet import ARCHS
 from attnpool.recipe import RECIPES
 from attnpool.registry import BadInput
 from attnpool.report.collect import by_row, collect, group_by_setting, read_log, setting_of, tell_apart, write_runs
-from attnpool.report.page import learning_curves, markdown, write_report
+from attnpool.report.page import learning_curves, markdown, remarks, write_report
 from attnpool.report.published import blog_tables, published
 from attnpool.report.stats import format_table, learning_rates, measure_maps, primary_of, summarize
 from attnpool.runs.spec import Spec, make_spec
@@ -169,7 +170,8 @@ def test_the_published_tables_of_this_repository(pytestconfig):
     np.testing.assert_allclose(table.sd, ends.std(), rtol=1e-12)
     assert list(table.columns) == ["lr", "parameters", "n", "diverged", "accuracy", "sd", "difference", "low", "high", "n_pairs", "seconds_per_epoch",
                                    "peak_in_box", "balanced_accuracy", "balanced_accuracy_sd", "f1", "f1_sd", "mcc", "mcc_sd", "train_loss",
-                                   "train_loss_sd", "valid_loss", "valid_loss_sd"]
+                                   "train_loss_sd", "valid_loss", "valid_loss_sd", "failed", "mean_low", "mean_high", "ratio", "lr_low", "lr_high",
+                                   "wd", "run_seconds", "wd_low", "wd_high"]
 
 
 def test_fifty_long_runs_make_a_report_quickly(tmp_path):
@@ -255,7 +257,7 @@ def test_verdicts_in_plain_words():
     def verdict(values):
         table = format_table(summarize(rs + [result("slim", s, v) for s, v in enumerate(values)]))
         return table.set_index("head").loc["slim", "verdict"]
-    assert verdict((.94, .96, .95)) == "better" and verdict((.80, .82, .81)) == "worse" and verdict((.90, .93, .90)) == "cannot tell with 3"
+    assert verdict((.94, .97, .95)) == "better" and verdict((.80, .83, .81)) == "worse" and verdict((.90, .93, .90)) == "cannot tell with 3"
     assert verdict((.99,)) == "cannot tell with 1"
 
 
@@ -297,7 +299,7 @@ def test_names_of_others_are_text_in_a_page(tmp_path):
     page = write_report(results, tmp_path / "r.html", title=nasty).read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") >= 6 and "& $x" not in page
     lines = [l for l in (tmp_path / "r.md").read_text().splitlines() if l.startswith("| <script")]
-    assert lines and all(len(re.findall(r"(?<!\\)\|", l)) == 10 for l in lines)
+    assert lines and all(len(re.findall(r"(?<!\\)\|", l)) == 9 for l in lines)
     assert collect([tmp_path / "r.runs.csv"])[0] == results
 
 
@@ -362,3 +364,83 @@ def test_a_log_that_stopped_on_nan_counts_as_diverged_among_the_others(tmp_path)
     [group] = group_by_setting(results)
     row = summarize(group).iloc[0]
     assert (row.n, row.diverged) == (2, 1)
+
+
+# What a probe's report says
+
+def probe_of(head="avg", seed=1, accuracy=.9, lr=.003, wd=3., split="seed", **fields):
+    "An invented probe: its rates found, its split drawn by its seed."
+    r = result(head, seed, accuracy)
+    epochs = pd.DataFrame(dict(epoch=[0], accuracy=[accuracy]))
+    values = dict(found=dict(lr=lr, wd=wd, trials=[]), redrawn=split == "seed", pictures=[48, 12], run_seconds=2., seconds_per_epoch=1., epochs=epochs)
+    recipe = replace(r.spec.recipe, lr=None, wd=None)
+    return replace(r, spec=replace(r.spec, recipe=recipe, split=split), **values | fields)
+
+
+def told(results, folder, capsys):
+    "What the page, the text beside it and the terminal say of results, each in one line."
+    page = write_report(results, folder / "r.html")
+    with pytest.raises(SystemExit) as end: main(["report", str(folder / "r.runs.csv"), "--out", str(folder / "again.html")])
+    assert not end.value.code and (folder / "again.md").read_text() == (folder / "r.md").read_text()
+    page = re.sub(r"<style>.*?</style>|<[^>]*>", " ", page.read_text(), flags=re.S).replace("&#39;", "'")
+    return [" ".join(text.split()) for text in (page, (folder / "r.md").read_text(), capsys.readouterr().out)]
+
+
+def test_doubles_of_the_worst_split_are_told_everywhere(tmp_path, capsys):
+    doubled = [probe_of(head, seed, doubles=n) for head in ("avg", "max") for seed, n in ((1, 2), (2, 4), (3, 0))]
+    for text in told(doubled, tmp_path, capsys):
+        assert text.count("In digits, up to 4 of 12 validation pictures in a split train as well") == 1 and "attnpool data DIR names them" in text
+    official = [probe_of(seed=s, split="own", doubles=4) for s in (1, 2)]
+    for text in told(official, tmp_path, capsys): assert "In digits, 4 of 12 validation pictures train as well" in text
+    assert not remarks([probe_of(doubles=0), probe_of(seed=2, doubles=None)])
+
+
+def test_the_bounds_of_a_share_are_cut_and_those_of_a_difference_are_not(tmp_path, capsys):
+    results = [probe_of("avg", s, v) for s, v in enumerate((1., .8))] + [probe_of("max", s, v) for s, v in enumerate((.05, .3))]
+    table = summarize(results)
+    text = format_table(table)
+    assert text["[95%]"].tolist() == ["0.0 to 100.0"] * 2 and "-72.5 [-422.6, +277.6]" in text["points vs avg [95%]"][1]
+    assert table.mean_high[0] > 1 and table.mean_low[0] < 0   # for who computes with them
+    page, md, _ = told(results, tmp_path, capsys)
+    for said in page, md: assert said.count("are cut at 0 and 100%") == 1
+    assert "are cut" not in "".join(told([result(seed=1), result(seed=2)], tmp_path, capsys))
+
+
+def test_splits_are_called_splits_and_seeds_seeds(tmp_path, capsys):
+    maps = tmp_path / "run"
+    maps.mkdir()
+    np.savez(maps / "maps.npz", images=np.zeros((2, 3, 8, 8), "float32"), maps=np.full((2, 1, 2, 2), .25, "float32"))
+    for split, word, other in (("seed", "split", "seed"), ("own", "seed", "split")):
+        page = write_report([probe_of(seed=s, split=split, folder=maps) for s in (1, 2)], tmp_path / "r.html").read_text()
+        for said in ("mean over {0}s; thin: each {0}.", "({0} 1)", "median of epochs and {0}s", "mean over {0}s, with"):
+            assert said.format(word) in page and said.format(other) not in page
+
+
+def test_rates_in_the_table_were_used_and_stand_where_the_text_names_them(tmp_path, capsys):
+    results = [probe_of("avg", s, lr=lr, wd=wd) for s, (lr, wd) in enumerate([(.03, .01), (.003, 3.), (.03, 3.), (.003, .01)])]
+    table = summarize(results)
+    assert (table.lr[0], table.wd[0]) == (.003, .01)   # of two as common the least; the medians were never used
+    assert summarize([*results, probe_of("avg", 9, lr=.03, wd=3.)]).loc[0, ["lr", "wd", "wd_low", "wd_high"]].tolist() == [.03, 3., .01, 3.]
+    page, md, _ = told(results, tmp_path, capsys)
+    for said in page, md: assert "0.003 (0.003 to 0.03)" in said and "0.01 (0.01 to 3)" in said
+    assert "| lr | wd |" in md and "Learning rate and weight decay: found" in page
+    one = [replace(r, found=dict(lr=.003)) for r in results]   # the decay was typed
+    page, md, _ = told(one, tmp_path, capsys)
+    assert "Learning rate: found" in page and "eight decay" not in page and "wd |" not in md and "wd" not in format_table(summarize(one))
+
+
+def test_the_text_beside_the_page_stands_alone(tmp_path, capsys):
+    bad = [replace(probe_of("gem num", s), status="failed", metrics={}, found={}, epochs=None, reason="num_heads: 7\ndoes not divide") for s in (1, 2)]
+    page, md, out = told([*(probe_of(seed=s, accuracy=.8 + s / 100) for s in (1, 2)), *bad], tmp_path, capsys)
+    for text in page, md, out: assert text.count("cannot take the body's map: gem num (num_heads: 7 does not divide)") == 1
+    assert "[95%]: corrected resampled t interval, paired by split." in md and "peak in box" not in md and "eak in box" not in page
+    boxed = [replace(r, metrics=r.metrics | dict(peak_in_box=.5)) for r in (result(seed=1), result(seed=2))]
+    page, md, out = told(boxed, tmp_path, capsys)
+    assert "| peak in box |" in md and "Peak in box: share" in page and "in box" in out and "[95%]: t interval, paired by seed." in md
+    fixed = [probe_of(seed=s, redrawn=False) for s in (1, 2)]
+    assert "[95%]: jackknife t interval, paired by training part." in told(fixed, tmp_path, capsys)[1]
+
+
+def test_without_average_pooling_the_way_to_differences_is_told(tmp_path, capsys):
+    for text in told([probe_of("max"), probe_of("gem")], tmp_path, capsys): assert text.count("add it to --heads") == 1
+    for text in told([probe_of("max"), probe_of("avg")], tmp_path, capsys): assert "--heads" not in text

@@ -21,7 +21,7 @@ from rich.console import Console
 from attnpool import recipe as recipes
 from attnpool.cli import main
 from attnpool.data import DataId
-from attnpool.recipe import get_recipe, Recipe, scratch_network
+from attnpool.recipe import get_recipe, Recipe, network_for
 from attnpool.registry import BadInput
 from attnpool.report.collect import collect, group_by_setting, read_log, tell_apart
 from attnpool.report.page import learning_curves, markdown, write_report
@@ -570,9 +570,9 @@ def test_arguments_that_stay_as_they_were():
 
 def test_a_fault_inside_a_head_is_not_taken_for_an_option(dls):
     def head(ni, n_out): raise TypeError("f() got an unexpected keyword argument 'colour'")
-    with pytest.raises(TypeError, match="colour") as e: scratch_network(dls, 'xeca_resnext_tiny', head)
+    with pytest.raises(TypeError, match="colour") as e: network_for(dls, 'xeca_resnext_tiny', head)
     assert not isinstance(e.value, BadInput)
-    with pytest.raises(BadInput, match="^nonsense: the network xeca_resnext_tiny has no such option"): scratch_network(dls, 'xeca_resnext_tiny', 'avg', nonsense=1)
+    with pytest.raises(BadInput, match="^nonsense: the network xeca_resnext_tiny has no such option"): network_for(dls, 'xeca_resnext_tiny', 'avg', nonsense=1)
 
 
 @pytest.mark.parametrize("error", [RuntimeError('CUDA out of memory. Tried to allocate 3 GiB'), MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")])

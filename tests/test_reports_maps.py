@@ -27,6 +27,7 @@ from attnpool.maps.compute import class_activation_map, grad_cam, maps_of
 from attnpool.maps.draw import captions, Reading, show_heads, show_maps
 from attnpool.maps.learner import open_pictures, pictures_of
 from attnpool.maps.page import class_index, maps_page
+from attnpool.pooling.peers import PEERS
 from attnpool.registry import BadInput
 
 matplotlib.use("Agg")
@@ -580,3 +581,9 @@ def test_maps_of_a_query_per_class_stay_with_their_class(photos, tmp_path):
     learn = Learner(block(photos), network(3, ClassQueryPoolHead))
     page = maps_page(learn, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3).read_text()
     assert page.count('class="map') == 3
+    def heads(ni, n_out): return nn.Sequential(nn.Conv2d(ni, 48, 1), PEERS["torch-mha"](48, n_out, num_heads=3))
+    one = Learner(block(photos), network(3, heads))   # as many heads as classes, by chance
+    page = maps_page(one, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3).read_text()
+    assert page.count('class="map') == 1 and "one map for all" in page
+    decoder = Learner(block(photos), network(3, partial(PEERS["mldecoder"], dim=32)))
+    assert maps_page(decoder, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3).read_text().count('class="map') == 3

@@ -8,6 +8,8 @@ __all__ = ['BASELINE', 'MAPS', 'FORMATS', 'QUICK', 'competitors', 'multiply_adds
 
 # %% ../../nbs/65_cost.pools.ipynb #76198153
 from copy import deepcopy
+from functools import partial
+from inspect import signature
 from statistics import median
 from typing import Callable, Sequence
 
@@ -31,6 +33,7 @@ from ..registry import unknown
 
 # %% ../../nbs/65_cost.pools.ipynb #a1a36353
 BASELINE = 'average'
+_TWINS = 'avg-norm', 'fastai'   # peers with the pool of another: the average, and 'avgmax'
 
 class _Average(nn.Module):
     def forward(self, x): return x.mean((2, 3))
@@ -48,8 +51,10 @@ def competitors(
 ) -> dict[str, nn.Module]: # By name, average pooling first
     "The layers that are compared, built for maps of one shape."
     c, *size = shape
+    own = dict(map_size=tuple(size))   # so that no embedding of positions has to be resampled
+    def pool_of(head): return head(c, 10, **(own if 'map_size' in signature(head).parameters else {}))[0]
     builders = {BASELINE: _Average, 'fold': lambda: _Attention(c)}
-    builders |= {name: lambda build=build: build(c, tuple(size)) for name, build in PEERS.items()}
+    builders |= {name: partial(pool_of, head) for name, head in PEERS.items() if name not in _TWINS}
     builders |= {f'head {name}': lambda head=head: head(c, 10) for name, head in HEADS.items()}
     for name in only or ():
         if name not in builders: raise unknown('only', name, builders)
@@ -182,7 +187,7 @@ def measure_growth(
             rows.append(dict(axis=axis, size=size, layer=name, ms=1e3 * median(s), memory=memory))
             if median(s) > limit: slow.add((axis, name))
     for side in sides:
-        names = ['fold', 'blog', 'timm AttentionPool2d', 'torch MultiheadAttention']
+        names = ['fold', 'blog', 'timm-attn', 'torch-mha']
         layers = competitors((channels, side, side), names)
         add('positions', side**2, layers, torch.randn(batch, channels, side, side, device=device))
     for k in queries:

@@ -22,10 +22,11 @@ from matplotlib.backend_bases import FigureCanvasBase
 
 from .augment import STATS
 from .cache import printable
-from .check import check_pictures
+from .check import Doubles, check_pictures, doubles_of
 from .listing import OFFICIAL, digests, fingerprint
 from .pictures import DATASETS, SOURCES, data_name, find_pictures, is_path, picture_dls
 from .reader import MADE_HERE
+from .transfer import TRANSFER
 from ..registry import BadInput
 
 # %% ../../nbs/39_data.ipynb #cf754428
@@ -49,7 +50,7 @@ def get_dls(
 class DataId:
     "The identity of a data set: its name, and a fingerprint of its pictures. Where they lie is no part of it."
     name: str # Short name, for tables and folders
-    family: str = field(default='', compare=False) # 'imagenette', 'imagewoof', 'petals', 'digits', or '' for others
+    family: str = field(default='', compare=False) # 'imagenette', 'digits', 'flowers102', ..., or '' for others
     fingerprint: str = '' # Of names, labels, splits and bytes; '' where pictures are made, or it is not known
     path: str = field(default='', compare=False) # What the user typed: a name in `DATASETS`, or a path
 
@@ -74,6 +75,7 @@ class Description:
     counts: dict # Class -> pictures that train, that validate
     broken: dict # File -> what is wrong with it
     picture: Path | None # A batch of augmented training pictures
+    doubles: Doubles | None = None # Pictures that are there more than once; None where they are made
 
     def __str__(self): return self.text
 
@@ -84,8 +86,8 @@ def _histogram(values, width=32):
     labels = [f'{a} to {b - 1}' if b - a > 1 else f'{a}' for a, b in zip(edges, edges[1:])]
     return [f'  {l:>14}  {n:>7,}  {"#" * math.ceil(n / counts.max() * width)}' for l, n in zip(labels, counts)]
 
-def _about_files(listing, check):
-    "Lines about sizes, statistics and broken pictures."
+def _about_files(listing, check, doubles):
+    "Lines about sizes, statistics, broken pictures and doubles."
     lines, sizes = [], check.sizes[check.sizes.min(1) > 0]
     if len(sizes):
         lines += ['', 'Sizes in pixels   min  median    max']
@@ -96,9 +98,11 @@ def _about_files(listing, check):
     mean, std = (' '.join(f'{v:.3f}' for v in values) for values in (mean, std))
     return [*lines, '', f'Normalised by mean {mean}, sd {std}', '',
             f'Broken pictures: {len(check.broken) or "none"}', *(f'  {f}: {why}' for f, why in check.broken.items()),
-            f'Folder: {listing.root}']
+            str(doubles), f'Folder: {listing.root}']
 
 # %% ../../nbs/39_data.ipynb #d0782464
+_SHOWN = 250   # classes in the text
+
 def describe(
     data: str | Path, # Name in `DATASETS`, or path
     picture: Path | str | None = None, # PNG file for a batch of training pictures; None for none
@@ -108,8 +112,8 @@ def describe(
     split_seed: int = 0, # Of that split
     cache: Path | str | None = None, # Where unpacked pictures are kept; None for `attnpool` in fastai's data folder
 ) -> Description:
-    "Counts per class and split, sizes, broken files, and a picture of a batch."
-    name, note, lines, broken = data_name(data), [], [], {}
+    "Counts per class and split, sizes, broken files, doubles, and a picture of a batch."
+    name, note, lines, broken, doubles = data_name(data), [], [], {}, None
     if picture is not None:
         picture, known = Path(picture), FigureCanvasBase.get_supported_filetypes()
         if not picture.parent.is_dir(): raise FileNotFoundError(f"picture: there is no folder {picture.parent}.")
@@ -123,30 +127,32 @@ def describe(
         classes = {c: c for c in dls.vocab}
     else:
         listing = find_pictures(data, valid_pct, split_seed, cache)
-        check = check_pictures(listing, cache)
+        check, doubles = check_pictures(listing, cache), doubles_of(listing, cache)
         broken, classes, n = check.broken, listing.classes, listing.n_train
         train, valid = Counter(listing.labels[:n]), Counter(listing.labels[n:])
         if listing.family in OFFICIAL:
             a, b = OFFICIAL[listing.family]
             other = '' if (n, valid.total()) == (a, b) else f', which has {a:,} and {b:,}'
             note = [f"{listing.family}: {'not ' if other else ''}the official split{other}"]
+        elif listing.family in TRANSFER and not listing.notes: note = [f'{listing.family}: the official split']
         note += listing.notes
         listing.tell(aloud=False)
-        lines = _about_files(listing, check)
+        lines = _about_files(listing, check, doubles)
         make = partial(picture_dls, data, size, max(1, min(16, n - len(broken))), 'cpu', True,
                        valid_pct=valid_pct, split_seed=split_seed, cache=cache)
     counts = {classes[c]: (train[c], valid[c]) for c in classes}
     wide = max(5, *(len(str(c)) for c in counts))
     head = [f'{name}: {train.total():,} training and {valid.total():,} validation pictures of {len(counts)} classes',
             *note, '', f"{'class':<{wide}}    train  valid",
-            *(f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in counts.items())]
+            *(f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in [*counts.items()][:_SHOWN])]
+    if len(counts) > _SHOWN: head += [f'and {len(counts) - _SHOWN:,} more classes']
     if picture is not None:
         with no_random(seed): make().show_batch(max_n=16, nrows=2, figsize=(12, 3.4))
         plt.tight_layout(pad=.3)
         plt.savefig(picture, dpi=80, metadata=MADE_HERE if picture.suffix.lower() in ('', '.png') else None)
         plt.close()
         lines += [f'Batch: {picture}']
-    return Description(name, printable('\n'.join(head + lines)), counts, broken, picture)
+    return Description(name, printable('\n'.join(head + lines)), counts, broken, picture, doubles)
 
 # %% ../../nbs/39_data.ipynb #74116344
 def loading_rate(

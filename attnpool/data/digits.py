@@ -9,6 +9,7 @@ __all__ = ['Pictures', 'cluttered_digits', 'digits_dls']
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -87,6 +88,7 @@ def digits_dls(
     n_train: int = 1500, # Training pictures
     n_valid: int = 1000, # Validation pictures
     augment: str = 'own', # 'own' or 'none', which are the same here: the places are random as it is
+    stats: Sequence | None = None, # Means and standard deviations of the channels, 0..1, to normalise by; None: own
 ) -> DataLoaders: # With `boxes`, the true boxes of the validation pictures `(n_valid, 4)`, and `family`, 'digits'
     "`DataLoaders` of cluttered digits."
     if not 1 <= bs <= n_train: raise BadInput(f"bs: expected 1 to {n_train}, the training pictures, got {bs}.")
@@ -101,7 +103,8 @@ def digits_dls(
     read.input_types = int, str, Path, Image.Image, np.ndarray   # for `dls.test_dl`
     dsets = Datasets(range(n), [read, [partial(_label, data), Categorize(range(10))]],
                      splits=IndexSplitter(range(n_train, n))(range(n)))
-    stats = (torch.full((1, 3, 1, 1), s.item(), device=device) for s in (train.mean(), train.std()))
+    if stats is None: stats = [[o.item()] * 3 for o in (train.mean(), train.std())]
+    stats = (torch.tensor(s, device=device).view(1, 3, 1, 1) for s in stats)
     dls = dsets.dataloaders(bs=bs, val_bs=256, device=device, num_workers=0,
                             after_batch=[IntToFloatTensor(), Normalize(*stats)])
     dls.boxes, dls.family = data.boxes[n_train:], 'digits'

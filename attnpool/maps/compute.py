@@ -27,8 +27,9 @@ def uncompiled(
 def find_pools(
     model: nn.Module # Any network
 ) -> dict[str, nn.Module]: # Name in the network: pool
-    "The attention pools inside a network, by name: the modules with a `query` and an `attention_map`."
-    return {n: m for n, m in uncompiled(model).named_modules() if hasattr(m, 'attention_map') and hasattr(m, 'query')}
+    "The attention pools inside a network, by name: the modules with an `attention_map` and a `query` or a `c_out`."
+    def looks(m): return hasattr(m, 'attention_map') and (hasattr(m, 'query') or hasattr(m, 'c_out'))
+    return {n: m for n, m in uncompiled(model).named_modules() if looks(m)}
 
 # %% ../../nbs/17_maps.compute.ipynb #248b984d
 def _forward(model, x, handles):

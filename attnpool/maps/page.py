@@ -117,7 +117,8 @@ def maps_page(
         maps = torch.cat([class_maps(learn.model, b, t) for b, t in zip(parts, targets)])
     else:
         maps = torch.cat([maps_of(learn.model, b) for b in parts])
-        per_class &= maps.shape[1] == out.shape[1]
+        pool = list(find_pools(learn.model).values())[-1]
+        per_class &= getattr(pool, 'per_query', False) and maps.shape[1] == out.shape[1]
         rows = torch.arange(len(x), device=maps.device)[:, None]
         maps = maps[rows, chosen.to(maps.device)] if per_class else maps.mean(1, keepdim=True)
     one = 'This network has one map for all that it says: where it looks before it decides.'

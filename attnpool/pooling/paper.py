@@ -51,7 +51,7 @@ class PaperAggregation(nn.Module):
         if sees_itself and queries > 1:
             raise BadInput(f"sees_itself: a single query only, got queries={queries}. Use sees_itself=False.")
         check_divides('num_heads', num_heads, check_channels(ni))
-        self.c_out, self.sees_itself = ni, sees_itself
+        self.c_out, self.sees_itself, self.per_query = ni, sees_itself, queries > 1   # a map for each class
         self.query = nn.Parameter(nn.init.trunc_normal_(torch.empty(queries, ni), std=.02))
         self.attn = AttentionPool2d(ni, norm=norm, scale=(ni / num_heads)**-.5, num_heads=num_heads,
                                     attn_drop=attn_drop, proj_drop=proj_drop)

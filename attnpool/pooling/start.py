@@ -60,6 +60,8 @@ class AvgStartAttnPooling2d(nn.Module):
 # %% ../../nbs/12_pooling.start.ipynb #98739862
 class ClassQueryPooling2d(nn.Module):
     "One query per class, from zero, over that class's logits of every position; pool and classifier in one."
+    per_query = True   # a map for each class
+
     def __init__(self,
         ni: int, # Channels of the map
         n_out: int, # Classes, and so queries, maps and outputs

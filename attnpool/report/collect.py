@@ -21,6 +21,7 @@ from ..data import DataId
 from ..data.cache import write_file
 from ..data.listing import first_few
 from ..data.reader import is_run
+from ..models.start import Start
 from ..recipe import Recipe
 from ..registry import BadInput
 from ..runs.spec import Spec
@@ -90,7 +91,7 @@ def read_log(
                   seconds_per_epoch=float(history.seconds.median()) if timed else None, epochs=history)
 
 # %% ../../nbs/60_report.collect.ipynb #60a1d1c1
-_PARTS = {'spec.': Spec, 'data.': DataId, 'recipe.': Recipe, '': Result}
+_PARTS = {'spec.': Spec, 'data.': DataId, 'start.': Start, 'recipe.': Recipe, '': Result}
 _TEXT = {'spec.data', 'spec.recipe'} | {f'{part}{f.name}' for part, cls in _PARTS.items() for f in fields(cls)
                                         if f.type in (str, str | None)}   # the commit 4e12435 is no number
 
@@ -121,14 +122,15 @@ def write_runs(
     for r in results:
         result = r.to_json()
         spec, metrics, versions = (result.pop(k) for k in ('spec', 'metrics', 'versions'))
-        parts = {'spec.': spec, 'data.': spec.pop('data'), 'recipe.': _known(spec.pop('recipe')), '': result,
-                 'metrics.': metrics, 'versions.': versions}
+        parts = {'spec.': spec, 'data.': spec.pop('data'), 'start.': spec.pop('start'),
+                 'recipe.': _known(spec.pop('recipe')), '': result, 'metrics.': metrics, 'versions.': versions}
         cells = {f'{part}{k}': _cell(v) for part, values in parts.items() for k, v in values.items()}
-        del cells['data.path'], cells['files']
+        del cells['data.path'], cells['start.path'], cells['files']
         history = r.history() if len(r.history()) else pd.DataFrame(dict(epoch=['']))   # diverged in its first
         rows.append(history.assign(**cells))
     table = pd.concat(rows)
-    asked = sorted(table, key=lambda c: not c.startswith(('spec.', 'data.', 'recipe.')))   # before what came out
+    parts = 'spec.', 'data.', 'start.', 'recipe.'   # before what came out
+    asked = sorted(table, key=lambda c: not c.startswith(parts))
     write_file(path, table[asked].to_csv(index=False).encode(errors='backslashreplace'))
 
 # %% ../../nbs/60_report.collect.ipynb #60a1d1c4
@@ -156,7 +158,8 @@ def _runs_of(table):
         def part(prefix): return {c.removeprefix(prefix): v for c, v in given.items() if c.startswith(prefix)}
         result = {c: v for c, v in given.items() if '.' not in c} | dict(spec=part('spec.'), versions=part('versions.'))
         if 'data.name' in table:
-            result['spec'] |= dict(data=part('data.'), recipe=dict(size=None, bs=None) | part('recipe.'))
+            recipe = dict(size=None, bs=None) | part('recipe.')
+            result['spec'] |= dict(data=part('data.'), start=part('start.'), recipe=recipe)
             result['metrics'] = part('metrics.')
         elif len(history): result |= history.filter(regex='^(?!epoch$|.*seconds$)').iloc[-1].dropna()
         counts = {f.name for f in fields(Result) if 'int' in str(f.type) or 'float' in str(f.type)} - {'pictures'}
@@ -241,7 +244,8 @@ def by_row(
     names, rates, rows = [' '.join([r.spec.head, *(f'{k}={v}' for k, v in _of_head(r.spec))]) for r in results], {}, {}
     for name, r in zip(names, results): rates.setdefault(name, set()).add(r.spec.recipe.lr)
     for name, r in zip(names, results):
-        rows.setdefault(f'{name} {r.spec.recipe.lr:g}' if len(rates[name]) > 1 else name, []).append(r)
+        lr = 'found' if r.spec.recipe.lr is None else f'{r.spec.recipe.lr:g}'
+        rows.setdefault(f'{name} {lr}' if len(rates[name]) > 1 else name, []).append(r)
     return rows
 
 # %% ../../nbs/60_report.collect.ipynb #60a1d1c7
@@ -251,18 +255,22 @@ def setting_of(
     "What was decided, apart from the head with its options, seed and learning rate."
     spec = result.spec.to_json()
     for name, _ in _of_head(result.spec): del spec['options'][name]
-    data, recipe = spec.pop('data'), _known(spec.pop('recipe'))
-    every = dict(data=data['name'], arch=spec['arch'], recipe=recipe.pop('name'), size=recipe.get('size'))
-    every |= recipe | spec | dict(family=data['family'], fingerprint=data['fingerprint'], pictures=result.pictures)
+    data, start, recipe = spec.pop('data'), spec.pop('start'), _known(spec.pop('recipe'))
+    every = dict(data=data['name'], arch=spec['arch'], start=start['name'], recipe=recipe.pop('name'),
+                 size=recipe.get('size'))
+    if spec['split'] == 'own': del spec['split']   # of the data, as nearly all
+    every |= recipe | spec | dict(weights=start['fingerprint'], body_only=start['body_only'] or None,
+                                  family=data['family'], fingerprint=data['fingerprint'], pictures=result.pictures)
     return {k: v for k, v in every.items() if k not in ('head', 'seed', 'lr') and v not in (None, '', [], {})}
 
 def tell_apart(
     groups: Sequence[Sequence[Result]] # From `group_by_setting`
 ) -> list[tuple[str, dict]]: # For each group its title, and the fields in it
     "A title for each setting: data, network, recipe, size, epochs, and what else differs between the groups."
-    first, every = ('data', 'arch', 'recipe', 'size', 'epochs'), [setting_of(g[0]) for g in groups]
+    first = 'data', 'arch', 'start', 'recipe', 'size', 'epochs'
+    every = [setting_of(g[0]) for g in groups]
     names = dict.fromkeys(k for s in every for k in s if k not in first)
     others = [k for k in names if len({str(s.get(k)) for s in every if 'arch' in s}) > 1]   # not of logs
     chosen = [{k: s[k] for k in (*first, *others) if k in s} for s in every]
-    words = dict.fromkeys(first, '{}') | dict(size='{} px', epochs='{} epochs')
+    words = dict.fromkeys(first, '{}') | dict(start='from {}', size='{} px', epochs='{} epochs')
     return [(', '.join(words.get(k, f'{k} {{}}').format(v) for k, v in s.items()), s) for s in chosen]

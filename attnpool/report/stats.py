@@ -20,6 +20,7 @@ from rich.text import Text
 from scipy import stats
 
 from ..data.pictures import validation_pictures
+from ..data.splits import SHARE
 from ..maps.compute import maps_of
 from ..maps.measures import agreement, deletion_insertion, energy_in_box, entropy, pointing_game
 from ..registry import BadInput
@@ -32,12 +33,14 @@ def paired_difference(
     a: dict, # Seed: value
     b: dict, # Seed: value, of what `a` is compared with
     level: float = .95, # Confidence of the interval, between 0 and 1
+    ratio: float = 0., # Where seeds share pictures: validating by training ones, or kept by left out of those
 ) -> tuple[float, float, int]: # Mean of `a - b` over common seeds, half width of its interval, number of these seeds
-    "Mean paired difference with its Student t interval, which is NaN below two seeds."
+    "Mean paired difference with its Student t interval, wider where seeds share pictures; NaN without any spread."
     d = np.array([a[s] - b[s] for s in sorted(a.keys() & b.keys())])
     if len(d) == 0: return np.nan, np.nan, 0
-    half = stats.t.ppf((1 + level) / 2, len(d) - 1) * d.std(ddof=1) / len(d)**.5 if len(d) > 1 else np.nan
-    return float(d.mean()), float(half), len(d)
+    if np.ptp(d) < 1e-9: return float(d.mean()), np.nan, len(d)   # one seed, or few that agree by chance
+    variance = d.var(ddof=1) * (1 / len(d) + ratio)   # Nadeau and Bengio, 2003; kept by left out: the jackknife's
+    return float(d.mean()), float(stats.t.ppf((1 + level) / 2, len(d) - 1) * variance**.5), len(d)
 
 # %% ../../nbs/61_report.stats.ipynb #f417b795
 METRICS = {   # as fastai calls them: as our tables do
@@ -63,13 +66,26 @@ def summarize(
         done = [r for r in rs if r.status == 'complete']
         table = pd.DataFrame([r.metrics for r in done], columns=[primary, 'peak_in_box', *metrics], dtype=float)
         mean, sd = table.mean(), table.std()
-        diff, half, n_pairs = paired_difference(values[name], values.get(best, {}) if name != best else {})
+        parts = (1 - SHARE) / SHARE if rs[0].spec.split == 'seed' else 0.   # of training pictures, kept by left out
+        ratio = next((r.pictures[1] / r.pictures[0] for r in done if r.redrawn), parts)
+        diff, half, n_pairs = paired_difference(values[name], values.get(best, {}) if name != best else {}, ratio=ratio)
+        _, spread, _ = paired_difference(values[name], dict.fromkeys(values[name], 0.), ratio=ratio)
         seconds = [r.seconds_per_epoch for r in done if r.seconds_per_epoch is not None]
+        rates, decays = ([r.found[k] for r in done if k in r.found] for k in ('lr', 'wd'))
+        whole = [r.run_seconds for r in done if r.found and r.run_seconds]
         others = {f'{METRICS.get(m, m)}{end}': of[m] for m in metrics for end, of in (('', mean), ('_sd', sd))}
-        return {'head': name, 'lr': rs[0].spec.recipe.lr, 'parameters': rs[0].parameters, 'n': len(values[name]),
-                'diverged': len(rs) - len(done), METRICS.get(primary, primary): mean[primary], 'sd': sd[primary],
+        def commonest(values): return pd.Series(values).mode()[0]   # one that was used; of several the least
+        return {'head': name, 'lr': commonest(rates) if rates else rs[0].spec.recipe.lr,
+                'parameters': next((r.parameters for r in done), rs[0].parameters), 'n': len(values[name]),
+                'diverged': sum(r.status == 'diverged' for r in rs), METRICS.get(primary, primary): mean[primary],
+                'sd': sd[primary],
                 'difference': diff, 'low': diff - half, 'high': diff + half, 'n_pairs': n_pairs,
-                'seconds_per_epoch': np.median(seconds or [np.nan]), 'peak_in_box': mean.peak_in_box, **others}
+                'seconds_per_epoch': np.median(seconds or [np.nan]), 'peak_in_box': mean.peak_in_box, **others,
+                'failed': sum(r.status == 'failed' for r in rs), 'mean_low': mean[primary] - spread,
+                'mean_high': mean[primary] + spread, 'ratio': ratio, 'lr_low': min(rates, default=np.nan),
+                'lr_high': max(rates, default=np.nan), 'wd': commonest(decays) if decays else np.nan,
+                'run_seconds': np.median(whole or [np.nan]),
+                'wd_low': min(decays, default=np.nan), 'wd_high': max(decays, default=np.nan)}
     return pd.DataFrame([row(name, rs) for name, rs in rows.items()])
 
 # %% ../../nbs/61_report.stats.ipynb #18793078
@@ -84,9 +100,13 @@ def format_table(
 ) -> pd.DataFrame: # The same as text
     "The table as one reads it: shares in percent, differences in points."
     def optional(text): return lambda v: '–' if pd.isna(v) else text.format(v)
-    def value(v, sd, diverged):
+    def value(v, sd, diverged, failed):
         text = '–' if pd.isna(v) else f'{100 * v:.1f}' + ('' if pd.isna(sd) else f' ± {100 * sd:.1f}')
-        return text + (f' ({diverged} diverged)' if diverged else '')
+        return text + (f' ({diverged} diverged)' if diverged else '') + (f' ({failed} failed)' if failed else '')
+    def rate(value, low, high):
+        if pd.isna(value): return '–'
+        return f'{value:g}' if pd.isna(low) or low == high else f'{value:g} ({low:g} to {high:g})'
+    def mean(low, high): return '–' if pd.isna(low) else f'{100 * max(low, 0):.1f} to {100 * min(high, 1):.1f}'
     def difference(d, low, high):
         if pd.isna(d): return '–'
         return f'{100 * d:+.1f}' + ('' if pd.isna(low) else f' [{100 * low:+.1f}, {100 * high:+.1f}]')
@@ -94,14 +114,18 @@ def format_table(
         if pd.isna(d): return '–'
         return 'better' if low > 0 else 'worse' if high < 0 else f'cannot tell with {n}'
     def each(text, *names): return [text(*values) for values in zip(*(table[n] for n in names))]
-    primary = primary_of(table)
+    primary, drawn = primary_of(table), (table.ratio > 0).any()
+    time = {'s/run': table.run_seconds} if table.run_seconds.notna().any() else {'s/epoch': table.seconds_per_epoch}
     return pd.DataFrame({
         'head': table['head'], 'parameters': table.parameters.map(lambda n: '–' if pd.isna(n) else f'{n / 1e6:.2f} M'),
-        'lr': table.lr.map(optional('{:g}')), 'n': table.n, f'{primary} %': each(value, primary, 'sd', 'diverged'),
+        'lr': each(rate, 'lr', 'lr_low', 'lr_high'),
+        **({'wd': each(rate, 'wd', 'wd_low', 'wd_high')} if table.wd.notna().any() else {}), 'n': table.n,
+        f'{primary} %': each(value, primary, 'sd', 'diverged', 'failed'),
+        **({'[95%]': each(mean, 'mean_low', 'mean_high')} if drawn else {}),
         'points vs avg [95%]': each(difference, 'difference', 'low', 'high'),
         'verdict': each(verdict, 'difference', 'low', 'high', 'n_pairs'),
-        's/epoch': table.seconds_per_epoch.map(optional('{:.1f}')),
-        'peak in box': table.peak_in_box.map(optional('{:.0%}'))})
+        **{name: seconds.map(optional('{:.1f}')) for name, seconds in time.items()},
+        **({'peak in box': table.peak_in_box.map(optional('{:.0%}'))} if table.peak_in_box.notna().any() else {})})
 
 # %% ../../nbs/61_report.stats.ipynb #32e73253
 def _rich(texts, title=None):
@@ -119,8 +143,7 @@ def rich_table(
 ) -> Table:
     "The table for the terminal, within 80 columns."
     short = {'parameters': 'params', 'points vs avg [95%]': 'vs avg [95%]', 'peak in box': 'in box'}
-    text = format_table(table).drop(columns='lr').rename(columns=short)
-    return _rich(text.drop(columns='in box') if (text['in box'] == '–').all() else text, title)
+    return _rich(format_table(table).drop(columns=['lr', 'wd', '[95%]'], errors='ignore').rename(columns=short), title)
 
 def plain_table(
     table: pd.DataFrame # Of numbers
