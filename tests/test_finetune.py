@@ -347,9 +347,9 @@ def test_what_cannot_be_meant(recipe, words):
 
 def test_nothing_is_fine_tuned_that_was_never_trained(dls, capsys):
     with pytest.raises(BadInput, match=r"start: recipe finetune \(train finetune\) begins from trained weights, got none. Give 'pretrained'"): make_spec("digits", recipe="finetune")
-    with pytest.raises(BadInput, match="start: train finetune"): recipe_learner(dls, "test_efficientnet", "avg", "finetune")
+    with pytest.raises(BadInput, match="start: recipe finetune .train finetune. begins"): recipe_learner(dls, "test_efficientnet", "avg", "finetune")
     with pytest.raises(SystemExit) as e: main(["bench", "digits", "--recipe", "finetune"])
-    assert e.value.code == 2 and "start: train finetune" in capsys.readouterr().err
+    assert e.value.code == 2 and "start: recipe finetune (train finetune) begins" in capsys.readouterr().err
 
 
 def test_rates_are_tuned_from_a_start(weights, tmp_path, capsys):

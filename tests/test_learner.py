@@ -128,26 +128,26 @@ def fresh(n_in=3):
 
 
 @pytest.mark.parametrize("head", [None, LearnedAggregationHead])
-def test_the_pictures_get_the_statistics_of_the_weights(head, monkeypatch):
+def test_the_pictures_get_the_statistics_of_the_weights(head, monkeypatch, tmp_path):
     import timm
     from fastai.vision.learner import default_split, model_meta
     quietly = dict(loss_func=nn.CrossEntropyLoss(), custom_head=head, lr=1e-4, moms=(.9, .8, .9), wd=.1)
     known = partial(pretrained_arch)   # a function whose statistics fastai knows
     monkeypatch.setitem(model_meta, known, dict(cut=-4, split=default_split, stats=([.1, .2, .3], [1., 1., 1.])))
-    make = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *args, pretrained, **kwargs: make(*args, **kwargs))   # needs no file
-    for arch, expected in ((known, [.1, .2, .3]), ("resnet10t", [.485, .456, .406])):
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
+    on_disk = dict(pretrained_cfg_overlay=dict(file=str(tmp_path / "weights.pth")))   # as downloaded before
+    for arch, expected, published in ((known, [.1, .2, .3], {}), ("resnet10t", [.485, .456, .406], on_disk)):
         dls = fresh()
-        learn = vision_learner(dls, arch, **quietly)
+        learn = vision_learner(dls, arch, **quietly, **published)
         assert statistics(dls) == [expected] and (learn.lr, learn.moms, learn.wd) == (1e-4, (.9, .8, .9), .1)
-        vision_learner(dls, arch, **quietly)
+        vision_learner(dls, arch, **quietly, **published)
         assert statistics(dls) == [expected]   # not a second time
-        for options in (dict(normalize=False), dict(pretrained=False)):
+        for options in (dict(normalize=False, **published), dict(pretrained=False)):
             dls = fresh()
             vision_learner(dls, arch, **quietly, **options)
             assert not statistics(dls)
     dls = fresh(1)
-    learn = vision_learner(dls, "resnet10t", n_in=1, **quietly)
+    learn = vision_learner(dls, "resnet10t", n_in=1, **quietly, **on_disk)
     assert not statistics(dls) and learn.model(dls.one_batch()[0]).shape == (2, 3)
 
 
