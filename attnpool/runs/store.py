@@ -68,6 +68,8 @@ class Result:
     redrawn: bool = False # Whether its validation pictures were drawn by its seed: other seeds have others
     doubles: int | None = None # Validation pictures that train as well, as the same picture or nearly
     run_seconds: float | None = None # Of the whole run, without what it shares with others
+    classes: list[int] | None = None # How many; validation pictures of the smallest and of the largest
+    test: dict = field(default_factory=dict, compare=False) # Of `runs.tested`: metrics, pictures, classes, fingerprint
     folder: Path | None = field(default=None, compare=False) # Where it lies
     epochs: pd.DataFrame | None = field(default=None, compare=False) # The history, of a run that was read from a table
 
