@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'LARGER_FROM', 'is_path', 'data_name', 'find_pictures', 'blog_version', 'larger_version', 'ReadPicture',
-           'picture_dls', 'empty_dls', 'valid_dl', 'labelled_dl', 'validation_pictures']
+           'picture_dls', 'empty_dls', 'valid_dl', 'labelled_dls', 'validation_pictures']
 
 # %% ../../nbs/37_data.pictures.ipynb #ae9bd211
 import lzma
@@ -270,18 +270,22 @@ def valid_dl(
     else: dataset = _listed(dls.listing, 2 * size).valid
     return dls.valid.new(dataset, bs=bs, after_item=AUGMENTS['none'].items(size))
 
-# %% ../../nbs/37_data.pictures.ipynb #011df834
-def labelled_dl(
+# %% ../../nbs/37_data.pictures.ipynb #4897457c
+def labelled_dls(
     dls: DataLoaders, # From `picture_dls` or `empty_dls`
-    listing: Listing, # Of the same classes, or of some of them; those of its second part are taken
-) -> TfmdDL:
+    listing: Listing, # Of the same classes, or of some of them
+) -> DataLoaders: # With `listing` and `every`, as `picture_dls` has them
     "The pictures of another listing, with their labels."
     if other := set(listing.classes.values()) - set(dls.vocab):
         raise BadInput(f"data: {listing.root} has classes that were not trained: {first_few(sorted(other))}. "
                        f"Expected those of {first_few(dls.vocab)}.")
-    read = ReadPicture(2 * dls.size, [listing.root/f for f in listing.files])
     names = [listing.classes[label] for label in listing.labels]
-    return dls.valid.new(_datasets(read, names, dls.vocab, listing.n_train).valid)
+    read = ReadPicture(2 * dls.size, [listing.root/f for f in listing.files])
+    every = _datasets(read, names, dls.vocab, listing.n_train)
+    made = DataLoaders(dls.train.new(every.train), dls.valid.new(every.valid), device=dls.device)
+    made.about, made.size, made.listing = dls.about, dls.size, listing
+    made.every = listing, every, np.arange(len(names))
+    return made
 
 # %% ../../nbs/37_data.pictures.ipynb #ae8ac715
 def validation_pictures(

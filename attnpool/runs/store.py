@@ -141,6 +141,8 @@ def load_run(
     try:
         result = read_result(values, folder)
         asked, made = result.spec.recipe.epochs, len(result.history())
+        try: result = replace(result, test=json.loads((folder/'test.json').read_text()))
+        except (OSError, ValueError): pass   # not tested, or to be tested again
     except BadInput: raise
     except (KeyError, TypeError, AttributeError, ValueError) as e:   # written by hand
         raise BadInput(f"{folder}: its files are not those of a run ({e!r}).") from None
