@@ -162,7 +162,8 @@ def _runs_of(table):
             result['spec'] |= dict(data=part('data.'), start=part('start.'), recipe=recipe)
             result['metrics'] = part('metrics.')
         elif len(history): result |= history.filter(regex='^(?!epoch$|.*seconds$)').iloc[-1].dropna()
-        counts = {f.name for f in fields(Result) if 'int' in str(f.type) or 'float' in str(f.type)} - {'pictures'}
+        numbers = {f.name for f in fields(Result) if 'int' in str(f.type) or 'float' in str(f.type)}
+        counts = numbers - {'pictures', 'classes'}
         for v in [*result.get('metrics', {}).values(), *(v for k, v in result.items() if k in counts),
                   result['spec'].get('seed', 0)]: float(v)
         yield read_result(result, epochs=history.reset_index(drop=True))
