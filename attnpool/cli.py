@@ -41,11 +41,27 @@ def _collected(runs):
     return results
 
 def _show(results):
-    "The table of one setting, and what one must know to read it."
-    from attnpool.report.page import remarks
-    from attnpool.report.stats import rich_table, summarize
-    Console().print(rich_table(summarize(results)))
-    for line in remarks(results): say(line)
+    "The table of one setting, after what one must know to read it; and apart that of its test pictures."
+    from attnpool.report.stats import on_tests, remarks, rich_table, summarize
+    for part, its in dict(validation=results, test=on_tests(results)).items():
+        if part == 'test' and its: say(f'Test pictures: {its[0].pictures[1]:,}, kept apart and asked once')
+        for line in remarks(its, part) if its else (): say(line)
+        if its: Console().print(rich_table(summarize(its)))
+
+def _find_tests(specs):
+    from attnpool.runs.tested import find_tests
+    return find_tests(specs[0].data.path, specs[0].skip_broken)
+
+def _tested(results, tests, device):
+    from attnpool.runs.tested import tested_runs
+    return tested_runs(results, tests, device, say) if tests else results
+
+def _written(results, out, **options):
+    "Write the page, and say where."
+    from attnpool.report.page import keep_other, write_report
+    if kept := keep_other(out, results): say(f'The report of other data that lay there is kept as {kept}')
+    page = write_report(results, out, **options)
+    return f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}'
 
 def _check_trained(results):
     "Status 1 where no head could be trained, and why."
@@ -69,9 +85,11 @@ _OUT = 'Folder for the runs, the table and the report. What is complete there is
 _SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3]'
 _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn anew, the same for all heads; where the '
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
+_TEST = ('Ask each run about the test pictures of the data (test/CLASS) too, once, at its end; they get a table of their '
+         'own. Otherwise they are left alone.')
 _FILE = dict(parser=path_of, metavar='PATH')
 _RUNS = _FILE | dict(metavar='RUNS')
-_TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | parameters |', '.runs.csv': 'spec.head'}   # beside a report
+_TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | ', '.runs.csv': 'spec.head'}   # beside a report
 _GPUS = 'GPUs of a job, with one process each: the batch grows by their number n, the learning rate by its root.'
 
 # %% ../nbs/70_cli.ipynb #6b9daf66
@@ -87,6 +105,7 @@ def bench(
     options: Annotated[str, typer.Option(help='Options of heads and network: num_heads=2,ffn_expand=1.')] = '',
     recipe: Annotated[str, typer.Option(help=_RECIPE)] = 'quick',
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
+    test: Annotated[bool, typer.Option('--test', help=_TEST)] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
     out: Annotated[Path, typer.Option(help=_OUT, **_FILE)] = 'runs',
@@ -100,9 +119,8 @@ def bench(
 ):
     """Compare heads: train the same network with each of them, on the same seeds.
 
-    Shows a table (accuracy with its spread, paired difference to average pooling with a 95% interval, time, where
-    the head looks) and writes it to OUT as report.html, which opens in any browser, and report.csv. Each run is a
-    folder in OUT. Stop it whenever you like: the same command goes on.
+    Shows a table (accuracy, paired difference to average pooling with a 95% interval, time) and writes it to OUT as
+    report.html, for any browser. Each run is a folder in OUT. Stop whenever you like: the same command goes on.
 
     \b
     Examples:
@@ -113,13 +131,13 @@ def bench(
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
     from attnpool.distributed import is_first, scale_up
-    from attnpool.report.page import write_report
     from attnpool.runs.cluster import check_cluster
     console, device = Console(), check_device(device)
     if cluster: check_cluster(cluster, time_limit)
     sizes = read_list('eval-sizes', eval_sizes, int) if eval_sizes else None if eval_sizes is None else ()
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
     specs = read_specs(data, heads, seeds, recipe, options, splits=splits, **overrides)
+    tests = _find_tests(specs) if test else None   # what is wrong with them is told before any training
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
     if sizes is None and specs[0].eval_sizes and is_first():
         also = ' and '.join(map(str, specs[0].eval_sizes))
@@ -129,11 +147,11 @@ def bench(
     results = make_runs(specs, out, device, console, **(dict(cluster=cluster, **job) if cluster else {}))
     if not is_first() or not results: return
     results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
-    report = write_report(results, out/'report.html')
+    results = _tested(results, tests, device)
     begin = f' from {specs[0].start.name}' if specs[0].start else ''
     say(f'{data}, {arch}{begin}, recipe {recipe}')   # no title of the table, which would be cut to its width
     _show(results)
-    say(f'Report: {report.resolve().as_uri()}\nTable:  {report.with_suffix(".csv")}')
+    say(_written(results, out/'report.html'))
     _check_trained(results)
 
 # %% ../nbs/70_cli.ipynb #83c9bc1c
@@ -155,15 +173,14 @@ def report(
         attnpool report runs/ --published imagenette
     """
     from attnpool.report.collect import group_by_setting, tell_apart
-    from attnpool.report.page import write_report
     check_out(out, runs, _TABLES, make=True)
     if not (results := _collected(runs)):
         raise BadInput(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
-    page, groups = write_report(results, out, data=published), group_by_setting(results)
+    text, groups = _written(results, out, data=published), group_by_setting(results)
     for (title, _), group in zip(tell_apart(groups), groups):
         say(title)
         _show(group)
-    say(f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}')
+    say(text)
 
 # %% ../nbs/70_cli.ipynb #aa4698c2
 @late_options(app, 'lr')

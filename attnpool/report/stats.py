@@ -129,15 +129,15 @@ def format_table(
     primary, drawn, guess = primary_of(table), (table.ratio > 0).any(), table.guess.mean()
     time = {'s/run': table.run_seconds} if table.run_seconds.notna().any() else {'s/epoch': table.seconds_per_epoch}
     text = pd.DataFrame({
-        'head': table['head'], 'parameters': table.parameters.map(lambda n: '–' if pd.isna(n) else f'{n / 1e6:.2f} M'),
-        'lr': each(rate, 'lr', 'lr_low', 'lr_high'),
-        **({'wd': each(rate, 'wd', 'wd_low', 'wd_high')} if table.wd.notna().any() else {}), 'n': table.n,
+        'head': table['head'], 'n': table.n.map(str),
         f'{primary} %': each(value, primary, 'sd', 'diverged', 'failed'),
         **({'[95%]': each(mean, 'mean_low', 'mean_high')} if drawn else {}),
         'points vs avg [95%]': each(difference, 'difference', 'low', 'high'),
         'verdict': each(verdict, 'difference', 'low', 'high', 'n_pairs'),
+        'parameters': table.parameters.map(lambda n: '–' if pd.isna(n) else f'{n / 1e6:.2f} M'),
+        'lr': each(rate, 'lr', 'lr_low', 'lr_high'), 'wd': each(rate, 'wd', 'wd_low', 'wd_high'),
         **{name: seconds.map(optional('{:.1f}')) for name, seconds in time.items()},
-        **({'peak in box': table.peak_in_box.map(optional('{:.0%}'))} if table.peak_in_box.notna().any() else {})})
+        'peak in box': table.peak_in_box.map(optional('{:.0%}'))})
     text = text.loc[:, (text != '–').any()]   # what nobody has
     if not np.isnan(guess): text.loc[len(text)] = {'head': GUESS, f'{primary} %': f'{100 * guess:.1f}'}
     return text.fillna('–')
@@ -171,11 +171,10 @@ def near_guessing(
     table: pd.DataFrame, # From `summarize`
     n: int, # Validation pictures
 ) -> tuple[dict, float]: # Head: its mean; and the mean that a head must be above, NaN where no guess is known
-    "Heads that are not clearly above the guess: by two standard deviations of chance, and from 3 runs by the interval."
-    guess, primary = table.guess.mean(), primary_of(table)
+    "Heads whose mean is not above the guess by more than two standard deviations of chance on as many pictures."
+    guess, means = table.guess.mean(), table.set_index('head')[primary_of(table)]
     bound = guess + 2 * (guess * (1 - guess) / n)**.5
-    low = table.mean_low.where(table.n > 2, np.inf)
-    return dict(table.set_index('head')[primary][((table[primary] <= bound) | (low <= guess)).to_numpy()]), bound
+    return dict(means[means <= bound]), bound
 
 def _failed(results, _):
     why = {r.spec.head: ' '.join(r.reason.split()) for r in results if r.status == 'failed'}
@@ -201,7 +200,7 @@ def _guessing(results, part):
     return heads and (
         f"Near guessing: {', '.join(f'{h} ({100 * v:.1f})' for h, v in heads.items())}. Who always says the commonest "
         f"class has {100 * guess:.1f}; a head counts as better above {100 * bound:.1f}, two standard deviations of "
-        f"chance on {n:,} {part} pictures, and from 3 runs on only if its interval lies above the guess.")
+        f"chance on {n:,} {part} pictures.")
 
 # %% ../../nbs/61_report.stats.ipynb #73a43039
 _FEW, _FEW_OF = 200, 20   # pictures in all, and of a class

@@ -120,7 +120,8 @@ def _ask(result, part, device):
     dl = dls.valid
     if spec.recipe.train == 'frozen':
         *body, head = learn.model.children()
-        maps, labels = kept_maps(dls, nn.Sequential(*body)), torch.tensor([int(y) for y in dls.valid_ds.tls[1]])
+        maps = kept_maps(dls, nn.Sequential(*body), progress=lambda done, total: None)
+        labels = torch.tensor([int(y) for y in dls.valid_ds.tls[1]])
         dl = MapLoader(MapSet([maps], np.arange(1, len(maps)), labels, list(dls.vocab)), bs=dl.bs)
         model, loss = nn.Sequential(nn.Identity(), head), learn.loss_func
         learn = Learner(DataLoaders(dl, dl, device=dls.device), model, loss, metrics=task.metrics())
