@@ -53,8 +53,8 @@ def _find_tests(specs):
     return find_tests(specs[0].data.path, specs[0].skip_broken)
 
 def _tested(results, tests, device):
-    from attnpool.runs.tested import tested_runs
-    return tested_runs(results, tests, device, say) if tests else results
+    from attnpool.runs.tested import ask_tests
+    return ask_tests(results, tests, device, say) if tests else results
 
 def _written(results, out, **options):
     "Write the page, and say where."

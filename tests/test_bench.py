@@ -42,7 +42,7 @@ def finished(tmp_path_factory):
 def test_a_run_folder_holds_what_it_says(finished):
     result, out = finished
     folder = result.folder
-    assert set(result.files) == {"spec.json", "history.csv", "maps.npz", "weights.safetensors"}
+    assert set(result.files) == {"spec.json", "history.csv", "maps.npz", "predictions.csv", "weights.safetensors"}
     assert {f.name for f in folder.iterdir()} == set(result.files) | {"result.json"}
     rows = list(csv.DictReader((folder / "history.csv").open()))
     assert len(rows) == 1 and float(rows[-1]["accuracy"]) == result.value

@@ -243,7 +243,7 @@ def keep_other(
     names = ['data.name', 'data.fingerprint']
     try: old = pd.read_csv(path.with_suffix('.runs.csv'), usecols=names, dtype=str, keep_default_na=False)[names]
     except (OSError, ValueError): return None   # none, or of an earlier version
-    there = set(old.itertuples(index=False, name=None))
+    there = {(name.strip('"'), mark.strip('"')) for name, mark in old.itertuples(index=False)}
     mine = {(r.spec.data.name, r.spec.data.fingerprint) for r in results}
     if not path.exists() or there <= mine: return None
     again = {name for name, _ in mine}   # the same folder, whose pictures have changed

@@ -117,6 +117,13 @@ def read_result(
     known = {k: v for k, v in values.items() if k in known}
     return Result(**known | dict(spec=read_spec(values['spec']), folder=folder, epochs=epochs))
 
+def _read_test(folder):
+    "What `ask_tests` wrote; nothing where the run is to be asked, for the first time or again."
+    try: values = json.loads((folder/'test.json').read_text())
+    except (OSError, ValueError): return {}
+    good = isinstance(values, dict) and {'metrics', 'pictures', 'classes', 'doubles', 'fingerprint'} <= values.keys()
+    return values if good else {}
+
 def load_run(
     folder: Path | str, # Folder of a run
 ) -> Result:
@@ -141,8 +148,7 @@ def load_run(
     try:
         result = read_result(values, folder)
         asked, made = result.spec.recipe.epochs, len(result.history())
-        try: result = replace(result, test=json.loads((folder/'test.json').read_text()))
-        except (OSError, ValueError): pass   # not tested, or to be tested again
+        result = replace(result, test=_read_test(folder))
     except BadInput: raise
     except (KeyError, TypeError, AttributeError, ValueError) as e:   # written by hand
         raise BadInput(f"{folder}: its files are not those of a run ({e!r}).") from None
