@@ -29,7 +29,7 @@ from attnpool.report.page import cost_plot, keep_other, learning_curves, write_r
 from attnpool.report.stats import format_table, guess_of, near_guessing, on_tests, remarks, summarize
 from attnpool.runs.spec import Spec, make_spec
 from attnpool.runs.store import Result, load_run
-from attnpool.runs.tested import confused_pairs, confusion, find_tests, hardest, pictures_root, read_predictions, ask_tests
+from attnpool.runs.tested import confused_pairs, confusion, find_tests, ask_tests, hardest, pictures_root, read_predictions, with_test
 from attnpool.runs.train import run
 from attnpool.tasks import count_classes
 
@@ -340,7 +340,7 @@ def test_tests_that_were_killed_are_asked_again_and_nothing_is_trained_again():
     torn = next(f for f in runs if not (f / "test.json").exists())
     (torn / "test_predictions.csv").write_text("path,label")   # written, and killed before its figures
     bench(data, "--heads", "avg", "--seeds", "1,2,3", "--test")
-    assert {f: (f / "weights.safetensors").stat().st_mtime_ns for f in runs} == weights and all(load_run(f).test for f in runs)
+    assert {f: (f / "weights.safetensors").stat().st_mtime_ns for f in runs} == weights and all(with_test(load_run(f)).test for f in runs)
     assert {f: f.stat().st_mtime_ns for f in first} == first and len(read_predictions(load_run(torn), test=True)) == 15
 
 
@@ -349,7 +349,7 @@ def test_a_damaged_test_file_leaves_the_run_whole():
     r, = ask_tests([made(data)], find_tests(data), "cpu", say=lambda text: None)
     for text in ("{", "[]", "3", '{"metrics": 1}'):
         (r.folder / "test.json").write_text(text)
-        assert load_run(r.folder) == r and load_run(r.folder).test == {}
+        assert with_test(load_run(r.folder)) == r and with_test(load_run(r.folder)).test == {}
     assert ask_tests([r], find_tests(data), "cpu", say=lambda text: None)[0].test == r.test
 
 

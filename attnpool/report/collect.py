@@ -26,6 +26,7 @@ from ..recipe import Recipe
 from ..registry import BadInput
 from ..runs.spec import Spec
 from ..runs.store import Result, load_run, read_result
+from ..runs.tested import with_test
 from ..tasks import TASKS, head_options
 
 # %% ../../nbs/60_report.collect.ipynb #b9844329
@@ -209,7 +210,7 @@ def collect(
         for file in sorted(path.rglob('spec.json')):
             if file.parent.resolve() in seen or set(tunings) & set(file.parents): continue
             seen.add(file.parent.resolve())
-            try: results.append(load_run(file.parent))
+            try: results.append(with_test(load_run(file.parent)))
             except ValueError as e: problems.append(str(e))
             else: places.append(file.parent)
         if not any(path.rglob('spec.json')) and (tables := sorted(path.glob('*.csv'))):
