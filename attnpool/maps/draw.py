@@ -44,7 +44,7 @@ def figure(
 
 # %% ../../nbs/19_maps.draw.ipynb #415d32dc
 _LEAST = dict(uniform=4., mean=4., logit=2.)   # a range below is noise
-_LIT, _VEIL = ((213, 94, 0), (240, 160, 0), (255, 232, 90)), ((90, 110, 160), (20, 40, 90), (4, 8, 30))
+_LIT, _VEIL = ((190, 40, 160), (240, 70, 110), (255, 225, 70)), ((90, 110, 160), (20, 40, 90), (4, 8, 30))
 
 @dataclass(frozen=True)
 class Scale:
@@ -115,7 +115,7 @@ def _figure(nrows, ncols, cell, pictures, units, left=0., above=0., below=0.):
     top, foot = 1 - (above + .12) / height, (below + .12) / height
     tall = min(top - foot, 2.2 / height)
     for i, scale in enumerate(units.values()):
-        _bar(fig.add_axes([1 - (bar - .75 * i - .1) / width, (top + foot - tall) / 2, .11 / width, tall]), scale)
+        _bar(fig.add_axes([1 - (bar - .75 * i - .25) / width, (top + foot - tall) / 2, .11 / width, tall]), scale)
     return fig, axs
 
 _NAMES = dict(uniform='average pooling', logit='logits', mean='its mean')
@@ -176,15 +176,16 @@ def _own_scale(values, unit):
     "A scale from the least to the greatest of one map, and its words."
     low, high = values.min().item(), values.max().item()
     ends = f'{low:.2g} to {high:.2g}' + ('' if unit == 'logit' else '×')
-    return f'stretched: {ends}', (values - low) / max(high - low, 1e-4 * abs(high), 1e-12) * 2 - 1
+    even = high - low <= 1e-4 * abs(high) + 1e-12   # rounding is no finding
+    return f'stretched: {ends}', values * 0 if even else (values - low) / (high - low) * 2 - 1
 
 def _drawn(maps, i, scale, stretch):
     "The values that are drawn of picture `i`, on which scale, and what is to be said of them."
     mean = maps.values[i].mean(0)
     said = 'looks everywhere' if looks_everywhere(Saliency(maps.values[i:i + 1], maps.unit))[0] else ''
     if not stretch: return mean, scale, said
-    told, mean = _own_scale(mean, maps.unit)
-    return mean, Scale('logit', 1.), told
+    told, levels = _own_scale(mean, maps.unit)
+    return levels, Scale('logit', 1.), told
 
 def _scales(all_maps, stretch):
     "A scale for each unit; none to show where every map has its own."
