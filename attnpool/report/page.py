@@ -15,16 +15,20 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw
 
 from ..data.cache import write_file
-from ..data.reader import load_picture
+from ..data.reader import load_picture, open_picture
+from ..maps.compute import Saliency
 from ..maps.draw import PALETTE, data_uri, figure, show_maps, title_text
-from ..maps.page import html_page
+from ..maps.learner import Pictures
+from ..maps.page import LOOKS_SCRIPT, LOOKS_STYLE, Look, html_page, looks_html
+from ..maps.reading import Reading
 from ..registry import BadInput, unknown
 from .collect import by_row, group_by_setting, setting_of, tell_apart, write_runs
 from .published import blog_tables
 from .stats import GUESS, format_table, guess_of, on_tests, primary_of, remarks, summarize
-from ..runs.store import Result
+from ..runs.store import Result, read_about
 from ..runs.tested import confused_pairs, confusion, hardest, pictures_root
 
 # %% ../../nbs/63_report.page.ipynb #0f921ecd
@@ -80,12 +84,49 @@ def cost_plot(
 # %% ../../nbs/63_report.page.ipynb #63a1d1c3
 def _own(name): return (files('attnpool')/'report'/name).read_text(encoding='utf-8')   # beside the code
 
-def _maps(result):
-    "The maps that a run left, as a picture; None without."
+_SHOWN = 640   # pixels: width of a picture in the page
+
+def _arrays(result):
+    "What a run left to look at; nothing without."
     file = result.folder and Path(result.folder)/'maps.npz'
-    if not file or not file.is_file(): return None
-    with np.load(file) as f: arrays = {k: torch.from_numpy(f[k]) for k in f.files}
-    return data_uri(show_maps(arrays['images'], arrays['maps'], boxes=arrays.get('boxes')))
+    if not file or not file.is_file(): return {}
+    with np.load(file) as f: return {k: f[k] for k in f.files}
+
+def _original(root, name, crop, seen, box):
+    "A picture, and the part of it that the network saw: from its file if it is at hand, else as the network saw it."
+    try: im = open_picture(root/name) if root and name else None
+    except BadInput: im = None
+    if im is None: im, crop = Image.fromarray(seen), (0, 0, *seen.shape[1::-1])
+    k = min(1, _SHOWN / im.width)
+    im, (left, top, right, bottom) = im.resize([max(1, round(k * s)) for s in im.size]), k * np.array(crop, float)
+    if box is not None:   # in pixels of what the network saw
+        x, y = left + box[::2] * (right - left) / seen.shape[1], top + box[1::2] * (bottom - top) / seen.shape[0]
+        ImageDraw.Draw(im).rectangle([x[0], y[0], x[1], y[1]], outline=PALETTE[5])
+    return im, [left, top, right, bottom]
+
+def _look(name, result):
+    "What a run says of some validation pictures and where it looks; None where its version did not keep that."
+    a = _arrays(result)
+    if not {'p', 'unit', 'files', 'crops'} <= a.keys(): return None
+    root, names, boxes = pictures_root(result), [str(f) for f in a['files']], a.get('boxes', [None] * len(a['files']))
+    each = zip(names, a['crops'], a['images'].transpose(0, 2, 3, 1), boxes)
+    shown, crops = zip(*(_original(root, *picture) for picture in each))
+    x, p, vocab = torch.from_numpy(a['images']), torch.from_numpy(a['p']).float(), read_about(result).get('vocab')
+    labels = torch.from_numpy(a['labels']) if 'labels' in a else None
+    pictures = Pictures(x, [*shown], torch.tensor(crops), names, labels, None)
+    maps = Saliency(torch.from_numpy(a['maps']).float(), str(a['unit']))
+    return Look(name, {}, pictures, Reading(torch.nn.CrossEntropyLoss(), vocab), p, p.argmax(1), maps,
+                p.topk(min(3, p.shape[1])).indices)
+
+def _where(results):
+    "Where all heads look, side by side; of runs of earlier versions a figure each."
+    seed = min(r.spec.seed for r in results)
+    its = {row: r for row, rs in by_row(results).items() for r in rs if r.spec.seed == seed and _arrays(r)}
+    looks = [_look(row, r) for row, r in its.items()]
+    if looks and all(looks): return dict(looks=looks_html(looks, _SHOWN), maps=[])
+    def figure_of(a):
+        return data_uri(show_maps(*(torch.from_numpy(a[k]) for k in ('images', 'maps')), boxes=a.get('boxes')))
+    return dict(looks='', maps=[(row, figure_of(_arrays(r))) for row, r in its.items()])
 
 def _setting(results):
     "What was decided, and where it ran."
@@ -158,8 +199,7 @@ def _interval(results):
 def _section(name, results, table):
     "What the page shows of one setting."
     seed = min(r.spec.seed for r in results)
-    maps = [(row, src) for row, rs in by_row(results).items() for r in rs if r.spec.seed == seed and (src := _maps(r))]
-    return dict(name=name, metric=primary_of(table), seed=seed, setting=_setting(results), maps=maps,
+    return dict(name=name, metric=primary_of(table), seed=seed, setting=_setting(results), **_where(results),
                 unit='split' if results[0].spec.split == 'seed' else 'seed',
                 parts=_parts(results, table), **_confused(results), worst=_worst(results),
                 fold='details' if len(by_row(results)) > 4 else 'div',
@@ -216,7 +256,7 @@ def write_report(
     tables, settings = [summarize(g) for g in groups], tell_apart(groups)
     names = dict.fromkeys(g[0].spec.data.name for g in groups)
     page = html_page(
-        title or f"Attention pooling heads on {', '.join(names)}", _own('page.html'), _own('page.css'),
+        title or f"Attention pooling heads on {', '.join(names)}", _own('page.html'), LOOKS_STYLE + _own('page.css'), LOOKS_SCRIPT,
         blog=[(t, _html(b)) for t, b in blog.items()], groups=[
             _section(name, g, t) for (name, _), g, t in zip(settings, groups, tables)],
         metrics=', '.join(dict.fromkeys(primary_of(t).capitalize() for t in tables)), **_prose(groups))
