@@ -175,7 +175,7 @@ def _payload(looks):
         parts, pictures = _parts(look), look.pictures
         crops = pictures.crops.cpu() / torch.tensor([im.size * 2 for im in pictures.shown])   # parts of width, height
         flat = torch.cat([levels(s).flatten(1) for s in parts], 1)
-        return dict(name=title_text(look.name), levels=[_text(row.numpy()) for row in flat],
+        return dict(name=title_text(look.name, 100), levels=[_text(row.numpy()) for row in flat],
                     parts=[dict(zip('nhw', s.values.shape[1:]), unit=s.unit) for s in parts],
                     crops=[[round(v, 4) for v in row] for row in crops.tolist()])
     def told(unit, scale):
@@ -198,8 +198,12 @@ def _answers(look):
     wide = looks_everywhere(first) if first.unit == 'uniform' else [False] * len(said)
     def at(values, i): return None if values is None else f'{values[i].item():.4g}'
     for i, (text, full) in enumerate(zip(said, both)):
-        yield dict(text=text, truth=full[len(text):].strip()[1:-1], error=at(error, i), unsure=at(unsure, i),
-                   spread=at(spread, i), verdict='' if error is None else 'right' if full == text else 'wrong', everywhere=bool(wide[i]))
+        truth = full[len(text):].strip()[1:-1]   # in brackets, where it is another
+        if not truth and error is not None and look.said.ndim == 1:
+            truth = title_text(look.reading.name(look.said[i].item()))
+        yield dict(text=text, truth=truth, error=at(error, i), unsure=at(unsure, i),
+                   spread=at(spread, i), everywhere=bool(wide[i]),
+                   verdict='' if error is None else 'right' if full == text else 'wrong')
 
 def _errors(look):
     "How wrong each answer is, `(b,)`: its loss in nats, or its distance; None where the truth is not known."
@@ -288,7 +292,7 @@ def looks_html(
     for i, (im, name, src) in enumerate(zip(pictures.shown, pictures.names, sources)):
         name, said = title_text(name, 200), [a[i] for a in answers]
         columns = [dict(answer, choices=[*_choices(look, i)], label=_label(look), one=len(_parts(look)) > 1,
-                        run=title_text(look.name) if len(looks) > 1 else '') for look, answer in zip(looks, said)]
+                        run=title_text(look.name, 100) if len(looks) > 1 else '') for look, answer in zip(looks, said)]
         truth = next((a['truth'] for a in said if a['truth']), '')
         cards.append(dict(name=name, title=name or f'Picture {i + 1}', truth=truth, src=src, columns=columns,
                           w=im.width, h=im.height))
