@@ -203,7 +203,7 @@ def _answers(look):
             truth = title_text(look.reading.name(look.said[i].item()))
         yield dict(text=text, truth=truth, error=at(error, i), unsure=at(unsure, i),
                    spread=at(spread, i), everywhere=bool(wide[i]),
-                   verdict='' if error is None else 'right' if full == text else 'wrong')
+                   verdict='' if error is None or look.numbers else 'right' if full == text else 'wrong')
 
 def _errors(look):
     "How wrong each answer is, `(b,)`: its loss in nats, or its distance; None where the truth is not known."
@@ -269,7 +269,8 @@ def _label(look):
     return f'One for each output ({how}):' if look.numbers else f'What speaks for ({how}):'
 
 def _about(look):
-    known = [f'{k} {v}' for k, v in look.about.items() if k != 'name' and v not in (None, '')]
+    words, about = dict(head='head ', arch='network ', data='data ', source=''), look.about
+    known = [word + str(about[k]) for k, word in words.items() if about.get(k)]
     return title_text(look.name, 100), title_text(' · '.join(known), 300)
 
 def _check_alike(looks):
