@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADS', 'ABLATIONS', 'OTHER_HEADS', 'start_linear', 'PoolHead', 'AvgPoolHead', 'LearnedAggregationHead',
            'LearnedAggregationSandwichHead', 'AvgAttnPoolHead', 'AvgAttnPoolSlimHead', 'AvgAttnConcatPoolHead',
-           'AvgStartAttnPoolHead', 'ClassQueryPoolHead', 'get_head', 'FoldedAttention', 'fold']
+           'AvgStartAttnPoolHead', 'ClassQueryPoolHead', 'get_head', 'name_of', 'FoldedAttention', 'fold']
 
 # %% ../nbs/16_heads.ipynb #ab53fc67
 import inspect
@@ -181,6 +181,15 @@ def get_head(
     if ':' in name: return find_part(name)
     known = [*HEADS, *PEERS, *OTHER_HEADS, *(ABLATIONS if '-' in head else ())]   # too many to list them always
     raise unknown('head', head, known)
+
+def name_of(
+    head: str | Callable, # Short name, class, partial, or module
+) -> str | None: # None for a head that is not ours
+    "Short name of a head."
+    if isinstance(head, str): return head
+    cls = getattr(head, 'func', head)   # of a partial
+    return next((n for n, known in (*ABLATIONS.items(), *HEADS.items(), *PEERS.items())
+                 if head is known or cls is known or isinstance(known, type) and isinstance(cls, known)), None)
 
 # %% ../nbs/16_heads.ipynb #b6a1d7a0
 def _at_rest(norm): return readable(norm, TokenBatchNorm) and norm.running_mean is not None
