@@ -147,7 +147,7 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', **found):
         np.savez_compressed(buffer := io.BytesIO(), **arrays)
         write_file(folder/'maps.npz', buffer.getvalue())
     write_about(dls, spec, folder)
-    write_weights(learn.model, folder, body)
+    write_weights(learn.model, folder, body, spec, dls)
     last = {k: v for k, v in log.rows[-1].items() if k not in ('epoch', 'seconds', 'train_seconds')} if log.rows else {}
     def median(key): return float(np.median([r[key] for r in log.rows]))   # a pause of the machine does not count
     status = 'complete' if good else 'diverged'
@@ -233,6 +233,7 @@ def open_run(
         raise BadInput(f"folder: the weights of {folder} do not fit today's {spec.arch} with the head {spec.head} "
                        f"({str(e).splitlines()[-1].strip()}). Open it with the version that made it: "
                        f"pip install attnpool=={result.versions.get('attnpool')}.") from None
+    learn.about = dict(name=folder.resolve().name, head=spec.head, arch=spec.arch, data=spec.data.name, source='run')
     return learn
 
 # %% ../../nbs/54_runs.train.ipynb #9b56d158
@@ -246,7 +247,6 @@ def keep_memory():
 
 # %% ../../nbs/54_runs.train.ipynb #3e799009
 def _shown(name, value): return f'{name} {value:.1%}' if 0 <= value <= 1 else f'{name} {value:.4g}'
-
 def _ended(r):
     "How, and how long it took."
     if r.status == 'failed': return f'failed: {" ".join(r.reason.split())}'
