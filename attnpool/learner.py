@@ -27,7 +27,7 @@ from .models.body import for_pictures, network_of
 from .models.start import Start, expected, find_start, is_start
 from .models.surgery import body_of, build_network, timm_splitter
 from .recipe import get_recipe, name_of
-from .registry import BadInput, UnknownName
+from .registry import BadInput
 
 # %% ../nbs/48_learner.ipynb #ecdf63d9
 def _fastais(dls, arch, init, splitter, **kwargs):
@@ -59,7 +59,7 @@ class RatedLearner(Learner):
 def _named(head):
     "The head with a short name."
     try: return get_head(head)
-    except UnknownName as e: raise UnknownName(f'custom_{e}') from None
+    except BadInput as e: raise type(e)(f'custom_{e}') from e.__cause__
 
 def _weights(weights, arch, pretrained, kwargs):
     "What was given as weights, in any of the ways to spell it: a start, or torchvision's own."
@@ -86,7 +86,7 @@ def vision_learner(
     pretrained: bool = True, # Pretrained weights, body frozen at first
     weights=None, # A file of weights, a run's folder, or torchvision's weights; None for the usual ones
     *,
-    custom_head=None, # Short name, class or callable `(ni, n_out)`, or module; None makes fastai's own head
+    custom_head=None, # Name as for `get_head`, class or callable `(ni, n_out)`, or module; None makes fastai's own head
     cut: int | Callable | None = None, # Where the body ends: first child to drop, or function; None as fastai knows
     init: Callable | None = None, # Start of the head; None: a custom head's own, kaiming_normal_ for fastai's
     splitter: Callable | None = None, # Network to groups of parameters; None: fastai's, by depth for a PatchConvNet
