@@ -48,14 +48,6 @@ def _show(results):
         for line in remarks(its, part) if its else (): say(line)
         if its: Console().print(rich_table(summarize(its)))
 
-def _find_tests(specs):
-    from attnpool.runs.tested import find_tests
-    return find_tests(specs[0].data.path, specs[0].skip_broken)
-
-def _tested(results, tests, device):
-    from attnpool.runs.tested import ask_tests
-    return ask_tests(results, tests, device, say) if tests else results
-
 def _written(results, out, **options):
     "Write the page, and say where."
     from attnpool.report.page import keep_other, write_report
@@ -69,6 +61,7 @@ def _check_trained(results):
     fail(f"heads: none could be trained. {'; '.join(dict.fromkeys(f'{r.spec.head}: {r.reason}' for r in results))}")
     raise typer.Exit(1)
 
+# %% ../nbs/70_cli.ipynb #d3c54877
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
          'or a folder, tar or CSV file of pictures.')
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
@@ -88,8 +81,7 @@ _OUT = 'Folder for the runs, the table and the report. What is complete there is
 _SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3]'
 _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn anew, the same for all heads; where the '
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
-_TEST = ('Ask each run about the test pictures of the data (test/CLASS) too, once, at its end; they get a table of their '
-         'own. Otherwise they are left alone.')
+_TEST = 'Ask each run once about the test pictures (test/CLASS); they get a table of their own, else they are left alone.'
 _FILE = dict(parser=path_of, metavar='PATH')
 _RUNS = _FILE | dict(metavar='RUNS')
 _TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | ', '.runs.csv': 'spec.head'}   # beside a report
@@ -136,24 +128,24 @@ def bench(
     """
     from attnpool.distributed import is_first, scale_up
     from attnpool.runs.cluster import check_cluster
+    from attnpool.runs.tested import ask_tests, find_tests
     console, device = Console(), check_device(device)
     if cluster: check_cluster(cluster, time_limit)
     sizes = read_list('eval-sizes', eval_sizes, int) if eval_sizes else None if eval_sizes is None else ()
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
     specs = read_specs(data, heads, seeds, recipe, options, splits=splits, save_recipe=save_recipe, **overrides)
-    tests = _find_tests(specs) if test else None   # what is wrong with them is told before any training
+    tests = find_tests(specs[0].data.path, skip_broken) if test else None   # errors are told before any training
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
     if sizes is None and specs[0].eval_sizes and is_first():
-        also = ' and '.join(map(str, specs[0].eval_sizes))
-        say(f'As in the blog: trained on {specs[0].data.name}, validated at {also} px as well.')
+        also = f'validated at {" and ".join(map(str, specs[0].eval_sizes))} px as well'
+        say(f'As in the blog: trained on {specs[0].data.name}, {also}.')
     job = dict(partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size, wait=wait)
     if is_first(): check_out(out/'report.html', [data], _TABLES, make=True, own='--line: #888', folder=True)
     results = make_runs(specs, out, device, console, **(dict(cluster=cluster, **job) if cluster else {}))
     if not is_first() or not results: return
     results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
-    results = _tested(results, tests, device)
-    begin = f' from {specs[0].start.name}' if specs[0].start else ''
-    say(f'{data}, {arch}{begin}, recipe {recipe}')   # no title of the table, which would be cut to its width
+    if tests: results = ask_tests(results, tests, device, say)
+    say(f'{data}, {arch}{f" from {specs[0].start.name}" * bool(specs[0].start)}, recipe {recipe}')   # not cut, as a title
     _show(results)
     say(_written(results, out/'report.html'))
     _check_trained(results)
