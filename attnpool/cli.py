@@ -49,7 +49,6 @@ def _show(results):
         if its: Console().print(rich_table(summarize(its)))
 
 def _written(results, out, **options):
-    "Write the page, and say where."
     from attnpool.report.page import keep_other, write_report
     if kept := keep_other(out, results): say(f'The report of other data that lay there is kept as {kept}')
     page = write_report(results, out, **options)
@@ -81,7 +80,7 @@ _OUT = 'Folder for the runs, the table and the report. What is complete there is
 _SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3]'
 _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn anew, the same for all heads; where the '
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
-_TEST = 'Ask each run once about the test pictures (test/CLASS); they get a table of their own, else they are left alone.'
+_TEST = 'Ask each run once about the test pictures, in test/CLASS; they get a table of their own.'
 _FILE = dict(parser=path_of, metavar='PATH')
 _RUNS = _FILE | dict(metavar='RUNS')
 _TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | ', '.runs.csv': 'spec.head'}   # beside a report
@@ -120,9 +119,8 @@ def bench(
 
     \b
     Examples:
-      attnpool bench digits --heads avg,concat --seeds 1,2,3,4,5 --epochs 20
       attnpool bench digits --heads avg,learned,my_heads:Mine --options num_heads=4 --drop-path 0.1
-      attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --splits 5
+      attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --test
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
@@ -145,7 +143,7 @@ def bench(
     if not is_first() or not results: return
     results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
     if tests: results = ask_tests(results, tests, device, say)
-    say(f'{data}, {arch}{f" from {specs[0].start.name}" * bool(specs[0].start)}, recipe {recipe}')   # not cut, as a title
+    say(f'{data}, {arch}{f" from {specs[0].start.name}" * bool(specs[0].start)}, recipe {recipe}')   # a title is cut
     _show(results)
     say(_written(results, out/'report.html'))
     _check_trained(results)

@@ -128,6 +128,7 @@ def _where(results):
         return data_uri(show_maps(*(torch.from_numpy(a[k]) for k in ('images', 'maps')), boxes=a.get('boxes')))
     return dict(looks='', maps=[(row, figure_of(_arrays(r))) for row, r in its.items()])
 
+# %% ../../nbs/63_report.page.ipynb #1991aff6
 def _setting(results):
     "What was decided, and where it ran."
     def distinct(values): return '; '.join(dict.fromkeys(str(v) for v in values if v is not None))
@@ -220,8 +221,8 @@ def _parts(results, table):
         changed = 'The test pictures changed between these runs: attnpool bench --test asks them again.'
         text = format_table(summarize(tested)).drop(columns=['lr', 'wd'], errors='ignore')
         about = f"{tested[0].pictures[1]:,} pictures. {_TESTED}"
-        parts.append(dict(title='Test pictures', about=about, remarks=[changed] * (len(many) > 1) + remarks(tested, 'test'),
-                          table=text))
+        parts.append(dict(title='Test pictures', about=about, table=text,
+                          remarks=[changed] * (len(many) > 1) + remarks(tested, 'test')))
     return [p | dict(html=_html(p['table'])) for p in parts]
 
 def _line(text): return ' '.join(str(text).splitlines())
@@ -255,10 +256,10 @@ def write_report(
     blog = blog_tables(_of_data(groups, data), data) if data else {}
     tables, settings = [summarize(g) for g in groups], tell_apart(groups)
     names = dict.fromkeys(g[0].spec.data.name for g in groups)
+    sections = [_section(name, g, t) for (name, _), g, t in zip(settings, groups, tables)]
     page = html_page(
-        title or f"Attention pooling heads on {', '.join(names)}", _own('page.html'), LOOKS_STYLE + _own('page.css'), LOOKS_SCRIPT,
-        blog=[(t, _html(b)) for t, b in blog.items()], groups=[
-            _section(name, g, t) for (name, _), g, t in zip(settings, groups, tables)],
+        title or f"Attention pooling heads on {', '.join(names)}", _own('page.html'),
+        LOOKS_STYLE + _own('page.css'), LOOKS_SCRIPT if any(s['looks'] for s in sections) else '', blog=[(t, _html(b)) for t, b in blog.items()], groups=sections,
         metrics=', '.join(dict.fromkeys(primary_of(t).capitalize() for t in tables)), **_prose(groups))
     def plain(v): return v if isinstance(v, (str, int, float)) else str(v)
     csv = pd.concat([t.assign(**{k: plain(v) for k, v in s.items()}) for t, (_, s) in zip(tables, settings)])

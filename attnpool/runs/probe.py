@@ -77,6 +77,7 @@ def shared_by(
         _KEPT[alike] = Shared(dls, maps, model, *seen[-1], weights_hash(body), doubles_in(dls))
     return _KEPT[alike]
 
+# %% ../../nbs/53_runs.probe.ipynb #3e73b9ff
 @contextmanager
 def forget_shared():
     "At the end of several runs: what they shared goes, and with it the memory of network and maps."
