@@ -417,3 +417,37 @@ def test_a_report_that_covers_the_other_takes_its_place(tmp_path):
     assert keep_other(page, [one]) is None   # nothing lies there
     page.write_text(""), page.with_suffix(".runs.csv").write_text("spec.data\ndigits\n")   # of an earlier version
     assert keep_other(page, [one]) is None
+
+
+# Where they look
+
+def keep_in(r, **arrays):
+    "The maps of a run with further arrays, as a run of today keeps them."
+    file = r.folder / "maps.npz"
+    with np.load(file) as f: old = {k: f[k] for k in f.files}
+    np.savez_compressed(file, **old | arrays)
+
+
+def test_page_lays_maps_over_the_original_photos_with_label_and_prediction(tmp_path):
+    data = photos(train=4, val=3)
+    for f in data.rglob("*.png"): Image.open(f).resize((900, 600), Image.Resampling.NEAREST).save(f)   # larger than shown
+    results = [made(data, head) for head in ("avg", "learned")]
+    for r in results:
+        table = read_predictions(r)
+        some = np.linspace(0, len(table) - 1, 8).round().astype(int)
+        p = np.full((8, 3), .1, "float32")
+        p[range(8), [sorted(COLOURS).index(said) for said in table.said[some]]] = .8
+        keep_in(r, files=table.path[some].to_numpy(str), crops=np.tile(np.float32([150, 0, 750, 600]), (8, 1)), p=p,
+                unit=np.array("logit" if r.spec.head == "avg" else "uniform"))
+    page = write_report(results, tmp_path / "r.html").read_text()
+    looks = page[page.index('<section class="looks"'):page.index("</section>")]
+    table = read_predictions(results[0])
+    assert looks.count("<article") == 8 and table.path[0] in looks and 'width="640" height="427"' in looks
+    crops = json.loads(re.search(r'<script type="application/json">(.*?)</script>', looks, re.S)[1])["runs"][0]["crops"][0]
+    assert crops == pytest.approx([1 / 6, 0, 5 / 6, 1], abs=2e-3)   # the middle square
+    said = re.findall(r'class="said (\w+)"', looks)
+    tables = [read_predictions(r).iloc[np.linspace(0, 8, 8).round().astype(int)] for r in results]
+    assert said.count("right") == sum((t.label == t.said).sum() for t in tables) and len(said) == 16
+    shutil.rmtree(data)
+    again = write_report(results, tmp_path / "r.html").read_text()   # as the network saw them
+    assert 'width="24" height="24"' in again
