@@ -493,7 +493,7 @@ def test_differences_that_agree_by_chance_give_no_verdict(finished):
         assert mean == pytest.approx(d) and np.isnan(half) and n == 2
     two = [replace(r, metrics=r.metrics | dict(accuracy=.8 + .1 * (r.spec.seed == 2) - .1 * (r.spec.head == "concat")))
            for r in finished if r.spec.seed < 3]
-    assert format_table(summarize(two)).verdict.tolist() == ["–", "cannot tell with 2"]
+    assert format_table(summarize(two)).verdict.tolist()[:2] == ["–", "cannot tell with 2"]
 
 
 def test_the_report_names_the_interval_and_what_it_covers(finished, home, tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'LARGER_FROM', 'is_path', 'data_name', 'find_pictures', 'blog_version', 'larger_version', 'ReadPicture',
-           'picture_dls', 'empty_dls', 'valid_dl', 'validation_pictures']
+           'picture_dls', 'empty_dls', 'valid_dl', 'labelled_dls', 'validation_pictures']
 
 # %% ../../nbs/37_data.pictures.ipynb #ae9bd211
 import lzma
@@ -59,10 +59,12 @@ def find_pictures(
     valid_pct: float = .2, # Share that validates where the data has no split of its own
     split_seed: int = 0, # Of that split, not of a run
     cache: Path | str | None = None, # Where archives are unpacked; None for `attnpool` in fastai's data folder
+    tests: bool = False, # Take the test pictures in the place of those that validate; an error without any
 ) -> Listing:
     "The listing of any data set that consists of files."
     name = data_name(data)
     if not is_path(data) and data not in SOURCES:
+        if tests: raise BadInput(f"test: {data} are made, none of them for a test. Leave --test out.")
         raise BadInput(f"data: {data!r} is a data set without files. For a folder of that name type ./{data}.")
     path = root = Path(data).expanduser() if is_path(data) else fetch(data)
     table = path if path.suffix.lower() == '.csv' else None
@@ -78,12 +80,13 @@ def find_pictures(
         inside = list(root.iterdir())
         if len(inside) == 1 and inside[0].is_dir() and any(record_files(inside[0])): root = inside[0]
     known = official_layout(root) if root.is_dir() else None
+    if known and tests: raise BadInput(f"test: the test pictures of {known[0]} validate already. Leave --test out.")
     if known: return replace(list_official(*known, cache), name=name).checked()
     records = root.is_dir() and any(record_files(root))
     if records: table = unpack_tfrecords(root, cache)
-    if table: listing = list_csv(table, valid_pct, split_seed, 'petals' if records else '')
-    else: listing = list_folder(root, valid_pct, split_seed)
-    return replace(listing, name=name).checked()
+    if table: listing = list_csv(table, valid_pct, split_seed, 'petals' if records else '', tests)
+    else: listing = list_folder(root, valid_pct, split_seed, tests)
+    return replace(listing, name=name).checked('test' if tests else 'validation')
 
 # %% ../../nbs/37_data.pictures.ipynb #d8f13b3f
 LARGER_FROM = 256   # pixels: the blog's first size above its 224 of training
@@ -266,6 +269,23 @@ def valid_dl(
     elif size == dls.size or unshrunk: dataset = dls.valid_ds
     else: dataset = _listed(dls.listing, 2 * size).valid
     return dls.valid.new(dataset, bs=bs, after_item=AUGMENTS['none'].items(size))
+
+# %% ../../nbs/37_data.pictures.ipynb #4897457c
+def labelled_dls(
+    dls: DataLoaders, # From `picture_dls` or `empty_dls`
+    listing: Listing, # Of the same classes, or of some of them
+) -> DataLoaders: # With `listing` and `every`, as `picture_dls` has them
+    "The pictures of another listing, with their labels."
+    if other := set(listing.classes.values()) - set(dls.vocab):
+        raise BadInput(f"data: {listing.root} has classes that were not trained: {first_few(sorted(other))}. "
+                       f"Expected those of {first_few(dls.vocab)}.")
+    names = [listing.classes[label] for label in listing.labels]
+    read = ReadPicture(2 * dls.size, [listing.root/f for f in listing.files])
+    every = _datasets(read, names, dls.vocab, listing.n_train)
+    made = DataLoaders(dls.train.new(every.train), dls.valid.new(every.valid), device=dls.device)
+    made.about, made.size, made.listing = dls.about, dls.size, listing
+    made.every = listing, every, np.arange(len(names))
+    return made
 
 # %% ../../nbs/37_data.pictures.ipynb #ae8ac715
 def validation_pictures(

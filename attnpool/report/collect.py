@@ -23,9 +23,10 @@ from ..data.listing import first_few
 from ..data.reader import is_run
 from ..models.start import Start
 from ..recipe import Recipe
-from ..registry import BadInput
+from ..registry import BadInput, bare_name
 from ..runs.spec import Spec
 from ..runs.store import Result, load_run, read_result
+from ..runs.tested import with_test
 from ..tasks import TASKS, head_options
 
 # %% ../../nbs/60_report.collect.ipynb #b9844329
@@ -125,7 +126,7 @@ def write_runs(
         parts = {'spec.': spec, 'data.': spec.pop('data'), 'start.': spec.pop('start'),
                  'recipe.': _known(spec.pop('recipe')), '': result, 'metrics.': metrics, 'versions.': versions}
         cells = {f'{part}{k}': _cell(v) for part, values in parts.items() for k, v in values.items()}
-        del cells['data.path'], cells['start.path'], cells['files']
+        del cells['data.path'], cells['start.path'], cells['spec.folder'], cells['files']
         history = r.history() if len(r.history()) else pd.DataFrame(dict(epoch=['']))   # diverged in its first
         rows.append(history.assign(**cells))
     table = pd.concat(rows)
@@ -162,7 +163,8 @@ def _runs_of(table):
             result['spec'] |= dict(data=part('data.'), start=part('start.'), recipe=recipe)
             result['metrics'] = part('metrics.')
         elif len(history): result |= history.filter(regex='^(?!epoch$|.*seconds$)').iloc[-1].dropna()
-        counts = {f.name for f in fields(Result) if 'int' in str(f.type) or 'float' in str(f.type)} - {'pictures'}
+        numbers = {f.name for f in fields(Result) if 'int' in str(f.type) or 'float' in str(f.type)}
+        counts = numbers - {'pictures', 'classes'}
         for v in [*result.get('metrics', {}).values(), *(v for k, v in result.items() if k in counts),
                   result['spec'].get('seed', 0)]: float(v)
         yield read_result(result, epochs=history.reset_index(drop=True))
@@ -208,7 +210,7 @@ def collect(
         for file in sorted(path.rglob('spec.json')):
             if file.parent.resolve() in seen or set(tunings) & set(file.parents): continue
             seen.add(file.parent.resolve())
-            try: results.append(load_run(file.parent))
+            try: results.append(with_test(load_run(file.parent)))
             except ValueError as e: problems.append(str(e))
             else: places.append(file.parent)
         if not any(path.rglob('spec.json')) and (tables := sorted(path.glob('*.csv'))):
@@ -241,7 +243,11 @@ def by_row(
     results: Sequence[Result] # Of one setting
 ) -> dict[str, list[Result]]: # Name of the row: its results, in order of appearance
     "Results by their row in a table: the head with its options, and with its learning rate where it has several."
-    names, rates, rows = [' '.join([r.spec.head, *(f'{k}={v}' for k, v in _of_head(r.spec))]) for r in results], {}, {}
+    versions = {}   # of a head of one's own: told apart where there are several
+    for r in results: versions.setdefault(bare_name(r.spec.head), set()).add(r.spec.head)
+    def shown(head): return head if len(versions[bare_name(head)]) > 1 else bare_name(head)
+    names = [' '.join([shown(r.spec.head), *(f'{k}={v}' for k, v in _of_head(r.spec))]) for r in results]
+    rates, rows = {}, {}
     for name, r in zip(names, results): rates.setdefault(name, set()).add(r.spec.recipe.lr)
     for name, r in zip(names, results):
         lr = 'found' if r.spec.recipe.lr is None else f'{r.spec.recipe.lr:g}'
@@ -261,7 +267,7 @@ def setting_of(
     if spec['split'] == 'own': del spec['split']   # of the data, as nearly all
     every |= recipe | spec | dict(weights=start['fingerprint'], body_only=start['body_only'] or None,
                                   family=data['family'], fingerprint=data['fingerprint'], pictures=result.pictures)
-    return {k: v for k, v in every.items() if k not in ('head', 'seed', 'lr') and v not in (None, '', [], {})}
+    return {k: v for k, v in every.items() if k not in ('head', 'seed', 'lr', 'folder') and v not in (None, '', [], {})}
 
 def tell_apart(
     groups: Sequence[Sequence[Result]] # From `group_by_setting`
