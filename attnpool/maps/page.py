@@ -155,8 +155,8 @@ def _sources(shown, pixels):
 # %% ../../nbs/59_maps.page.ipynb #ccfb86d1
 _UNITS = dict(   # how a scale is called, and what is said of a value under the pointer
     uniform=('Where the head looks: × average pooling', '× average pooling here'),
-    logit=('What speaks for a class: logits', ' logits here'),
-    mean=('What speaks for a class: × the mean of its map', '× the mean of this map here'))
+    logit=('What speaks for a class (class activation): logits', ' logits here'),
+    mean=('What speaks for a class (Grad-CAM): × the mean of its map', '× the mean of this map here'))
 _METHODS = dict(uniform='a query for each: where it looks', logit='class activation', mean='Grad-CAM')
 
 def _parts(look):
