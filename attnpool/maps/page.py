@@ -195,7 +195,7 @@ def _answers(look):
         (torch.special.entr(q) + torch.special.entr(1 - q)).mean(1)
     first = _parts(look)[0]
     spread = entropy(first.values[:, :1])[:, 0] if first.unit == 'uniform' else None
-    wide = looks_everywhere(first) if first.unit == 'uniform' else [False] * len(said)
+    wide = looks_everywhere(first._replace(values=first.values[:, :1]))
     def at(values, i): return None if values is None else f'{values[i].item():.4g}'
     for i, (text, full) in enumerate(zip(said, both)):
         truth = full[len(text):].strip()[1:-1]   # in brackets, where it is another
