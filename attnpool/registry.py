@@ -179,7 +179,7 @@ def find_part(
         if not lost: raise BadInput(f"{kind}: {bare_name(name)}: its module cannot be imported: {fault_of(e)}") from e
         near = get_close_matches(module, [f.stem for place in places for f in Path(place).glob('*.py')], 1)
         raise BadInput(f"{kind}: there is no module {e.name!r} for {bare_name(name)!r}, neither in "
-                       f"{' or '.join(dict.fromkeys(places))} nor on Python's path."
+                       f"{' nor in '.join(dict.fromkeys(places))} nor on Python's path."
                        f"{f' Did you mean {near[0]}:{attribute}?' if near else ''} Name a file there, without its .py."
                        ) from None
     for part in attribute.split('.'):

@@ -234,9 +234,8 @@ def read_specs(
 
 def _say_rates(specs, recipe):
     "Which heads have no learning rate of their own."
-    from attnpool.data.listing import first_few
     rates = {bare_name(s.head): s.recipe.lr for s in specs if recipe.rate_key(s.head, s.data.family) == '*'}
-    if rates: say(f'{first_few(rates, 3)}: no learning rate of their own in the recipe {recipe.name}; '
+    if rates: say(f'{", ".join(rates)}: no learning rate of their own in the recipe {recipe.name}; '
                   f'{[*rates.values()][0]:g} is taken, that of heads without one. attnpool lr searches for one.')
 
 # %% ../../nbs/56_runs.options.ipynb #988cdf53
@@ -262,7 +261,6 @@ def _plain(error):
     "For what an encoding lacks: the nearest in ASCII."
     text = error.object[error.start:error.end].translate(_PLAIN)
     return text.encode('ascii', 'replace').decode(), error.end
-
 codecs.register_error('attnpool', _plain)
 
 def guarded(
