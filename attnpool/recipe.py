@@ -196,7 +196,7 @@ def read_recipe(
         raise unknown(place(strange), strange, known)
     base = values.pop('base', None)
     if base is not None and base not in [*RECIPES]: raise unknown(place('base'), base, RECIPES)
-    try: return replace(RECIPES[base], **values) if base else Recipe(**values, name=path.name)
+    try: return replace(RECIPES[base], **values) if base else Recipe(**dict(size=None) | values, name=path.name)
     except BadInput as e: raise BadInput(f"{place(str(e).partition(':')[0])}: {e}") from None
     except TypeError as e:   # something is missing, or a list
         what = str(e).removeprefix('Recipe.__init__() ')

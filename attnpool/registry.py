@@ -108,7 +108,7 @@ def _sources(folder, module, found):
         if name in found or name.startswith('attnpool') or not (file := _file_of(folder, name)): continue
         found[name] = file
         package = name.split('.') if file.name == '__init__.py' else name.split('.')[:-1]
-        for node in ast.walk(ast.parse(file.read_bytes())):
+        for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
             if isinstance(node, ast.Import): imported = [a.name for a in node.names]
             elif isinstance(node, ast.ImportFrom):
                 base = package[:len(package) + 1 - node.level] if node.level else []
