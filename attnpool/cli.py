@@ -104,9 +104,8 @@ def bench(
 ):
     """Compare heads on the same network, data and seeds.
 
-    Shows a table (accuracy with its spread, paired difference to average pooling with a 95% interval, time, where
-    the head looks) and writes it to OUT as report.html, which opens in any browser, and report.csv. Each run is a
-    folder in OUT. Stop it whenever you like: the same command goes on.
+    Shows a table (accuracy, paired difference to average pooling with a 95% interval, time) and writes it to OUT as
+    report.html, for any browser. Each run is a folder in OUT. Stop whenever you like: the same command goes on.
 
     \b
     Examples:

@@ -148,6 +148,7 @@ def _load(module, folder):
         sys.path.remove(folder)
         if mine and folder not in sys.path: sys.path.append(folder)
 
+# %% ../nbs/00_registry.ipynb #5d0b7a18
 def _split(name, kind):
     module, _, attribute = bare_name(name).partition(':')
     if re.fullmatch(r'[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*', f'{module}:{attribute}') \

@@ -129,6 +129,7 @@ def make_spec(
     sizes, options = tuple(_whole('eval_sizes', s, 1) for s in eval_sizes), _pairs(of_head | of_arch)
     return _unseen(Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split, folder))
 
+# %% ../../nbs/51_runs.spec.ipynb #5d0b7f01
 def _own_parts(head, arch):
     "Head and network by their names in a spec, and the working folder where one of them is not the package's own."
     signs, here = [], os.getcwd()
