@@ -64,8 +64,8 @@ def _check_trained(results):
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
          'or a folder, tar or CSV file of pictures.')
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
-          'Also ablations, such as slim-rms (heads.ABLATIONS); installed from other packages: `OTHER_HEADS`; and your own, '
-          'my_heads:Mine, the Mine in a my_heads.py of this folder.')
+          'Also ablations, such as slim-rms (heads.ABLATIONS); installed from other packages: `OTHER_HEADS`; and your '
+          'own, my_heads:Mine, the Mine in a my_heads.py of this folder.')
 _ARCH = ('Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18; installed from other '
          "packages: `OTHER_ARCHS`; or your own, my_nets:net, a function in this folder's my_nets.py.")
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "

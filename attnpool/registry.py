@@ -108,7 +108,7 @@ def _sources(folder, module, found):
         if name in found or name.startswith('attnpool') or not (file := _file_of(folder, name)): continue
         found[name] = file
         package = name.split('.') if file.name == '__init__.py' else name.split('.')[:-1]
-        for node in ast.walk(ast.parse(file.read_bytes())):
+        for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
             if isinstance(node, ast.Import): imported = [a.name for a in node.names]
             elif isinstance(node, ast.ImportFrom):
                 base = package[:len(package) + 1 - node.level] if node.level else []
@@ -148,6 +148,7 @@ def _load(module, folder):
         sys.path.remove(folder)
         if mine and folder not in sys.path: sys.path.append(folder)
 
+# %% ../nbs/00_registry.ipynb #5d0b7a18
 def _split(name, kind):
     module, _, attribute = bare_name(name).partition(':')
     if re.fullmatch(r'[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*', f'{module}:{attribute}') \
@@ -179,7 +180,7 @@ def find_part(
         if not lost: raise BadInput(f"{kind}: {bare_name(name)}: its module cannot be imported: {fault_of(e)}") from e
         near = get_close_matches(module, [f.stem for place in places for f in Path(place).glob('*.py')], 1)
         raise BadInput(f"{kind}: there is no module {e.name!r} for {bare_name(name)!r}, neither in "
-                       f"{' or '.join(dict.fromkeys(places))} nor on Python's path."
+                       f"{' nor in '.join(dict.fromkeys(places))} nor on Python's path."
                        f"{f' Did you mean {near[0]}:{attribute}?' if near else ''} Name a file there, without its .py."
                        ) from None
     for part in attribute.split('.'):

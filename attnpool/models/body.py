@@ -29,7 +29,7 @@ def _ours():
     from attnpool.models.xresnet import ARCHS   # here, because fastxtend loads fastai
     return ARCHS
 
-OTHER_ARCHS = EntryPoints('arch', 'attnpool.archs', lambda: [*_ours(), *timm.list_models()])
+OTHER_ARCHS = EntryPoints('arch', 'attnpool.models', lambda: [*_ours(), *timm.list_models()])
 
 def network_of(
     arch: str | Callable, # Name as for `check_arch`, or function
@@ -218,9 +218,11 @@ def whole_network(
         make = partial(arch, weights=weights, **options)
     else:
         takes = inspect.signature(arch).parameters.values()
-        if pretrained or any(p.name == 'pretrained' or p.kind is p.VAR_KEYWORD for p in takes):
-            options = dict(pretrained=pretrained) | options
-        make = partial(arch, **options)
+        told = any(p.name == 'pretrained' or p.kind is p.VAR_KEYWORD for p in takes)
+        if pretrained and not told:
+            raise BadInput(f"pretrained: {getattr(arch, '__name__', arch)} has no parameter of that name. Give a file "
+                           "of weights (--start FILE, weights= in Python), or begin from scratch.")
+        make = partial(arch, **dict(pretrained=pretrained) | options if told else options)
     net = published(make, arch) if pretrained else make()
     if isinstance(net, nn.Module): return net
     raise BadInput(f"arch: {getattr(arch, '__name__', arch)} returned {type(net).__name__} instead of a network, an nn.Module.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_list', 'read_options', 'expand', 'path_of', 'is_inside', 'check_out', 'check_device', 'LateCommands',
-           'late_options', 'read_specs', 'say', 'fail', 'guarded', 'make_runs']
+           'late_options', 'say', 'fail', 'read_specs', 'guarded', 'make_runs']
 
 # %% ../../nbs/56_runs.options.ipynb #f9717abd
 import codecs
@@ -182,6 +182,29 @@ def _fields(told, but):
                               annotation=Annotated[kind | None, option]))
     return made
 
+# %% ../../nbs/56_runs.options.ipynb #988cdf53
+def say(
+    text, # One or several lines
+):
+    "Print a line as it is, however wide."
+    from rich.console import Console
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+def fail(
+    message, # Text or exception
+) -> int: # 2, the status of the command
+    "One line on the standard error; of several processes, by the first."
+    if os.environ.get('RANK', '0') == '0': sys.stderr.write(f'attnpool: {" ".join(str(message).split())}\n')
+    return 2
+
+# %% ../../nbs/56_runs.options.ipynb #5d0b7e01
+def _say_rates(specs, recipe):
+    "Which heads have no learning rate of their own."
+    from attnpool.recipe import rate_key
+    rates = {bare_name(s.head): s.recipe.lr for s in specs if rate_key(recipe, s.head, s.data.family) == '*'}
+    if rates: say(f'{", ".join(rates)}: no learning rate of their own in the recipe {recipe.name}; '
+                  f'{[*rates.values()][0]:g} is taken, that of heads without one. attnpool lr searches for one.')
+
 # %% ../../nbs/56_runs.options.ipynb #d83a19fc
 def read_specs(
     data: str, # Name or path, as for `make_spec`
@@ -232,28 +255,6 @@ def read_specs(
     if is_first() and train != 'frozen' and not (rates or common.get('lr')): _say_rates(specs, recipe)
     return specs
 
-def _say_rates(specs, recipe):
-    "Which heads have no learning rate of their own."
-    from attnpool.data.listing import first_few
-    rates = {bare_name(s.head): s.recipe.lr for s in specs if recipe.rate_key(s.head, s.data.family) == '*'}
-    if rates: say(f'{first_few(rates, 3)}: no learning rate of their own in the recipe {recipe.name}; '
-                  f'{[*rates.values()][0]:g} is taken, that of heads without one. attnpool lr searches for one.')
-
-# %% ../../nbs/56_runs.options.ipynb #988cdf53
-def say(
-    text, # One or several lines
-):
-    "Print a line as it is, however wide."
-    from rich.console import Console
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
-
-def fail(
-    message, # Text or exception
-) -> int: # 2, the status of the command
-    "One line on the standard error; of several processes, by the first."
-    if os.environ.get('RANK', '0') == '0': sys.stderr.write(f'attnpool: {" ".join(str(message).split())}\n')
-    return 2
-
 # %% ../../nbs/56_runs.options.ipynb #8398051c
 _PLAIN = str.maketrans({'–': '-', '−': '-', '±': '+/-', '×': 'x', '…': '...', '’': "'", '─': '-', '━': '-',
                         '│': '|', '█': '#'})
@@ -262,7 +263,6 @@ def _plain(error):
     "For what an encoding lacks: the nearest in ASCII."
     text = error.object[error.start:error.end].translate(_PLAIN)
     return text.encode('ascii', 'replace').decode(), error.end
-
 codecs.register_error('attnpool', _plain)
 
 def guarded(

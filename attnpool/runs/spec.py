@@ -70,9 +70,10 @@ class Spec:
             there, folder = bare_name(name).partition(':')[0] in sys.modules, self.folder or None
             now = signed(name, kind, None if there else folder, others)
             if now != name and folder: now = signed(name, kind, folder, others)
-            if now != name: told.append(f'{kind}: {name} is asked for, and its source is that of {now} now')
+            if now != name: told.append(f'{kind}: the source of {bare_name(name)} has changed: {name} was asked for, '
+                                        f'and it is {now} now')
         if told and not opened: raise BadInput(f"{'; '.join(told)}. Put it back, or ask for what is there.")
-        for line in told: print(f'attnpool: {opened}: {line}, with which it is opened.', file=sys.stderr)
+        for line in told: print(f'attnpool: {opened}: {line}. It is opened with what is there.', file=sys.stderr)
         return self
 
     def to_json(self) -> dict:
@@ -128,6 +129,7 @@ def make_spec(
     sizes, options = tuple(_whole('eval_sizes', s, 1) for s in eval_sizes), _pairs(of_head | of_arch)
     return _unseen(Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split, folder))
 
+# %% ../../nbs/51_runs.spec.ipynb #5d0b7f01
 def _own_parts(head, arch):
     "Head and network by their names in a spec, and the working folder where one of them is not the package's own."
     signs, here = [], os.getcwd()
