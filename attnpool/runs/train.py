@@ -233,6 +233,7 @@ def open_run(
         raise BadInput(f"folder: the weights of {folder} do not fit today's {spec.arch} with the head {spec.head} "
                        f"({str(e).splitlines()[-1].strip()}). Open it with the version that made it: "
                        f"pip install attnpool=={result.versions.get('attnpool')}.") from None
+    learn.about = dict(name=folder.resolve().name, head=spec.head, arch=spec.arch, data=spec.data.name, source='run')
     return learn
 
 # %% ../../nbs/54_runs.train.ipynb #9b56d158
@@ -246,7 +247,6 @@ def keep_memory():
 
 # %% ../../nbs/54_runs.train.ipynb #3e799009
 def _shown(name, value): return f'{name} {value:.1%}' if 0 <= value <= 1 else f'{name} {value:.4g}'
-
 def _ended(r):
     "How, and how long it took."
     if r.status == 'failed': return f'failed: {" ".join(r.reason.split())}'
