@@ -150,9 +150,10 @@ def timm_net(
     pretrained: bool = False, # Pretrained weights; what they hold for each position is resampled
     n_in: int = 3, # Channels of the pictures
     state: dict | None = None, # Pretrained weights by the names of the whole network, instead of timm's own
+    whole: bool = False, # With its classifier
     **options # Of the network, for `timm.create_model`; `img_size` where it is built for pictures of one size
 ) -> nn.Module:
-    "A timm network up to its map, without the layers behind it."
+    "A timm network up to its map, without the layers behind it, or whole."
     overlay, file = options.pop('pretrained_cfg_overlay', {}), options.pop('checkpoint_path', None)
     if options.get('img_size') is not None:   # its configuration has to say so
         overlay = {'input_size': (3, *to_2tuple(options['img_size']))} | overlay
@@ -161,7 +162,8 @@ def timm_net(
     try:
         if state:   # what is behind the map stays as it begins
             with torch.random.fork_rng([]): overlay = overlay | dict(state_dict=make().state_dict() | state)
-        make = partial(make, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay)
+        if not whole: make = partial(make, num_classes=0)
+        make = partial(make, pretrained=pretrained, pretrained_cfg_overlay=overlay)
         def had():
             if not {'file', 'url', 'state_dict'} & overlay.keys(): _ask(arch)
             return make()
@@ -171,7 +173,7 @@ def timm_net(
         raise BadInput(f"img_size: {arch} cannot be built for pictures of {options['img_size']} px. Choose another "
                        f"size or network. It says: {e}") from e
     if state: del net.default_cfg['state_dict']
-    net = without_head(net)
+    if not whole: net = without_head(net)
     if file: timm.models.load_checkpoint(net, file)   # of the whole network, now that its head is gone
     return net
 

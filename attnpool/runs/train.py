@@ -147,7 +147,7 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', **found):
         np.savez_compressed(buffer := io.BytesIO(), **arrays)
         write_file(folder/'maps.npz', buffer.getvalue())
     write_about(dls, spec, folder)
-    write_weights(learn.model, folder, body)
+    write_weights(learn.model, folder, body, spec, dls)
     last = {k: v for k, v in log.rows[-1].items() if k not in ('epoch', 'seconds', 'train_seconds')} if log.rows else {}
     def median(key): return float(np.median([r[key] for r in log.rows]))   # a pause of the machine does not count
     status = 'complete' if good else 'diverged'
