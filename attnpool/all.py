@@ -12,9 +12,9 @@ __all__ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPo
            'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix',
            'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'find_pools',
            'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish', 'mixup',
-           'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up', 'show_heads',
-           'show_maps', 'small_data_metrics', 'swap_pool', 'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50',
-           'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
+           'open_model', 'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up',
+           'show_heads', 'show_maps', 'small_data_metrics', 'swap_pool', 'valid_dl', 'vision_learner', 'with_head',
+           'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
 
 # %% ../nbs/71_all.ipynb #f18ea5f4
 from .data import get_dls
@@ -45,6 +45,7 @@ from .pooling.attention import (
     AttentionPool2d, AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation,
     LearnedAggregationSandwich)
 from .pooling.start import AvgStartAttnPooling2d, ClassQueryPooling2d
+from .runs.open import open_model
 
 # %% ../nbs/71_all.ipynb #32e20460
 _all_ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPooling2d', 'AvgAttnPoolHead',
@@ -56,6 +57,6 @@ _all_ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPool
          'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix',
          'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'find_pools',
          'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish', 'mixup',
-         'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up', 'show_heads',
-         'show_maps', 'small_data_metrics', 'swap_pool', 'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50',
-         'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
+         'open_model', 'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up',
+         'show_heads', 'show_maps', 'small_data_metrics', 'swap_pool', 'valid_dl', 'vision_learner', 'with_head',
+         'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']

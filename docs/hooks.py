@@ -96,9 +96,11 @@ def code_cell(cell):
     if 'code-fold' in directives:
         yield markdown(details(code, directives.get('code-summary', '"Code"').strip('"'), ' open' * (directives['code-fold'] == 'show')))
         code = ''
-    hidden = not code or directives.get('echo') == 'false'
+    first = 'picture-first' in directives   # the code below what it makes
+    hidden = first or not code or directives.get('echo') == 'false'
     if not hidden or cell['outputs']:
         yield cell | dict(source=code, metadata={'tags': ['hide-input']} if hidden else {})
+    if first: yield cell | dict(source=code, outputs=[])
 
 
 def noise(output): return output.get('name') == 'stderr' and 'Warning' in ''.join(output['text'])
