@@ -235,6 +235,8 @@ class Linker:
 # Pages out
 
 def on_page_content(content, page, config, files):
+    guide = page.file.src_uri.startswith('tutorials/') or page.is_homepage
+    if guide: page.meta['search'] = {'boost': 3}   # who searches wants to do something; what a function takes comes after
     soup = BeautifulSoup(content, 'html.parser')
     # half a megabyte of Jupyter's own style on every page, scripts from elsewhere, a second copy of the code
     for tag in soup.select('style, script, .zeroclipboard-container, .clipboard-copy-txt, .jp-Collapser, .jp-InputPrompt, .jp-OutputPrompt'):
