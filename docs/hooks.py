@@ -96,7 +96,7 @@ def code_cell(cell):
     if 'code-fold' in directives:
         yield markdown(details(code, directives.get('code-summary', '"Code"').strip('"'), ' open' * (directives['code-fold'] == 'show')))
         code = ''
-    first = 'picture-first' in directives   # the code below what it makes
+    first = directives.get('picture') == 'first'   # what the code makes above it
     hidden = first or not code or directives.get('echo') == 'false'
     if not hidden or cell['outputs']:
         yield cell | dict(source=code, metadata={'tags': ['hide-input']} if hidden else {})

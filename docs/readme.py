@@ -16,7 +16,7 @@ def shown(cell):
     directives = dict(re.findall(r'(?m)^#\|\s*([\w-]+):? *(.*)$', cell.source)) if cell.cell_type == 'code' else {}
     if 'hide' in directives: return
     cell.source = re.sub(r'(?m)^#\|.*\n', '', cell.source)
-    first = 'picture-first' in directives
+    first = directives.get('picture') == 'first'
     if first: yield nbformat.from_dict(cell | dict(id=f'{cell.id}-picture', metadata=dict(tags=['no-code'])))
     if directives.get('echo') == 'false': cell.metadata['tags'] = ['no-code']
     yield cell if not first else nbformat.from_dict(cell | dict(outputs=[]))
