@@ -15,9 +15,9 @@ from rich.console import Console
 
 from .cost.commands import complexity, speed
 from .registry import BadInput
-from attnpool.runs.options import (
+from .runs.options import (
     LateCommands, check_device, check_out, expand, fail, guarded, late_options, make_runs, path_of, read_list,
-    read_specs, say)
+    read_options, read_specs, say)
 
 # %% ../nbs/70_cli.ipynb #36a013b6
 app = typer.Typer(cls=LateCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -220,20 +220,31 @@ def data(
     typer.echo(describe(data, out, size).text)
 
 # %% ../nbs/70_cli.ipynb #bf6bdb08
+_MODELS = ('Models, then pictures or folders of them. A model is the folder of a run, an exported Learner (.pkl), a '
+           'file of weights or the name of a network. With --measure: run folders or folders of runs.')
+
 @app.command()
 def maps(
-    runs: Annotated[list[Path], typer.Argument(help='A run folder, then pictures or folders of them; with --measure, '
-                                               'run folders or folders of runs.', **_RUNS)],
+    models: Annotated[list[Path], typer.Argument(help=_MODELS, **_FILE | dict(metavar='MODEL... [PHOTO]...'))],
     top: Annotated[int, typer.Option(help='Likeliest classes to offer for each picture.')] = 3,
     classes: Annotated[str, typer.Option(help='Further classes, by name or index, separated by commas.')] = '',
     n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.', min=1)] = 8,
+    pixels: Annotated[int, typer.Option(help='Width to which larger pictures are reduced.', min=32)] = 640,
+    arch: Annotated[str | None, typer.Option(help='Network of a file of weights that does not say it.')] = None,
+    head: Annotated[str | None, typer.Option(help='Head of a file of weights that does not say it.')] = None,
+    vocab: Annotated[Path | None, typer.Option(help='Text file of class names for weights.', **_FILE)] = None,
+    size: Annotated[int | None, typer.Option(help='Side of the pictures for weights, in pixels.')] = None,
+    options: Annotated[str, typer.Option(help='Options of head and network of weights: num_heads=2.')] = '',
+    trust: Annotated[bool, typer.Option('--trust', help='Open pickles (.pkl): they may run any code.')] = False,
     measure: Annotated[bool, typer.Option('--measure', help="Measure the runs' maps of validation pictures.")] = False,
     data: Annotated[str | None, typer.Option(help='Where the pictures are now.', parser=expand, metavar='PATH')] = None,
     check: Annotated[bool, typer.Option(help='Stop if pictures have changed since the run.')] = True,
     device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
     out: Annotated[Path, typer.Option(help='The page; with --measure, a table, as .csv.', **_FILE)] = 'maps.html',
 ):
-    """See where a trained network looks: a page to hover over, or measures.
+    """See where a trained network looks: a page of pictures and maps, or measures.
+
+    Several models stand side by side. Without pictures the page shows some that validated the first run.
 
     With --measure: pointing game and energy (where true boxes are known) against chance, entropy, deletion and
     insertion, and the agreement over seeds, for each head.
@@ -241,26 +252,40 @@ def maps(
     \b
     Examples:
       attnpool maps runs/digits-learned-1-0123456789
-      attnpool maps runs/digits-learned-1-0123456789 my_photo.jpg --top 3
+      attnpool maps runs/photos-slim-1-0123456789 runs/photos-avg-1-0123456789 my_photo.jpg --top 5
+      attnpool maps learner.pkl my_photos/ --trust
       attnpool maps runs --measure
     """
     console, device = Console(), check_device(device)
     if measure and out.name: out = out.with_suffix('.csv')
-    check_out(out, [*runs, *filter(None, [data])], own='head,runs,' if measure else '')
+    check_out(out, [*models, *filter(None, [data, vocab])], own='head,runs,' if measure else '')
     if measure:
         from attnpool.report.stats import measure_maps, plain_table
-        done = [r for r in _collected(runs) if r.status == 'complete']
+        done = [r for r in _collected(models) if r.status == 'complete']
         table = measure_maps(done, device, console, data=data, check=check)
         table.to_csv(out, index=False)
         console.print(plain_table(table))
         say(f'Table: {out}')
-    else:
-        from attnpool.maps.page import maps_page
-        from attnpool.runs.train import open_run
-        run, *pictures = runs
-        further = read_list('classes', classes) if classes else ()
-        page = maps_page(open_run(run, device, data, check, not pictures), out, pictures or None, top, further, n)
-        say(f'Page: {page.resolve().as_uri()}')
+        return
+    from attnpool.maps.page import maps_page
+    from attnpool.runs.open import is_model, open_model
+    pictures = [m for m in models if not is_model(m)]
+    models = [m for m in dict.fromkeys(models) if is_model(m)]
+    if not models: raise BadInput(f"MODEL: {pictures[0]} is a picture or a folder of them. Name a model before it.")
+    further, learners = read_list('classes', classes) if classes else (), {}
+    with Console(stderr=True).status('') as status:
+        for m in models:
+            status.update(f'opening {m}')
+            learn = open_model(m, arch, head, vocab, trust, device, data, check, not pictures, size,
+                               **read_options(options))
+            name = getattr(learn, 'about', {}).get('name', m.name)
+            learners[str(m) if name in learners else name] = learn
+        status.update(f"{' and '.join(learners)}: looking")
+        page = maps_page(learners, out, pictures or None, top, further, n, pixels)
+    if len(learners) > 1: say(f"{len(learners)} models side by side: {', '.join(learners)}")
+    if (megabytes := page.stat().st_size / 1e6) > 20:
+        say(f'The page has {megabytes:.0f} MB. A smaller --pixels or fewer pictures make it open faster.')
+    say(f'Page: {page.resolve().as_uri()}')
 
 # %% ../nbs/70_cli.ipynb #6271c39f
 app.command()(speed)

@@ -61,8 +61,10 @@ def _whole(arch, options):
 
 def _names(arch, cut, options):
     "Of a network from scratch: its state dict, the names in it up to the map, and all by the place of their part."
-    net, by_place = _whole(arch, options), {}
-    own, parts = net.state_dict(keep_vars=True), [name for name, _ in net.named_children()]
+    try:
+        with torch.device('meta'): net = _whole(arch, options)   # quick: for names and shapes
+    except (RuntimeError, NotImplementedError): net = _whole(arch, options)
+    own, parts, by_place = net.state_dict(keep_vars=True), [name for name, _ in net.named_children()], {}
     for name in own:
         first, _, rest = name.partition('.')
         by_place[name] = f'{parts.index(first)}.{rest}' if first in parts else name
@@ -150,12 +152,11 @@ def misfit(
     arch: str | Callable, # Whose weights it should hold
     state: dict[str, Tensor], # Those that it holds
     wrong: list[str], # What does not fit, from `fit_body`
-    cut: int | Callable | None = None, # As for `up_to_map`
-    options: dict = {}, # Of the network
+    *how, # `cut` and `options` of `fit_body`, where there are any
 ) -> BadInput: # To be raised
     "The error for weights of another network, with the name of the nearest."
     has, whole, needed = (sum(not k.endswith('num_batches_tracked') for k in names)
-                          for names in (state, *_names(network_of(arch), cut, options)[:2]))
+                          for names in (state, *_names(network_of(arch), *(how or (None, {})))[:2]))
     arch = getattr(arch, '__name__', arch)
     off = min(abs(has - whole), abs(has - needed))
     if 0 < off < needed / 10 and len(wrong) > needed / 2:   # but for these, their order could tell

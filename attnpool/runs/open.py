@@ -37,7 +37,7 @@ from ..recipe import name_of
 from ..registry import BadInput
 from .train import open_run
 from ..tasks import split_options
-from ..weights import HoldsCode, fit_by_name, read_weights, weights_in
+from ..weights import HoldsCode, mismatches, read_weights, weights_in
 
 # %% ../../nbs/57_runs.open.ipynb #20d4b723
 def _tell(text): print(f'attnpool: {text}', file=sys.stderr)
@@ -84,9 +84,10 @@ def _widths(state):
     rows = [(bool({*k.split('.')} & _LAST), i, len(v)) for i, (k, v) in enumerate(state.items()) if v.ndim in (2, 4)]
     return [*dict.fromkeys(n for *_, n in sorted(rows, reverse=True))][:4]
 
-def _fits(state, module):
+def _misfits(state, module):
+    "What keeps weights from being exactly those of a module."
     own = module.state_dict()
-    return fit_by_name(state, own, own)
+    return mismatches(*({k: v for k, v in s.items() if not k.endswith('num_batches_tracked')} for s in (state, own)))
 
 def _head_in(state, head, options, ni, path):
     "The name of a head that has these weights, and the head as it begins."
@@ -95,7 +96,7 @@ def _head_in(state, head, options, ni, path):
     for n in _widths(state):
         for name, make in makers.items():
             try:
-                with torch.device('meta'): wrong = _fits(state, build_head(make, ni, n))[1]
+                with torch.device('meta'): wrong = _misfits(state, build_head(make, ni, n))
             except (BadInput, RuntimeError): continue   # of a width that it cannot have
             if not wrong: return name, n, build_head(make, ni, n)
     what = f'is not {head}' if head else f"is none of {', '.join(makers)} as they begin"
@@ -116,7 +117,7 @@ def _whole_in(state, arch, options, path):
         faults.append(wrong)
         if wrong: continue
         net = _built(arch, n, options)
-        net.load_state_dict(fitted, strict=False)   # counters apart, all are there
+        net.load_state_dict(fitted, strict=False)
         if by_order: _tell(f'{path.name}: its names are not those of {arch}, its weights are loaded by their order.')
         return net, n
     wrong = min(faults, key=len, default=['there is no matrix among them'])
@@ -129,9 +130,8 @@ def _swapped_in(state, arch, head, options, of_head, path):
     "A network in which `swap_pool` has put the pool of a head, and its number of outputs."
     for n in _widths(state):
         net = swap_pool(_built(arch, n, options), partial(get_head(head), **of_head))
-        fitted, wrong = _fits(state, net)
-        if wrong: continue
-        net.load_state_dict(fitted, strict=False)
+        if wrong := _misfits(state, net): continue
+        net.load_state_dict(state, strict=False)   # counters apart, all are there
         return net, n
     raise BadInput(f"head: {path} is a whole network, and {head} is not in it ({first_few(wrong, 3)}). Leave head out "
                    "for the classifier that it came with.")
@@ -150,9 +150,8 @@ def _network(state, arch, head, options, path):
         found[:] = _head_in(mine, head, of_head, ni, path)
         return found[2]
     net = build_network(arch, 1, choose, **of_arch).model
-    fitted, wrong = _fits(state, net)
-    if wrong: raise misfit(path, arch, state, wrong, None, of_arch)
-    net.load_state_dict(fitted, strict=False)
+    if wrong := _misfits(state, net): raise misfit(path, arch, state, wrong, None, of_arch)
+    net.load_state_dict(state, strict=False)
     return net, found[1], found[0]
 
 # %% ../../nbs/57_runs.open.ipynb #5693046d
@@ -193,7 +192,19 @@ def _arch_in(net):
     cfgs = (getattr(m, 'pretrained_cfg', None) or {} for m in net.modules())
     return next((cfg['architecture'] for cfg in cfgs if cfg.get('architecture')), '')
 
-# %% ../../nbs/57_runs.open.ipynb #f2a7e5d4
+# %% ../../nbs/57_runs.open.ipynb #30b962ad
+def _told(path):
+    "What a file of weights says of itself; those of our runs do."
+    if path.suffix != '.safetensors': return {}
+    with safe_open(path, 'pt') as file: return json.loads((file.metadata() or {}).get('attnpool', '{}'))
+
+def _distrusted(path, e):
+    "The error for a file that may run code, before any of it has run."
+    what = re.search(r'\((.*?)\)', str(e))[1]
+    return HoldsCode(f"model: {path} holds more than weights ({what}): to open it is to run code that came with it, "
+                     "which can do all that you can. If you trust who made it, say so: trust=True (--trust). Else ask "
+                     "for its weights alone, as .safetensors or a state_dict().")
+
 def _unpickled(path):
     "What a file holds, its code run."
     try:
@@ -257,7 +268,7 @@ def _from_name(name, vocab, size, device, options):
         net = _built(name, None, options, pretrained=True)
     except BadInput as e:
         why = str(e).partition(': ')[2].partition(' Get them')[0].partition(", got 'pre")[0].rstrip('.')
-        raise BadInput(f"model: {why}. Get a file of them, and give that: attnpool maps FILE --arch {name}, or "
+        raise BadInput(f"model: {why}. Give a file of weights: attnpool maps FILE --arch {name}, or "
                        f"open_model(FILE, arch='{name}').") from None
     how = _sized(expected(name), size)
     return _finished(net, _outputs(net, how.size, name), vocab, how, device, name=name, arch=name, head='', data='',
@@ -282,29 +293,21 @@ def open_model(
     given = [k for k, v in dict(arch=arch, head=head, vocab=vocab, size=size).items() if v is not None] + [*options]
     def left_aside():
         if given: _tell(f"{path.name} knows its own network: {', '.join(given)} is left aside, for files of weights.")
-    if path.name in ('weights.safetensors', 'body.safetensors') and (path.parent/'result.json').exists():
-        path = path.parent
+    if path.name in ('weights.safetensors', 'body.safetensors') and is_run(path.parent): path = path.parent
     if path.is_dir():
-        runs = [] if (path/'result.json').exists() else [f.parent for f in path.glob('*/result.json')]
+        runs = [] if is_run(path) else [d for d in path.iterdir() if is_run(d)]
         left_aside()
         return open_run(runs[0] if len(runs) == 1 else path, device, data, check, with_data)
     if not path.exists(): return _from_name(str(model), vocab, size, device, options)
     if is_picture(path): raise BadInput(f"model: {path} is a picture. Give the model before it.")
-    if not path.stat().st_size: raise BadInput(f"model: {path} has zero bytes. Copy it again.")
-    told = {}
     try:
-        state = read_weights(path)
-        if path.suffix == '.safetensors':
-            with safe_open(path, 'pt') as file: told = json.loads((file.metadata() or {}).get('attnpool', '{}'))
-    except HoldsCode as e:
-        if not trust:
-            what = re.search(r'\((.*?)\)', str(e))[1]
-            raise HoldsCode(f"model: {path} holds more than weights ({what}): to open it is to run code that came with "
-                            "it, which can do all that you can. If you trust who made it, say so: trust=True "
-                            "(--trust). Else ask for its weights alone, as .safetensors or a state_dict().") from None
-        found = _unpickled(path)
-        if isinstance(found, Learner): left_aside()
-        if isinstance(found, (Learner, nn.Module)): return _from_pickle(found, path, device, size, vocab, arch)
-        state = weights_in(found)
-    except BadInput as e: raise BadInput(re.sub('^(file|checkpoint):', 'model:', str(e))) from None
-    return _from_weights(state, told, path, arch, head, vocab, size, device, options)
+        try: state, told = read_weights(path), _told(path)
+        except HoldsCode as e:
+            if not trust: raise _distrusted(path, e) from None
+            found = _unpickled(path)
+            if isinstance(found, Learner): left_aside()
+            if isinstance(found, (Learner, nn.Module)): return _from_pickle(found, path, device, size, vocab, arch)
+            state, told = weights_in(found), {}
+        return _from_weights(state, told, path, arch, head, vocab, size, device, options)
+    except BadInput as e:
+        raise type(e)(re.sub('^(file|checkpoint|start):', 'model:', str(e))) from e.__cause__
