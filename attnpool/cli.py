@@ -21,7 +21,7 @@ from .runs.options import (
 
 # %% ../nbs/70_cli.ipynb #36a013b6
 app = typer.Typer(cls=LateCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-                  pretty_exceptions_enable=False,
+                  pretty_exceptions_enable=False, context_settings=dict(help_option_names=['-h', '--help']),
                   help="Attention pooling heads for convolutional networks: comparisons on small data.")
 
 def _version(show: bool):
@@ -56,12 +56,15 @@ def _check_trained(results):
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
          'or a folder, tar or CSV file of pictures.')
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
-          'Also ablations, such as slim-rms (heads.ABLATIONS).')
-_ARCH = 'Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18.'
+          'Also ablations, such as slim-rms (heads.ABLATIONS); installed from other packages: `OTHER_HEADS`; and your own, '
+          'my_heads:Mine, the Mine in a my_heads.py of this folder.')
+_ARCH = ('Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18; installed from other '
+         "packages: `OTHER_ARCHS`; or your own, my_nets:net, a function in this folder's my_nets.py.")
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "
           '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone.  '
           '[default: from scratch]')
-_RECIPE = 'Recipe: `RECIPES`. The options after it replace single values.'
+_RECIPE = 'Recipe: `RECIPES`; or a TOML file. The options after it replace single values.'
+_SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recipe; then go on.'
 _DEVICE = 'cpu, cuda, mps, or auto.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
@@ -85,7 +88,8 @@ def bench(
     arch: Annotated[str, typer.Option(help=_ARCH)] = 'xeca_resnext_tiny',
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN')] = '',
     options: Annotated[str, typer.Option(help='Options of heads and network: num_heads=2,ffn_expand=1.')] = '',
-    recipe: Annotated[str, typer.Option(help=_RECIPE)] = 'quick',
+    recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
+    save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
@@ -98,7 +102,7 @@ def bench(
     wait: Annotated[bool, typer.Option(help='Stay until all jobs are done. The same command later goes on.')] = True,
     **overrides
 ):
-    """Compare heads: train the same network with each of them, on the same seeds.
+    """Compare heads on the same network, data and seeds.
 
     Shows a table (accuracy with its spread, paired difference to average pooling with a 95% interval, time, where
     the head looks) and writes it to OUT as report.html, which opens in any browser, and report.csv. Each run is a
@@ -107,7 +111,7 @@ def bench(
     \b
     Examples:
       attnpool bench digits --heads avg,concat --seeds 1,2,3,4,5 --epochs 20
-      attnpool bench digits --heads avg,learned --options num_heads=4 --drop-path 0.1
+      attnpool bench digits --heads avg,learned,my_heads:Mine --options num_heads=4 --drop-path 0.1
       attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --splits 5
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
@@ -119,7 +123,7 @@ def bench(
     if cluster: check_cluster(cluster, time_limit)
     sizes = read_list('eval-sizes', eval_sizes, int) if eval_sizes else None if eval_sizes is None else ()
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
-    specs = read_specs(data, heads, seeds, recipe, options, splits=splits, **overrides)
+    specs = read_specs(data, heads, seeds, recipe, options, splits=splits, save_recipe=save_recipe, **overrides)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
     if sizes is None and specs[0].eval_sizes and is_first():
         also = ' and '.join(map(str, specs[0].eval_sizes))
@@ -174,13 +178,16 @@ def lr(
     seeds: Annotated[str, typer.Option(help='Seeds for tuning: others than those of the comparison.')] = '0,10',
     arch: Annotated[str, typer.Option(help=_ARCH)] = 'xeca_resnext_tiny',
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN')] = '',
-    recipe: Annotated[str, typer.Option(help=_RECIPE)] = 'quick',
+    recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
+    save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
     out: Annotated[Path, typer.Option(help='Folder for the runs, not below one to be reported.', **_FILE)] = 'runs-lr',
     **overrides
 ):
-    """Find each head's learning rate: the best mean over the seeds, of a grid. A run that diverges learned nothing.
+    """Find each head's learning rate in a grid.
+
+    The best is that with the best mean over the seeds. A run that diverges learned nothing.
 
     \b
     Examples:
@@ -190,7 +197,7 @@ def lr(
     from attnpool.report.stats import learning_rates
     grid, console, device = read_list('rates', rates, float), Console(), check_device(device)
     common = dict(arch=arch, start=start, eval_sizes=(), skip_broken=skip_broken) | overrides
-    specs = read_specs(data, heads, seeds, recipe, rates=grid, **common)
+    specs = read_specs(data, heads, seeds, recipe, rates=grid, save_recipe=save_recipe, **common)
     check_out(out/'rates.csv', [data], make=True, own='head,', folder=True)
     best, table = learning_rates(make_runs(specs, out, device, console))
     say(table.to_string())
@@ -206,7 +213,9 @@ def data(
     out: Annotated[Path | None, typer.Option(help='PNG of a training batch.  [default: NAME.png]', **_FILE)] = None,
     size: Annotated[int, typer.Option(help='Side of the pictures in it, in pixels.', min=1)] = 128,
 ):
-    """Describe and check a data set: pictures per class, sizes, broken files, and a batch to look at.
+    """Describe and check a data set.
+
+    Pictures per class, sizes, broken files, and a batch to look at.
 
     \b
     Examples:
@@ -288,8 +297,8 @@ def maps(
     say(f'Page: {page.resolve().as_uri()}')
 
 # %% ../nbs/70_cli.ipynb #6271c39f
-app.command()(speed)
-app.command()(complexity)
+app.command(short_help='Measure what pooling costs.')(speed)
+app.command(short_help='Count parameters, multiply-adds and memory.')(complexity)
 
 # %% ../nbs/70_cli.ipynb #6bb8a25b
 def main(

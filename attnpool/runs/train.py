@@ -106,7 +106,7 @@ def _redrawn(spec, dls): return spec.split == 'seed' and dls.listing.drawn
 
 def _make(spec, folder, device, on_epoch, on_maps):
     "Make a run, with the other processes of a launcher if there are any."
-    bs, log = spec.recipe.bs, RunLog(folder/'history.csv', on_epoch)
+    bs, log = spec.loaded().recipe.bs, RunLog(folder/'history.csv', on_epoch)
     if bs % processes():
         raise BadInput(f"bs: {bs} is not a multiple of {processes()}, the number of processes that share each batch.")
     gc.collect()   # the network and the pictures of the run before, which refer to each other
@@ -223,7 +223,7 @@ def open_run(
 ) -> Learner: # With the run's data and trained network; without data others can be shown
     "The Learner of a run."
     result, folder = load_run(folder), Path(folder)
-    spec, dls = result.spec, open_data(result, device, data, check, with_data)
+    spec, dls = result.spec.loaded(folder.name), open_data(result, device, data, check, with_data)
     if result.status == 'failed': raise BadInput(f"folder: {folder} failed, there is nothing to open: {result.reason}")
     recipe = replace(spec.recipe, **{k: v for k, v in result.found.items() if k != 'trials'})
     learn = _learner(replace(spec, start=Start(), recipe=recipe), dls)   # its own weights follow
