@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['uncompiled', 'find_pools', 'attention_maps', 'enlarge', 'class_activation_map', 'grad_cam', 'class_maps',
-           'class_token_maps', 'maps_of']
+           'class_token_maps', 'maps_of', 'Saliency', 'as_saliency', 'saliency']
 
 # %% ../../nbs/17_maps.compute.ipynb #c8fde1b1
 import math
 from collections import deque
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -232,3 +233,37 @@ def maps_of(
     if pool is None and not find_pools(model): return class_activation_map(model, x).clamp(min=0)
     maps = attention_maps(model, x, pool)
     return list(maps.values())[-1] if isinstance(maps, dict) else maps
+
+# %% ../../nbs/17_maps.compute.ipynb #0a1e1002
+class Saliency(NamedTuple):
+    "Maps, and what their numbers mean."
+    values: Tensor # `(b, k, h, w)`, float32 or float64
+    unit: str # 'uniform': multiples of uniform weights; 'logit': added to a logit; 'mean': multiples of their mean
+
+def as_saliency(
+    maps: Tensor | Saliency, # `(b, k, h, w)`, as `attention_maps`, `class_activation_map` or `grad_cam` give them
+) -> Saliency: # What has one already stays as it is
+    "Maps with a unit: what sums to one is read as weights, what is negative somewhere as parts of logits."
+    if isinstance(maps, Saliency): return maps
+    if maps.ndim != 4: raise BadInput(f"maps: expected (b, k, h, w), got {tuple(maps.shape)}.")
+    m = maps.as_subclass(Tensor).detach()
+    m = m if m.dtype == torch.float64 else m.float()
+    if not m.isfinite().all():
+        raise BadInput("maps: some of their values are not finite, as of a network that diverged. Train it with a "
+                       "smaller rate.")
+    if (m < 0).any(): return Saliency(m, 'logit')
+    total = m.sum((2, 3), keepdim=True)
+    values = torch.where(total > 0, m * m[0, 0].numel() / total.clamp(min=1e-30), 1.) if len(m) else m
+    return Saliency(values, 'uniform' if ((total - 1).abs() < .02).all() else 'mean')
+
+def saliency(
+    model: nn.Module, # Any classifier
+    x: Tensor, # Pictures `(b, 3, H, W)`, normalised as in training
+    target: Tensor | None = None, # Classes to ask for, `(b,)` or `(b, k)`; None for where the head looks
+    pool: str | None = None, # Which pool, if the network has several; None for the last
+) -> Saliency: # `(b, k, h, w)`
+    "Where the head looks; without an attention pool, or for given classes, what speaks for a class."
+    if target is None and (pool or find_pools(model)):
+        return as_saliency(maps_of(model, x, pool))._replace(unit='uniform')
+    try: return as_saliency(class_activation_map(model, x, target))._replace(unit='logit')
+    except BadInput: return as_saliency(grad_cam(model, x, target))._replace(unit='mean')
