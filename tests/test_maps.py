@@ -18,7 +18,7 @@ from torch import nn
 from attnpool.heads import AvgPoolHead, HEADS, LearnedAggregationHead
 from attnpool.maps.compute import (
     attention_maps, class_activation_map, class_token_maps, enlarge, find_pools, grad_cam, maps_of, uncompiled)
-from attnpool.maps.draw import captions, data_uri, figure, PALETTE, show_heads, show_maps
+from attnpool.maps.draw import captions, data_uri, figure, PALETTE, scale_of, show_heads, show_maps
 from attnpool.maps.learner import open_pictures, pictures_of
 from attnpool.maps.measures import agreement, deletion_insertion, energy_in_box, entropy, pointing_game
 from attnpool.maps.page import class_index, html_page, look, maps_page

@@ -155,8 +155,8 @@ def _sources(shown, pixels):
 # %% ../../nbs/59_maps.page.ipynb #ccfb86d1
 _UNITS = dict(   # how a scale is called, and what is said of a value under the pointer
     uniform=('Where the head looks: × average pooling', '× average pooling here'),
-    logit=('What speaks for a class: logits', ' logits here'),
-    mean=('What speaks for a class: × the mean of its map', '× the mean of this map here'))
+    logit=('What speaks for a class (class activation): logits', ' logits here'),
+    mean=('What speaks for a class (Grad-CAM): × the mean of its map', '× the mean of this map here'))
 _METHODS = dict(uniform='a query for each: where it looks', logit='class activation', mean='Grad-CAM')
 
 def _parts(look):
@@ -195,7 +195,7 @@ def _answers(look):
         (torch.special.entr(q) + torch.special.entr(1 - q)).mean(1)
     first = _parts(look)[0]
     spread = entropy(first.values[:, :1])[:, 0] if first.unit == 'uniform' else None
-    wide = looks_everywhere(first) if first.unit == 'uniform' else [False] * len(said)
+    wide = looks_everywhere(first._replace(values=first.values[:, :1]))
     def at(values, i): return None if values is None else f'{values[i].item():.4g}'
     for i, (text, full) in enumerate(zip(said, both)):
         truth = full[len(text):].strip()[1:-1]   # in brackets, where it is another
