@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.foundation import L
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -74,7 +75,7 @@ def weights_in(
                    "Pass a state dict, or a dict that holds one as 'state_dict' or 'model'.")
 
 # %% ../nbs/07_weights.ipynb #3a417cd9
-_BESIDE = [Namespace, np.dtype, np.ndarray, np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0],
+_BESIDE = [Namespace, L, np.dtype, np.ndarray, np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0],
            *(type(np.dtype(kind)) for kind in ('f2', 'f4', 'f8', 'u1', 'i4', 'i8', '?'))]
 
 class HoldsCode(BadInput):
@@ -99,6 +100,7 @@ def read_weights(
     "The weights in a file. No code in it is run."
     file = Path(file).expanduser()
     if not file.is_file(): raise FileNotFoundError(f"file: there is no {file}. Give the path of a file of weights.")
+    if not file.stat().st_size: raise BadInput(f"file: {file} has zero bytes. Copy it again, or download it.")
     try:
         if file.suffix == '.safetensors': found = load_file(file)
         else:

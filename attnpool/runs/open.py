@@ -23,6 +23,7 @@ from safetensors import safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from ..callback.precision import ChannelsLast
 from ..data.cache import near_path
 from ..data.listing import first_few
 from ..data.pictures import empty_dls
@@ -165,7 +166,7 @@ def is_model(
 
 def _sized(how, size): return how._replace(size=size) if size else how
 
-def _finished(net, n, vocab, how, device, **about):
+def _finished(net, n, vocab, how, device, augment='none', **about):
     "The Learner of a network: its data are empty, and prepare pictures as it expects them."
     size, mean, std = how
     if not 8 <= size <= 2048: raise BadInput(f"size: expected 8 to 2048 pixels, got {size}. 224 is usual.")
@@ -175,8 +176,9 @@ def _finished(net, n, vocab, how, device, **about):
     if vocab is None and not (vocab := imagenet_names(n)):
         _tell(f"{about['name']}: what its {n:,} classes are called is not known. Give their names as vocab (--vocab).")
         vocab = [f'class {i}' for i in range(n)]
-    dls = empty_dls(size, read_vocab(vocab, n), mean, std, device=device)
-    learn = Learner(dls, net.to(dls.device), CrossEntropyLossFlat(), metrics=accuracy)
+    dls = empty_dls(size, read_vocab(vocab, n), mean, std, augment, device=device)
+    cbs = [ChannelsLast()] if dls.device.type in ('cpu', 'cuda') else []   # as our runs have it
+    learn = Learner(dls, net.to(dls.device), CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs)
     learn.about = about
     return learn
 
@@ -253,8 +255,8 @@ def _from_weights(state, told, path, arch, head, vocab, size, device, options):
     if cfg and cfg.fixed_input_size and how.size != usual: options = dict(img_size=how.size) | options
     net, n, head = _network(state, arch, head, options, path)
     arch, head = (getattr(o, '__name__', o) for o in (arch, name_of(head) or head))
-    return _finished(net, n, vocab or told.get('vocab') or None, how, device, name=path.name, head=head, arch=arch,
-                     data=told.get('data', ''), source='weights', path=str(path))
+    return _finished(net, n, vocab or told.get('vocab') or None, how, device, told.get('augment', 'none'),
+                     name=path.name, head=head, arch=arch, data=told.get('data', ''), source='weights', path=str(path))
 
 def _from_name(name, vocab, size, device, options):
     "The Learner of a network with its published weights."

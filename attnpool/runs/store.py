@@ -297,7 +297,7 @@ def write_weights(
     told = spec and dict(
         task=spec.task, arch=spec.arch, head=spec.head, options=dict(spec.options), data=spec.data.name,
         size=spec.recipe.size, vocab=[*map(str, getattr(dls, 'vocab', ()))],
-        **{k: getattr(t, k).flatten().tolist() for t in norms for k in ('mean', 'std')})
+        **{k: getattr(t, k).flatten().tolist() for t in norms for k in ('mean', 'std')}) | getattr(dls, 'about', {})
     write_file(folder/'weights.safetensors', safetensors_bytes(mine, told and {'attnpool': json.dumps(told)}))
     if not body: return
     kept, rest = folder.parent/'.bodies'/f'{body}.safetensors', {k: v for k, v in state.items() if k not in mine}
