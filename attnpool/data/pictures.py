@@ -15,7 +15,7 @@ import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -271,6 +271,7 @@ def valid_dl(
 def validation_pictures(
     dls: DataLoaders, # With or without labels and `boxes`
     n: int, # How many; all, if there are fewer
+    read: Callable | None = None, # Of a loader and a number, to read that item; None for what the loader does itself
 ) -> tuple[Tensor, Tensor | None, Tensor | None]: # Pictures as the network takes them, labels, boxes `(n, 4)`
     "The first ones where there are boxes; else some from all over the data."
     if n < 1: raise BadInput(f"n: expected 1 picture or more, got {n}.")
@@ -280,5 +281,6 @@ def validation_pictures(
     boxes, dl = getattr(dls, 'boxes', None), dls.valid
     dl.before_iter()   # its transforms are those of validation
     some = np.linspace(0, total - 1, min(n, total)).round().astype(int) if boxes is None else range(min(n, total))
-    x, *y = tuplify(dl.after_batch(to_device(dl.do_batch([dl.do_item(int(i)) for i in some]), dl.device)))
+    items = [read(dl, int(i)) if read else dl.do_item(int(i)) for i in some]
+    x, *y = tuplify(dl.after_batch(to_device(dl.do_batch(items), dl.device)))
     return x.as_subclass(Tensor), y[0] if y else None, None if boxes is None else boxes[:len(x)]

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 from fastai.vision.all import (
-    DataLoaders, Datasets, IntToFloatTensor, Learner, Normalize, TensorImage, TfmdDL, TfmdLists, patch,
-    to_device, tuplify)
+    DataLoaders, Datasets, IntToFloatTensor, Learner, Normalize, PILBase, TensorImage, TfmdDL, TfmdLists,
+    compose_tfms, no_random, patch, to_device, tuplify)
 from torch import Tensor
 
 from ..data.listing import first_few
-from ..data.pictures import validation_pictures
-from ..data.reader import open_picture, picture_files, square_picture
+from ..data.pictures import ReadPicture, validation_pictures
+from ..data.reader import BrokenPicture, open_picture, picture_files, square_picture
 from ..layers import evaluating
 from .compute import Saliency, saliency, uncompiled
 from .draw import show_maps
@@ -74,6 +74,136 @@ def open_pictures(
     squares = _each(lambda i: square_picture(files[i], size), files)
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255
 
+# %% ../../nbs/47_maps.learner.ipynb #t7a10002
+_DARK, _BRIGHT = 32, 223   # what transforms pad with mostly lies outside
+
+def _shades(im):
+    "Pictures of the same kind and size: one grows brighter to the right, one downwards."
+    def ramp(n): return (_DARK + (_BRIGHT - _DARK) * (np.arange(n) + .5) / n).round().astype(np.uint8)
+    for across in (ramp(im.width)[None], ramp(im.height)[:, None]):
+        grey = Image.fromarray(np.ascontiguousarray(np.broadcast_to(across, im.size[::-1]))).convert(im.mode)
+        yield type(im)(grey) if isinstance(im, PILBase) else grey
+
+def _line(v, near):
+    "Begin and end of the line that most of the values lie on, 0..1 along a picture; what is padded lies elsewhere."
+    n, at = len(v), (torch.arange(len(v), dtype=v.dtype) + .5) / len(v)
+    steps = [2**k for k in range(n.bit_length()) if 2**k < n]
+    slopes = [(v[d:] - v[:-d]) * n / d for d in steps]   # of lines through any two of them as far apart
+    slope, start = torch.cat(slopes), torch.cat([v[:-d] - m * at[:-d] for d, m in zip(steps, slopes)])
+    line = start[:, None] + slope[:, None] * at
+    on = ((line - v).abs() < near) & (line > 0) & (line < 1) & (slope > .01)[:, None]
+    on = on[on.sum(1).argmax()]
+    if on.sum() < 3: return None
+    start, slope = torch.linalg.lstsq(torch.stack([torch.ones_like(at), at], 1)[on], v[on, None]).solution[:, 0].tolist()
+    return start, start + slope
+
+def _part(across, down, size):
+    "Left, top, right, bottom of what was seen as parts of a picture; None where it is no upright rectangle of it."
+    found, near = [], [1.5 / (_BRIGHT - _DARK) + .5 / side for side in size]   # rounding, and the steps of few pixels
+    for shade, e in ((across, near[0]), (down.T, near[1])):
+        v = (shade.double() * 255 - _DARK) / (_BRIGHT - _DARK)
+        if len(v.T) < 3 or (line := _line(v[len(v) // 2], e)) is None: return None
+        n = v.shape[1]
+        at = torch.lerp(*torch.tensor(line).double(), (torch.arange(n).double() + .5) / n)
+        inner, step = slice(None), (line[1] - line[0]) / n
+        found.append((line, (at > step) & (at < 1 - step), (v - at).abs() < 2 * e))
+    (x, in_x, right_x), (y, in_y, right_y) = found
+    right = (right_x & right_y.T)[in_y][:, in_x].double()
+    if not right.numel() or right.mean() < .97: return None
+    def snapped(o): return next((edge for edge in (0., 1.) if abs(o - edge) < .003), o)
+    return tuple(map(snapped, (x[0], y[0], x[1], y[1])))
+
+# %% ../../nbs/47_maps.learner.ipynb #t7a10005
+def _source(ds, i):
+    "The file that a picture of the data is opened from; None where it is from none."
+    tl = ds.tls[0] if isinstance(ds, Datasets) else ds
+    if not isinstance(tl, TfmdLists): return None
+    o = getattr(tl.items, 'iloc', tl.items)[i]
+    for t in tl.tfms.fs:
+        if isinstance(o, (str, os.PathLike)) and os.path.isfile(o): return Path(o)
+        if isinstance(t, ReadPicture): return Path(t.files[o]) if isinstance(o, (int, np.integer)) and t.files else None
+        if isinstance(o, (Image.Image, np.ndarray, Tensor)): return None
+        o = compose_tfms(o, [t], split_idx=tl.tfms.split_idx)
+
+def _size(file, im):
+    "Width and height of the original that `im` was read from; those of `im` where that does not fit."
+    try:
+        if isinstance(file, np.ndarray): size = file.shape[1::-1]
+        elif isinstance(file, Image.Image): size = file.size
+        else:
+            with Image.open(file) as o: size = o.size
+    except Exception: return im.size   # from memory, or gone since
+    def off(s): return abs(s[0] * im.height / s[1] - im.width)
+    size = min(size, size[::-1], key=off)   # the camera may have been turned
+    return size if off(size) <= 1 + .01 * im.width else im.size
+
+def _finely(file, width):
+    "An original, of a large JPEG no more than shows it that wide."
+    if isinstance(file, (Image.Image, np.ndarray)) or not width: return open_picture(file)
+    with Image.open(file) as im:
+        if im.format not in ('JPEG', 'MPO'): return open_picture(file)
+        k = max(1, min(im.size) // width)
+        im.draft(None, [side // k for side in im.size])
+        return open_picture(im)
+
+def _alike(a, b):
+    a, b = (np.asarray(o.resize((16, 16), Image.Resampling.BOX, reducing_gap=1.), float) for o in (a, b))
+    return abs(a - b).mean() < 8
+
+def _shown(im, file, width):
+    "What was read, at the size of its original, or at most so wide."
+    im, size = im if im.mode == 'RGB' else im.convert('RGB'), im.size if file is None else _size(file, im)
+    k = min(1, width / size[0]) if width else 1
+    size = tuple(max(1, round(s * k)) for s in size)
+    if size[0] > im.width or size[1] > im.height:
+        try: fine = _finely(file, width)
+        except (BrokenPicture, OSError): fine = im
+        if not _alike(fine, im): fine, size = im, im.size
+        im = fine
+    return im if im.size == size else im.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.)
+
+# %% ../../nbs/47_maps.learner.ipynb #t7a10006
+class _Reader:
+    "Reads items of a loader, and keeps what one looks at beside them."
+    def __init__(self, width, files=None):
+        self.width, self.files = width, files
+        self.shown, self.sources, self.sizes, self.shades, self.parts = [], [], [], [], []
+
+    def _keep(self, im, file):
+        self.sources.append(file)
+        self.shown.append(_shown(im, file, self.width) if isinstance(im, Image.Image) else None)
+        self.sizes.append(_size(file, im) if isinstance(im, Image.Image) else None)
+
+    def __call__(self, dl, i):
+        item = dl.create_item(i)
+        im, *rest = tuplify(item)
+        def prepared(o):
+            with no_random(reproducible=False): return dl.after_item((o, *rest) if isinstance(item, tuple) else o)
+        x, shades = prepared(im), None
+        self._keep(im, _source(dl.dataset, i) if self.files is None else self.files[i])
+        if isinstance(im, Image.Image):
+            try: shades = [*map(prepared, _shades(im))]
+            except Exception: pass   # people's transforms raise all sorts
+        self.shades.append(shades)
+        return x
+
+    def square(self, file):
+        "The same of a picture in whose middle `open_pictures` looks."
+        im = open_picture(file)
+        self._keep(im, file)
+        left, top = ((1 - min(im.size) / side) / 2 for side in im.size)
+        self.parts.append((left, top, 1 - left, 1 - top))
+
+    def trace(self, dl, finished, decoded):
+        "Find which part of each picture the network saw."
+        if self.parts: return
+        self.parts = [None] * len(self.shown)
+        some = [i for i, shades in enumerate(self.shades) if shades]
+        try:
+            both = [decoded(finished(dl, [self.shades[i][k] for i in some])).cpu().mean(1) for k in (0, 1)] if some else []
+            for i, across, down in zip(some, *both): self.parts[i] = _part(across, down, self.sizes[i])
+        except Exception: pass   # whatever it is, the real pictures have passed
+
 # %% ../../nbs/47_maps.learner.ipynb #bd56668e
 def _loaders(learn):
     "Its data, where need be as fastai's: loaders of plain torch have no transforms."
@@ -81,8 +211,20 @@ def _loaders(learn):
     plain = isinstance(learn.dls.loaders[-1], torch.utils.data.DataLoader)
     return DataLoaders(*map(own, learn.dls.loaders)) if plain else learn.dls
 
-def _test_batch(dls, files):
-    "Files as validation would give them to the network, in one batch."
+def _finished(dl, items):
+    "Items as a batch for the network."
+    with no_random(reproducible=False):
+        return tuplify(dl.after_batch(to_device(dl.do_batch(items), dl.device)))[0]
+
+def _decoded(dls, x):
+    "A batch with its normalisation taken back, 0..1."
+    x = TensorImage(x)
+    for t in reversed(dls.loaders[-1].after_batch.fs):
+        if not isinstance(t, IntToFloatTensor): x = t.decode(x)
+    return x.as_subclass(Tensor).float().clamp(0, 1)
+
+def _test_batch(dls, files, read):
+    "Files as validation would give them to the network, in one batch; and what gave them."
     if len(dls.loaders) == 1: dls = DataLoaders(dls.train, dls.train)
     try:
         if not isinstance(dls.valid_ds, (Datasets, TfmdLists)): raise AssertionError
@@ -92,28 +234,30 @@ def _test_batch(dls, files):
             raise BadInput("files: the Learner's data are not made of files, and hold no picture that would tell how "
                            "large they are. Pass attention_maps and show_maps a batch.") from None
         x = TensorImage(open_pictures(files, validation_pictures(dls, 1)[0].shape[-1])).to(dls.valid.device)
+        for f in files: read.square(f)
         for t in dls.valid.after_batch.fs:
             if isinstance(t, Normalize): x = t(x)
-        return x
+        return x, None
     dl.before_iter()
-    return tuplify(dl.after_batch(to_device(dl.do_batch(_each(dl.do_item, files)), dl.device)))[0]
+    return _finished(dl, _each(lambda i: read(dl, i), files)), dl
 
 @dataclass(frozen=True)
 class Pictures:
     "Pictures for a network, and as one looks at them."
     x: Tensor   # `(b, 3, H, W)`, as the network takes them, on its device
-    shown: list[Image.Image]   # in RGB: the original files, upright
+    shown: list[Image.Image]   # in RGB: the originals, upright; what the network got where that is no part of one
     crops: Tensor   # `(b, 4)`: left, top, right, bottom of what the network saw, in pixels of `shown`; beyond: padding
     names: list[str]   # of the files, '' where there is none
     labels: Tensor | None   # what is true, where it is known
     boxes: Tensor | None   # `(b, 4)`, where objects are, in pixels of `x`
+    files: list[Path | None] = ()   # those that `shown` are from
+    sizes: list[tuple[int, int]] = ()   # width and height of the originals, before `shown` were reduced
 
-def _shown(x, source, pixels):
-    "A picture as it is; where it is of no file, as the network gets it."
-    im = Image.fromarray((x * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()) if source is None \
-        else open_picture(source)
-    k = min(1, pixels / im.width) if pixels else 1
-    return im if k == 1 else im.resize([max(1, round(s * k)) for s in im.size], Image.Resampling.LANCZOS, reducing_gap=3.)
+    def shown_boxes(self) -> Tensor | None:
+        "Boxes in pixels of `shown`."
+        if self.boxes is None: return None
+        (h, w), corner = self.x.shape[2:], self.crops[:, :2]
+        return self.boxes.cpu() * ((self.crops[:, 2:] - corner) / torch.tensor([w, h])).repeat(1, 2) + corner.repeat(1, 2)
 
 def pictures_of(
     learn: Learner, # Its data say how pictures are prepared; those of an exported one know it too
@@ -126,22 +270,26 @@ def pictures_of(
     if (inputs := getattr(dls, 'n_inp', 1)) != 1:
         raise BadInput(f"learn: its network takes {inputs} inputs, and maps are laid over one picture. "
                        "Use attention_maps and show_maps.")
+    if pixels is not None and pixels < 1: raise BadInput(f"pixels: expected a width like 640, or None, got {pixels}.")
+    read = _Reader(pixels, None if files is None else _listed(files))
     try:
-        if files is None: x, labels, boxes = validation_pictures(dls, n)
-        else: x = _test_batch(dls, files := _listed(files))
+        if files is None: (x, labels, boxes), dl = validation_pictures(dls, n, read), dls.valid
+        else: x, dl = _test_batch(dls, read.files, read)
     except RuntimeError as e:
         if not ('equal size' in str(e) or 'same size' in str(e)): raise
         raise BadInput("files: the pictures have several sizes, and the Learner's data no transform that brings them "
                        "to one. Give them one, as item_tfms=Resize(224).") from None
-    seen = TensorImage(x)
-    for t in reversed(dls.loaders[-1].after_batch.fs):
-        if not isinstance(t, IntToFloatTensor): seen = t.decode(seen)
+    read.trace(dl, _finished, lambda x: _decoded(dls, x))
+    got = [Image.fromarray((o * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())
+           for o in _decoded(dls, x)]
+    whole = [part is None for part in read.parts]
+    shown = [o if w else im for im, o, w in zip(read.shown, got, whole)]
+    crops = torch.tensor([part or (0, 0, 1, 1) for part in read.parts]) * torch.tensor([im.size * 2 for im in shown])
+    names = [os.path.basename(f) if isinstance(f, (str, os.PathLike)) else '' for f in read.sources]
+    kept = [None if w or not name else f for f, name, w in zip(read.sources, names, whole)]
+    sizes = [im.size if w else size for im, size, w in zip(shown, read.sizes, whole)]
     x, weight = x.as_subclass(Tensor), next(uncompiled(learn.model).parameters(), None)
-    seen, sources = seen.as_subclass(Tensor).float().clamp(0, 1), files or [None] * len(x)
-    shown = [_shown(o, f, pixels) for o, f in zip(seen, sources)]
-    crops = torch.tensor([(0, 0, *im.size) for im in shown], dtype=torch.float)
-    names = [f.name if isinstance(f, Path) else '' for f in sources]
-    return Pictures(x if weight is None else x.to(weight), shown, crops, names, labels, boxes)
+    return Pictures(x if weight is None else x.to(weight), shown, crops, names, labels, boxes, kept, sizes)
 
 # %% ../../nbs/47_maps.learner.ipynb #e33d78d0
 def batches(
@@ -161,12 +309,6 @@ def outputs_of(
     if not isinstance(outs[0], Tensor): return outs[0], reading   # which says what is wrong with it
     return torch.cat([o[:, None] if o.ndim == 1 else o for o in outs]), reading
 
-def _on_shown(its):
-    "Boxes in pixels of what is shown."
-    if its.boxes is None: return None
-    crops, (h, w) = its.crops, its.x.shape[2:]
-    return its.boxes.cpu() * (crops[:, 2:] - crops[:, :2]).repeat(1, 2) / torch.tensor([w, h, w, h]) + crops[:, :2].repeat(1, 2)
-
 @patch
 def show_attention(self: Learner,
     files: Sequence[Path | str] | Path | str | None = None, # Pictures or folders of them; None for validation pictures
@@ -182,4 +324,4 @@ def show_attention(self: Learner,
     titles = reading.titles(*reading.read(out), its.labels, sep='\n')
     parts = [saliency(self.model, b, pool=pool) for b in batches(self, its.x)]
     maps = Saliency(torch.cat([m.values for m in parts]), parts[0].unit)
-    return show_maps(its.shown, maps, titles, _on_shown(its), ncols, cell, its.crops, stretch)
+    return show_maps(its.shown, maps, titles, its.shown_boxes(), ncols, cell, its.crops, stretch)
