@@ -259,7 +259,8 @@ def write_report(
     sections = [_section(name, g, t) for (name, _), g, t in zip(settings, groups, tables)]
     page = html_page(
         title or f"Attention pooling heads on {', '.join(names)}", _own('page.html'),
-        LOOKS_STYLE + _own('page.css'), LOOKS_SCRIPT if any(s['looks'] for s in sections) else '', blog=[(t, _html(b)) for t, b in blog.items()], groups=sections,
+        LOOKS_STYLE + _own('page.css'), LOOKS_SCRIPT if any(s['looks'] for s in sections) else '',
+        blog=[(t, _html(b)) for t, b in blog.items()], groups=sections,
         metrics=', '.join(dict.fromkeys(primary_of(t).capitalize() for t in tables)), **_prose(groups))
     def plain(v): return v if isinstance(v, (str, int, float)) else str(v)
     csv = pd.concat([t.assign(**{k: plain(v) for k, v in s.items()}) for t, (_, s) in zip(tables, settings)])
