@@ -227,12 +227,10 @@ def read_specs(
     from attnpool.models.surgery import body_of
     from attnpool.runs.spec import data_for, make_spec
     from attnpool.tasks import head_options, split_options
-    groups = dict(all=HEADS, peers=PEERS)
-    heads = list(dict.fromkeys(head for word in read_list('heads', heads) for head in groups.get(word, [word])))
+    heads = list(dict.fromkeys(head for word in read_list('heads', heads) for head in dict(all=HEADS, peers=PEERS).get(word, [word])))
     recipe, given, known = find_recipe(recipe), read_options(options), {head: head_options(head) for head in heads}
     of_some, rich = set().union(*known.values()), max(heads, key=lambda head: len(known[head]))
     def mine(head): return {k: v for k, v in given.items() if k in known[head] or k not in of_some}
-    # an unknown option is told with the nearest of all
     _, of_arch = split_options(rich, common['arch'], mine(rich)) if given else ({}, {})
     if splits and seeds: raise BadInput(f"--splits: each has its own seed, got --seeds {seeds} too. Leave one out.")
     train = common.get('train') or recipe.train
@@ -241,10 +239,9 @@ def read_specs(
     numbers = range(1, splits + 1) if splits else read_list('seeds', seeds or '1,2,3', int)
     common['start'] = start = find_start(common.get('start'), common['arch'], **of_arch)   # read once for all
     if len(heads) > 1: common['start'] = start = start.for_all_heads()
-    variants = [common | dict(lr=rate) for rate in rates] or [common]
     def on(data):
         return [make_spec(data, head, seed, recipe=recipe, options=mine(head), **variant)
-                for seed in numbers for head in heads for variant in variants]
+                for seed in numbers for head in heads for variant in [common | dict(lr=r) for r in rates] or [common]]
     on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
     if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
     specs = on(data_for(data, recipe))
