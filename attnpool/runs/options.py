@@ -117,6 +117,28 @@ def check_device(
         raise BadInput(f"--device: {name!r} is not available here. Use --device cpu or --device auto.") from None
     return name
 
+# %% ../../nbs/56_runs.options.ipynb #5d0b7e02
+def _names_in():
+    "A function that puts the names of tables into a text."
+    from attnpool import data, recipe, tasks
+    from attnpool.models.body import OTHER_ARCHS
+    tables = vars(data) | vars(recipe) | vars(tasks) | dict(OTHER_ARCHS=OTHER_ARCHS)
+    names = {k: ', '.join(t) or 'none' for k, t in tables.items() if isinstance(t, (Registry, EntryPoints))}
+    return lambda text: re.sub('`([A-Z_]+)`', lambda m: names[m[1]], text)
+
+def _fields(told, but):
+    "Parameters of a function, one for each field of `Recipe`."
+    from fastcore.docments import docments
+    from attnpool.recipe import Recipe
+    docs, made = docments(Recipe), []
+    for field in fields(Recipe):
+        if not field.compare or field.name in but: continue
+        kind = next(iter(get_args(field.type)), field.type)   # float of float | None
+        option = typer.Option(help=f"{told(docs[field.name])}.  [default: the recipe's]")
+        made.append(Parameter(field.name, Parameter.POSITIONAL_OR_KEYWORD, default=None,
+                              annotation=Annotated[kind | None, option]))
+    return made
+
 # %% ../../nbs/56_runs.options.ipynb #3f6b9c42
 class LateCommands(typer.core.TyperGroup):
     "A group whose commands may learn their options when they are called, see `late_options`."
@@ -160,27 +182,6 @@ def late_options(
         LateCommands.made[f.__name__] = complete
         return app.command()(f)
     return decorate
-
-def _names_in():
-    "A function that puts the names of tables into a text."
-    from attnpool import data, recipe, tasks
-    from attnpool.models.body import OTHER_ARCHS
-    tables = vars(data) | vars(recipe) | vars(tasks) | dict(OTHER_ARCHS=OTHER_ARCHS)
-    names = {k: ', '.join(t) or 'none' for k, t in tables.items() if isinstance(t, (Registry, EntryPoints))}
-    return lambda text: re.sub('`([A-Z_]+)`', lambda m: names[m[1]], text)
-
-def _fields(told, but):
-    "Parameters of a function, one for each field of `Recipe`."
-    from fastcore.docments import docments
-    from attnpool.recipe import Recipe
-    docs, made = docments(Recipe), []
-    for field in fields(Recipe):
-        if not field.compare or field.name in but: continue
-        kind = next(iter(get_args(field.type)), field.type)   # float of float | None
-        option = typer.Option(help=f"{told(docs[field.name])}.  [default: the recipe's]")
-        made.append(Parameter(field.name, Parameter.POSITIONAL_OR_KEYWORD, default=None,
-                              annotation=Annotated[kind | None, option]))
-    return made
 
 # %% ../../nbs/56_runs.options.ipynb #988cdf53
 def say(
@@ -227,7 +228,8 @@ def read_specs(
     from attnpool.models.surgery import body_of
     from attnpool.runs.spec import data_for, make_spec
     from attnpool.tasks import head_options, split_options
-    heads = list(dict.fromkeys(head for word in read_list('heads', heads) for head in dict(all=HEADS, peers=PEERS).get(word, [word])))
+    groups = dict(all=HEADS, peers=PEERS)
+    heads = list(dict.fromkeys(head for word in read_list('heads', heads) for head in groups.get(word, [word])))
     recipe, given, known = find_recipe(recipe), read_options(options), {head: head_options(head) for head in heads}
     of_some, rich = set().union(*known.values()), max(heads, key=lambda head: len(known[head]))
     def mine(head): return {k: v for k, v in given.items() if k in known[head] or k not in of_some}
