@@ -125,7 +125,6 @@ def _names_in():
     tables = vars(data) | vars(recipe) | vars(tasks) | dict(OTHER_ARCHS=OTHER_ARCHS)
     names = {k: ', '.join(t) or 'none' for k, t in tables.items() if isinstance(t, (Registry, EntryPoints))}
     return lambda text: re.sub('`([A-Z_]+)`', lambda m: names[m[1]], text)
-
 def _fields(told, but):
     "Parameters of a function, one for each field of `Recipe`."
     from fastcore.docments import docments
