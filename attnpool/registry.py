@@ -91,7 +91,7 @@ def fault_of(
     "What was raised, and the last line of the user's own code that led to it."
     frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename: frames = [(error.filename, error.lineno)]
-    here = str(Path(__file__).parent)
+    here = importlib.import_module('attnpool').__path__[0]
     own = [f for f in frames if not f[0].startswith((here, '<')) and 'site-packages' not in f[0]
            and not f[0].startswith(os.path.dirname(os.__file__))]
     text = f"{type(error).__name__}: {getattr(error, 'msg', None) or error}".partition('\n')[0].rstrip(': ')

@@ -225,7 +225,8 @@ def whole_network(
         make = partial(arch, **dict(pretrained=pretrained) | options if told else options)
     net = published(make, arch) if pretrained else make()
     if isinstance(net, nn.Module): return net
-    raise BadInput(f"arch: {getattr(arch, '__name__', arch)} returned {type(net).__name__} instead of a network, an nn.Module.")
+    raise BadInput(f"arch: {getattr(arch, '__name__', arch)} returned {type(net).__name__} instead of a network, an "
+                   "nn.Module.")
 
 def _is_body(net, n_in):
     "Whether a network of somebody's own ends on a map as it is."

@@ -117,6 +117,27 @@ def check_device(
         raise BadInput(f"--device: {name!r} is not available here. Use --device cpu or --device auto.") from None
     return name
 
+# %% ../../nbs/56_runs.options.ipynb #5d0b7e02
+def _names_in():
+    "A function that puts the names of tables into a text."
+    from attnpool import data, recipe, tasks
+    from attnpool.models.body import OTHER_ARCHS
+    tables = vars(data) | vars(recipe) | vars(tasks) | dict(OTHER_ARCHS=OTHER_ARCHS)
+    names = {k: ', '.join(t) or 'none' for k, t in tables.items() if isinstance(t, (Registry, EntryPoints))}
+    return lambda text: re.sub('`([A-Z_]+)`', lambda m: names[m[1]], text)
+def _fields(told, but):
+    "Parameters of a function, one for each field of `Recipe`."
+    from fastcore.docments import docments
+    from attnpool.recipe import Recipe
+    docs, made = docments(Recipe), []
+    for field in fields(Recipe):
+        if not field.compare or field.name in but: continue
+        kind = next(iter(get_args(field.type)), field.type)   # float of float | None
+        option = typer.Option(help=f"{told(docs[field.name])}.  [default: the recipe's]")
+        made.append(Parameter(field.name, Parameter.POSITIONAL_OR_KEYWORD, default=None,
+                              annotation=Annotated[kind | None, option]))
+    return made
+
 # %% ../../nbs/56_runs.options.ipynb #3f6b9c42
 class LateCommands(typer.core.TyperGroup):
     "A group whose commands may learn their options when they are called, see `late_options`."
@@ -160,27 +181,6 @@ def late_options(
         LateCommands.made[f.__name__] = complete
         return app.command()(f)
     return decorate
-
-def _names_in():
-    "A function that puts the names of tables into a text."
-    from attnpool import data, recipe, tasks
-    from attnpool.models.body import OTHER_ARCHS
-    tables = vars(data) | vars(recipe) | vars(tasks) | dict(OTHER_ARCHS=OTHER_ARCHS)
-    names = {k: ', '.join(t) or 'none' for k, t in tables.items() if isinstance(t, (Registry, EntryPoints))}
-    return lambda text: re.sub('`([A-Z_]+)`', lambda m: names[m[1]], text)
-
-def _fields(told, but):
-    "Parameters of a function, one for each field of `Recipe`."
-    from fastcore.docments import docments
-    from attnpool.recipe import Recipe
-    docs, made = docments(Recipe), []
-    for field in fields(Recipe):
-        if not field.compare or field.name in but: continue
-        kind = next(iter(get_args(field.type)), field.type)   # float of float | None
-        option = typer.Option(help=f"{told(docs[field.name])}.  [default: the recipe's]")
-        made.append(Parameter(field.name, Parameter.POSITIONAL_OR_KEYWORD, default=None,
-                              annotation=Annotated[kind | None, option]))
-    return made
 
 # %% ../../nbs/56_runs.options.ipynb #988cdf53
 def say(
@@ -232,7 +232,6 @@ def read_specs(
     recipe, given, known = find_recipe(recipe), read_options(options), {head: head_options(head) for head in heads}
     of_some, rich = set().union(*known.values()), max(heads, key=lambda head: len(known[head]))
     def mine(head): return {k: v for k, v in given.items() if k in known[head] or k not in of_some}
-    # an unknown option is told with the nearest of all
     _, of_arch = split_options(rich, common['arch'], mine(rich)) if given else ({}, {})
     if splits and seeds: raise BadInput(f"--splits: each has its own seed, got --seeds {seeds} too. Leave one out.")
     train = common.get('train') or recipe.train
@@ -241,10 +240,9 @@ def read_specs(
     numbers = range(1, splits + 1) if splits else read_list('seeds', seeds or '1,2,3', int)
     common['start'] = start = find_start(common.get('start'), common['arch'], **of_arch)   # read once for all
     if len(heads) > 1: common['start'] = start = start.for_all_heads()
-    variants = [common | dict(lr=rate) for rate in rates] or [common]
     def on(data):
         return [make_spec(data, head, seed, recipe=recipe, options=mine(head), **variant)
-                for seed in numbers for head in heads for variant in variants]
+                for seed in numbers for head in heads for variant in [common | dict(lr=r) for r in rates] or [common]]
     on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
     if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
     specs = on(data_for(data, recipe))
