@@ -61,7 +61,7 @@ def network(n_out, head=AvgPoolHead, channels=3):
     return nn.Sequential(body, head(16, n_out))
 
 
-def titles(figure): return [ax.get_title() for ax in figure.axes if ax.images]
+def titles(figure): return [ax.get_title().removesuffix("\nlooks everywhere") for ax in figure.axes if len(ax.images) > 1]
 
 
 def buttons(page):
@@ -151,7 +151,7 @@ from fastai.vision.all import load_learner
 import matplotlib; matplotlib.use("Agg")
 import attnpool.all
 from attnpool.maps.page import maps_page
-def titles(figure): return [ax.get_title() for ax in figure.axes if ax.images]
+def titles(figure): return [ax.get_title().removesuffix("\\nlooks everywhere") for ax in figure.axes if len(ax.images) > 1]
 for name in sys.argv[1:]:
     learn = load_learner(name)
     for files in ("q.png", ["q.png", "folder"], "folder"): print(titles(learn.show_attention(files)))

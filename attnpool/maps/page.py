@@ -233,12 +233,10 @@ _CARDS = '''<section class="looks" aria-label="Pictures and where the network lo
 <noscript><p><strong>JavaScript is off, so no map is drawn.</strong> Pictures and answers are below.</p></noscript>
 <div class="runs">{% for name, about in abouts %}
 <p><b>{{ name }}</b> {{ about }}</p>{% endfor %}</div>
-<div class="cards">
-{% for card in cards %}
+<div class="cards">{% for card in cards %}
 <article class="card" data-index="{{ loop.index0 }}" data-name="{{ card.name }}" aria-label="{{ card.title }}">
 <h3>{{ card.title }}{% if card.truth %} <small>is {{ card.truth }}</small>{% endif %}</h3>
-<div class="columns">
-{% for c in card.columns %}
+<div class="columns">{% for c in card.columns %}
 <div class="column" data-run="{{ loop.index0 }}"{% for key in ('error', 'unsure', 'spread') if c[key] is not none %}
  data-{{ key }}="{{ c[key] }}"{% endfor %}>
 {% if c.run %}<h4>{{ c.run }}</h4>{% endif %}
@@ -257,9 +255,7 @@ _CARDS = '''<section class="looks" aria-label="Pictures and where the network lo
 {% else %}<button type="button" class="pick" data-map="{{ i }}">{{ name }}<span>{{ p }}</span></button>
 {% endif %}{% endfor %}</div></div>
 {% endfor %}</div></article>
-{% endfor %}</div>
-<script type="application/json">{{ data|safe }}</script>
-</section>'''
+{% endfor %}</div><script type="application/json">{{ data|safe }}</script></section>'''
 
 # %% ../../nbs/59_maps.page.ipynb #a2d41abd
 def _label(look):
