@@ -52,7 +52,8 @@ def data_name(
     "Short name, for tables and folders. Unknown names and missing paths are errors."
     if not is_path(data): return DATASETS.check(data)
     if (path := Path(data).expanduser()).exists(): return short_name(path)
-    raise FileNotFoundError(f"data: there is no file or folder {data}.{near_path(data)} Known names: {', '.join(DATASETS)}.")
+    raise FileNotFoundError(f"data: there is no file or folder {data}.{near_path(data)} "
+                            f"Known names: {', '.join(DATASETS)}.")
 
 def find_pictures(
     data: str | Path, # Name, folder, archive, CSV, or folder as a known data set is given out
