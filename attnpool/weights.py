@@ -114,8 +114,8 @@ def read_weights(
         if not pickled:
             raise BadInput(f"file: {file} cannot be read as weights ({type(e).__name__}: {why[:100]}). Give a file "
                            "of torch.save or a .safetensors file; if it should be one, download it again.") from e
-        raise HoldsCode(f"file: {file} holds more than weights ({pickled[0]}): to open it is to run code that came with "
-                       "it. If you trust it, pass what torch.load(file, weights_only=False) returns, or save its "
+        raise HoldsCode(f"file: {file} holds more than weights ({pickled[0]}): to open it is to run code that came "
+                        "with it. If you trust it, pass what torch.load(file, weights_only=False) returns, or save its "
                        "state_dict() and give that file.") from None
     return weights_in(found, names, averages)
 

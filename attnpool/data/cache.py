@@ -18,6 +18,7 @@ import zlib
 from collections import Counter
 from difflib import get_close_matches
 from errno import EACCES, EDQUOT, EEXIST, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS
+from glob import glob
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -58,8 +59,9 @@ def near_path(
     path: Path | str, # One that is not there
     names: Sequence[str] = (), # What else may have been meant, such as names of networks
 ) -> str: # ' Did you mean ...?', or nothing
-    "The nearest of what is there, for the end of a message."
+    "The nearest of what is there, or what a pattern matches, for the end of a message."
     path = Path(path).expanduser()
+    if many := sorted(glob(str(path))): return f" The pattern matches {len(many)}: {', '.join(many[:3])}. Give one."
     there = next((p for p in path.parents if p.is_dir()), path.parent)
     missing = path.relative_to(there).parts[0]
     try: beside = [p.name for p in there.iterdir()]

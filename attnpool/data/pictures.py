@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from .augment import AUGMENTS, STATS, augment_name
-from .cache import printable, short_name, unpack
+from .cache import near_path, printable, short_name, unpack
 from .check import check_pictures, make_pixels, without_broken
 from .digits import digits_dls
 from .listing import LAYOUTS, READABLE, Listing, first_few, list_csv, list_folder
@@ -52,7 +52,8 @@ def data_name(
     "Short name, for tables and folders. Unknown names and missing paths are errors."
     if not is_path(data): return DATASETS.check(data)
     if (path := Path(data).expanduser()).exists(): return short_name(path)
-    raise FileNotFoundError(f"data: there is no file or folder {data}. Known names: {', '.join(DATASETS)}.")
+    raise FileNotFoundError(f"data: there is no file or folder {data}.{near_path(data)} "
+                            f"Known names: {', '.join(DATASETS)}.")
 
 def find_pictures(
     data: str | Path, # Name, folder, archive, CSV, or folder as a known data set is given out

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..data import DataId
-from ..data.cache import write_file
+from ..data.cache import near_path, write_file
 from ..data.listing import first_few
 from ..data.reader import is_run
 from ..models.start import Start
@@ -196,7 +196,8 @@ def collect(
     results, problems, seen, places = [], [], set(), []
     for path in map(Path, paths):
         if not path.exists():
-            raise FileNotFoundError(f"runs: there is no {path}. Pass folders that attnpool bench wrote, or CSV files.")
+            raise FileNotFoundError(f"runs: there is no {path}.{near_path(path)} Pass folders "
+                                    "that attnpool bench wrote, or CSV files.")
         if path.is_file() and is_run(path.parent): path = path.parent   # its own history is no log
         if path.is_file():
             if path.resolve() in seen: continue

@@ -127,6 +127,7 @@ def _whole_in(state, arch, options, path):
                    f"({first_few(wrong, 3)}). Name the head it was built with as head; or train one on it: "
                    f"attnpool bench PHOTOS --arch {arch} --start {path}.")
 
+# %% ../../nbs/57_runs.open.ipynb #b12743a4
 def _swapped_in(state, arch, head, options, of_head, path):
     "A network in which `swap_pool` has put the pool of a head, and its number of outputs."
     for n in _widths(state):
@@ -222,6 +223,7 @@ def _unpickled(path):
                        "versions of Python, torch or fastai: export it again with these, or give the weights alone."
                       ) from e
 
+# %% ../../nbs/57_runs.open.ipynb #6bf0530d
 def _from_pickle(found, path, device, size, vocab, arch):
     "The Learner that a file held, or of the network that it held."
     device = default_device() if device is None else torch.device(device)
