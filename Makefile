@@ -10,7 +10,6 @@ PIP += $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH)
 .DEFAULT_GOAL := help
 
 help:
-	@echo "                                                                              first time, then; environment"
 	@echo "make bench    train the heads on cluttered digits, show the table, write runs/report.html (ARGS='--heads all' to change it)"
 	@echo "make test     whether modules, README.md and what the pages show are in step with the notebooks; the tests"
 	@echo "make pages    run every page, write those that show something else than before (ARGS=--all: every one)"
@@ -18,7 +17,7 @@ help:
 	@echo "make prepare  after editing a notebook: export, clean, rebuild README.md"
 	@echo "make newest   the tests with the newest fastai and fastcore, as a user may have them"
 	@echo "make clean    remove environments and everything built"
-	@echo "TORCH=cpu after any of them: PyTorch without CUDA, where the environment is made now"
+	@echo "Each makes its own environment the first time, 6.5 GB of which most is PyTorch with CUDA. TORCH=cpu takes the build without."
 
 .venv/.dev: EXTRA = [dev]
 .venv-docs/.docs: EXTRA = [docs]
