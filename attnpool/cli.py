@@ -15,13 +15,13 @@ from rich.console import Console
 
 from .cost.commands import complexity, speed
 from .registry import BadInput
-from attnpool.runs.options import (
+from .runs.options import (
     LateCommands, check_device, check_out, expand, fail, guarded, late_options, make_runs, path_of, read_list,
-    read_specs, say)
+    read_options, read_specs, say)
 
 # %% ../nbs/70_cli.ipynb #36a013b6
 app = typer.Typer(cls=LateCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-                  pretty_exceptions_enable=False,
+                  pretty_exceptions_enable=False, context_settings=dict(help_option_names=['-h', '--help']),
                   help="Attention pooling heads for convolutional networks: comparisons on small data.")
 
 def _version(show: bool):
@@ -56,12 +56,15 @@ def _check_trained(results):
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
          'or a folder, tar or CSV file of pictures.')
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
-          'Also ablations, such as slim-rms (heads.ABLATIONS).')
-_ARCH = 'Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18.'
+          'Also ablations, such as slim-rms (heads.ABLATIONS); installed from other packages: `OTHER_HEADS`; and your own, '
+          'my_heads:Mine, the Mine in a my_heads.py of this folder.')
+_ARCH = ('Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18; installed from other '
+         "packages: `OTHER_ARCHS`; or your own, my_nets:net, a function in this folder's my_nets.py.")
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "
           '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone.  '
           '[default: from scratch]')
-_RECIPE = 'Recipe: `RECIPES`. The options after it replace single values.'
+_RECIPE = 'Recipe: `RECIPES`; or a TOML file. The options after it replace single values.'
+_SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recipe; then go on.'
 _DEVICE = 'cpu, cuda, mps, or auto.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
@@ -85,7 +88,8 @@ def bench(
     arch: Annotated[str, typer.Option(help=_ARCH)] = 'xeca_resnext_tiny',
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN')] = '',
     options: Annotated[str, typer.Option(help='Options of heads and network: num_heads=2,ffn_expand=1.')] = '',
-    recipe: Annotated[str, typer.Option(help=_RECIPE)] = 'quick',
+    recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
+    save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
@@ -98,7 +102,7 @@ def bench(
     wait: Annotated[bool, typer.Option(help='Stay until all jobs are done. The same command later goes on.')] = True,
     **overrides
 ):
-    """Compare heads: train the same network with each of them, on the same seeds.
+    """Compare heads on the same network, data and seeds.
 
     Shows a table (accuracy with its spread, paired difference to average pooling with a 95% interval, time, where
     the head looks) and writes it to OUT as report.html, which opens in any browser, and report.csv. Each run is a
@@ -107,7 +111,7 @@ def bench(
     \b
     Examples:
       attnpool bench digits --heads avg,concat --seeds 1,2,3,4,5 --epochs 20
-      attnpool bench digits --heads avg,learned --options num_heads=4 --drop-path 0.1
+      attnpool bench digits --heads avg,learned,my_heads:Mine --options num_heads=4 --drop-path 0.1
       attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --splits 5
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
@@ -119,7 +123,7 @@ def bench(
     if cluster: check_cluster(cluster, time_limit)
     sizes = read_list('eval-sizes', eval_sizes, int) if eval_sizes else None if eval_sizes is None else ()
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
-    specs = read_specs(data, heads, seeds, recipe, options, splits=splits, **overrides)
+    specs = read_specs(data, heads, seeds, recipe, options, splits=splits, save_recipe=save_recipe, **overrides)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
     if sizes is None and specs[0].eval_sizes and is_first():
         also = ' and '.join(map(str, specs[0].eval_sizes))
@@ -174,13 +178,16 @@ def lr(
     seeds: Annotated[str, typer.Option(help='Seeds for tuning: others than those of the comparison.')] = '0,10',
     arch: Annotated[str, typer.Option(help=_ARCH)] = 'xeca_resnext_tiny',
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN')] = '',
-    recipe: Annotated[str, typer.Option(help=_RECIPE)] = 'quick',
+    recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
+    save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
     out: Annotated[Path, typer.Option(help='Folder for the runs, not below one to be reported.', **_FILE)] = 'runs-lr',
     **overrides
 ):
-    """Find each head's learning rate: the best mean over the seeds, of a grid. A run that diverges learned nothing.
+    """Find each head's learning rate in a grid.
+
+    The best is that with the best mean over the seeds. A run that diverges learned nothing.
 
     \b
     Examples:
@@ -190,7 +197,7 @@ def lr(
     from attnpool.report.stats import learning_rates
     grid, console, device = read_list('rates', rates, float), Console(), check_device(device)
     common = dict(arch=arch, start=start, eval_sizes=(), skip_broken=skip_broken) | overrides
-    specs = read_specs(data, heads, seeds, recipe, rates=grid, **common)
+    specs = read_specs(data, heads, seeds, recipe, rates=grid, save_recipe=save_recipe, **common)
     check_out(out/'rates.csv', [data], make=True, own='head,', folder=True)
     best, table = learning_rates(make_runs(specs, out, device, console))
     say(table.to_string())
@@ -206,7 +213,9 @@ def data(
     out: Annotated[Path | None, typer.Option(help='PNG of a training batch.  [default: NAME.png]', **_FILE)] = None,
     size: Annotated[int, typer.Option(help='Side of the pictures in it, in pixels.', min=1)] = 128,
 ):
-    """Describe and check a data set: pictures per class, sizes, broken files, and a batch to look at.
+    """Describe and check a data set.
+
+    Pictures per class, sizes, broken files, and a batch to look at.
 
     \b
     Examples:
@@ -220,20 +229,31 @@ def data(
     typer.echo(describe(data, out, size).text)
 
 # %% ../nbs/70_cli.ipynb #bf6bdb08
+_MODELS = ('Models, then pictures or folders of them. A model is the folder of a run, an exported Learner (.pkl), a '
+           'file of weights or the name of a network. With --measure: run folders or folders of runs.')
+
 @app.command()
 def maps(
-    runs: Annotated[list[Path], typer.Argument(help='A run folder, then pictures or folders of them; with --measure, '
-                                               'run folders or folders of runs.', **_RUNS)],
+    models: Annotated[list[Path], typer.Argument(help=_MODELS, **_FILE | dict(metavar='MODEL... [PHOTO]...'))],
     top: Annotated[int, typer.Option(help='Likeliest classes to offer for each picture.')] = 3,
     classes: Annotated[str, typer.Option(help='Further classes, by name or index, separated by commas.')] = '',
     n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.', min=1)] = 8,
+    pixels: Annotated[int, typer.Option(help='Width to which larger pictures are reduced.', min=32)] = 640,
+    arch: Annotated[str | None, typer.Option(help='Network of a file of weights that does not say it.')] = None,
+    head: Annotated[str | None, typer.Option(help='Head of a file of weights that does not say it.')] = None,
+    vocab: Annotated[Path | None, typer.Option(help='Text file of class names for weights.', **_FILE)] = None,
+    size: Annotated[int | None, typer.Option(help='Side of the pictures for weights, in pixels.')] = None,
+    options: Annotated[str, typer.Option(help='Options of head and network of weights: num_heads=2.')] = '',
+    trust: Annotated[bool, typer.Option('--trust', help='Open pickles (.pkl): they may run any code.')] = False,
     measure: Annotated[bool, typer.Option('--measure', help="Measure the runs' maps of validation pictures.")] = False,
     data: Annotated[str | None, typer.Option(help='Where the pictures are now.', parser=expand, metavar='PATH')] = None,
     check: Annotated[bool, typer.Option(help='Stop if pictures have changed since the run.')] = True,
     device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
     out: Annotated[Path, typer.Option(help='The page; with --measure, a table, as .csv.', **_FILE)] = 'maps.html',
 ):
-    """See where a trained network looks: a page to hover over, or measures.
+    """See where a trained network looks: a page of pictures and maps, or measures.
+
+    Several models stand side by side. Without pictures the page shows some that validated the first run.
 
     With --measure: pointing game and energy (where true boxes are known) against chance, entropy, deletion and
     insertion, and the agreement over seeds, for each head.
@@ -241,30 +261,44 @@ def maps(
     \b
     Examples:
       attnpool maps runs/digits-learned-1-0123456789
-      attnpool maps runs/digits-learned-1-0123456789 my_photo.jpg --top 3
+      attnpool maps runs/photos-slim-1-0123456789 runs/photos-avg-1-0123456789 my_photo.jpg --top 5
+      attnpool maps learner.pkl my_photos/ --trust
       attnpool maps runs --measure
     """
     console, device = Console(), check_device(device)
     if measure and out.name: out = out.with_suffix('.csv')
-    check_out(out, [*runs, *filter(None, [data])], own='head,runs,' if measure else '')
+    check_out(out, [*models, *filter(None, [data, vocab])], own='head,runs,' if measure else '')
     if measure:
         from attnpool.report.stats import measure_maps, plain_table
-        done = [r for r in _collected(runs) if r.status == 'complete']
+        done = [r for r in _collected(models) if r.status == 'complete']
         table = measure_maps(done, device, console, data=data, check=check)
         table.to_csv(out, index=False)
         console.print(plain_table(table))
         say(f'Table: {out}')
-    else:
-        from attnpool.maps.page import maps_page
-        from attnpool.runs.train import open_run
-        run, *pictures = runs
-        further = read_list('classes', classes) if classes else ()
-        page = maps_page(open_run(run, device, data, check, not pictures), out, pictures or None, top, further, n)
-        say(f'Page: {page.resolve().as_uri()}')
+        return
+    from attnpool.maps.page import maps_page
+    from attnpool.runs.open import is_model, open_model
+    pictures = [m for m in models if not is_model(m)]
+    models = [m for m in dict.fromkeys(models) if is_model(m)]
+    if not models: raise BadInput(f"MODEL: {pictures[0]} is a picture or a folder of them. Name a model before it.")
+    further, learners = read_list('classes', classes) if classes else (), {}
+    with Console(stderr=True).status('') as status:
+        for m in models:
+            status.update(f'opening {m}')
+            learn = open_model(m, arch, head, vocab, trust, device, data, check, not pictures, size,
+                               **read_options(options))
+            name = getattr(learn, 'about', {}).get('name', m.name)
+            learners[str(m) if name in learners else name] = learn
+        status.update(f"{' and '.join(learners)}: looking")
+        page = maps_page(learners, out, pictures or None, top, further, n, pixels)
+    if len(learners) > 1: say(f"{len(learners)} models side by side: {', '.join(learners)}")
+    if (megabytes := page.stat().st_size / 1e6) > 20:
+        say(f'The page has {megabytes:.0f} MB. A smaller --pixels or fewer pictures make it open faster.')
+    say(f'Page: {page.resolve().as_uri()}')
 
 # %% ../nbs/70_cli.ipynb #6271c39f
-app.command()(speed)
-app.command()(complexity)
+app.command(short_help='Measure what pooling costs.')(speed)
+app.command(short_help='Count parameters, multiply-adds and memory.')(complexity)
 
 # %% ../nbs/70_cli.ipynb #6bb8a25b
 def main(

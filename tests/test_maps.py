@@ -1,6 +1,8 @@
 "Maps are the weights that the forward pass used, and asking for them leaves no trace."
 import base64
 import io
+import json
+import re
 import subprocess
 import sys
 
@@ -16,10 +18,10 @@ from torch import nn
 from attnpool.heads import AvgPoolHead, HEADS, LearnedAggregationHead
 from attnpool.maps.compute import (
     attention_maps, class_activation_map, class_token_maps, enlarge, find_pools, grad_cam, maps_of, uncompiled)
-from attnpool.maps.draw import captions, data_uri, figure, PALETTE, show_heads, show_maps
+from attnpool.maps.draw import captions, data_uri, figure, PALETTE, scale_of, show_heads, show_maps
 from attnpool.maps.learner import open_pictures, pictures_of
 from attnpool.maps.measures import agreement, deletion_insertion, energy_in_box, entropy, pointing_game
-from attnpool.maps.page import class_index, html_page, maps_page
+from attnpool.maps.page import class_index, html_page, look, maps_page
 from attnpool.models.xresnet import xeca_resnext_tiny
 
 matplotlib.use("Agg")
@@ -292,8 +294,9 @@ def test_the_page_opens_without_a_network(tmp_path, dls, head, per_class):
     learn = Learner(dls, xeca_resnext_tiny(10, custom_head=head))
     page = maps_page(learn, tmp_path / "maps.html", n=3, top=2, classes=[7]).read_text()
     assert "http" not in page.replace("data:image", "")
-    assert page.count("<figure") == 3 and page.count("<button") == 3 * 3
-    assert page.count('class="map') == 3 * (3 if per_class else 1)
+    assert page.count("<article") == 3 and page.count('class="pick"') == 3 * (3 if per_class else 4)
+    parts = json.loads(re.search('<script type="application/json">(.*?)</script>', page, re.S)[1])["runs"][0]["parts"]
+    assert [part["n"] for part in parts] == ([3] if per_class else [1, 3])
     for bad in ("cat", 10, -1):
         with pytest.raises(ValueError, match="classes: .* is not one of 10 classes"): class_index(bad, range(10))
 
@@ -420,6 +423,8 @@ def test_a_page_of_a_head_with_a_query_per_class_shows_the_maps_of_the_classes(t
     from fastai.vision.all import Learner
     learn = Learner(dls, xeca_resnext_tiny(10, custom_head=HEADS["classquery"]))
     page = maps_page(learn, tmp_path / "maps.html", n=1, top=1, classes=[4]).read_text()
-    x, *_ = pictures_of(learn, n=1)
-    m = enlarge(maps_of(learn.model, x)[:, 4:5], x.shape[2:])[0, 0]
-    assert page.count('class="map') == 2 and f'data-i="1" alt="" src="{data_uri(colours(m))}"' in page
+    seen = look(learn, n=1, top=1, classes=[4])
+    data = json.loads(re.search('<script type="application/json">(.*?)</script>', page, re.S)[1])
+    levels = np.frombuffer(base64.b64decode(data["runs"][0]["levels"][0]), np.int8).reshape(2, *seen.per_class.values.shape[2:]) / 127
+    m = maps_of(learn.model, seen.pictures.x)[0, 4]   # of class 4, as multiples of uniform
+    assert page.count('class="pick"') == 2 and np.abs(levels[1] - scale_of([seen.per_class]).level(m * m.numel()).numpy()).max() < .51 / 127

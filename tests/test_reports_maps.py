@@ -1,4 +1,8 @@
 "Maps from any Learner: its own validation pipeline, its own loss, after an export, with any names; and from any network."
+import base64
+import html
+import io
+import json
 import re
 import subprocess
 import sys
@@ -57,10 +61,17 @@ def network(n_out, head=AvgPoolHead, channels=3):
     return nn.Sequential(body, head(16, n_out))
 
 
-def titles(figure): return [ax.get_title() for ax in figure.axes if ax.images]
+def titles(figure): return [ax.get_title().removesuffix("\nlooks everywhere") for ax in figure.axes if len(ax.images) > 1]
 
 
-def buttons(page): return [re.findall("<button.*?>(.*?)<span>(.*?)</span>", card) for card in page.read_text().split("<figure>")[1:]]
+def buttons(page):
+    entry = '<(?:button type="button" class="pick"|div class="plain").*?>([^<]*)<span>(.*?)</span>'
+    return [re.findall(entry, card) for card in page.read_text().split("<article")[1:]]
+
+
+def mapped(page):
+    "How many maps each picture of a page has: for all that is said, and for classes."
+    return [part["n"] for part in json.loads(re.search('<script type="application/json">(.*?)</script>', page.read_text(), re.S)[1])["runs"][0]["parts"]]
 
 
 @contextmanager
@@ -130,9 +141,8 @@ def test_what_is_shown_is_what_the_network_got(photos):
         span = upright.min(), upright.max()
         assert np.abs(drawn * (span[1] - span[0]) + span[0] - upright).max() < .01
         page = maps_page(learn, photos.parent / "shown.html", file).read_text()
-        import base64, io
-        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(re.search('picture 1" src="data:image/png;base64,(.*?)"', page)[1]))))
-        assert np.array_equal(pixels, upright)
+        pixels = Image.open(io.BytesIO(base64.b64decode(re.search('src="data:image/webp;base64,(.*?)"', page)[1]))).convert("RGB")
+        assert np.array_equal(pixels, PILImage.create(file))   # the original: a small one is exact
 
 
 LOADED = """
@@ -141,12 +151,12 @@ from fastai.vision.all import load_learner
 import matplotlib; matplotlib.use("Agg")
 import attnpool.all
 from attnpool.maps.page import maps_page
-def titles(figure): return [ax.get_title() for ax in figure.axes if ax.images]
+def titles(figure): return [ax.get_title().removesuffix("\\nlooks everywhere") for ax in figure.axes if len(ax.images) > 1]
 for name in sys.argv[1:]:
     learn = load_learner(name)
     for files in ("q.png", ["q.png", "folder"], "folder"): print(titles(learn.show_attention(files)))
     page = maps_page(learn, "maps.html", ["q.png", "folder"], classes=["red"])
-    print(re.findall("<button.*?>(.*?)<span>(.*?)</span>", page.read_text()))
+    print(re.findall('class="(?:pick" data-map="[0-9]+|plain)">([^<]*)<span>(.*?)</span>', page.read_text()))
     for f in (learn.show_attention, lambda: maps_page(learn, "maps.html")):
         try: f()
         except ValueError as e: print(type(e).__name__, str(e)[:36])
@@ -311,15 +321,15 @@ def fixed(values, n=1):
 def labelled(f): return ",\n".join(sorted(several(f)))
 LABELS = dict(   # blocks, label, loss; what the network says; its title, the truth in it, and the page's buttons
     several=((ImageBlock, MultiCategoryBlock), several, None, [3., -3., 1., -1.], "blue 95%,\nodd 73%", labelled,
-             [("blue", "95.3%"), ("odd", "73.1%"), ("blue", "95.3%")]),
+             [("blue", "95.3%"), ("odd", "73.1%")]),
     strict=((ImageBlock, MultiCategoryBlock), several, BCEWithLogitsLossFlat(thresh=.9), [3., -3., 1., -1.], "blue 95%", labelled,
-            [("blue", "95.3%"), ("odd", "73.1%"), ("blue", "95.3%")]),
+            [("blue", "95.3%"), ("odd", "73.1%")]),
     none=((ImageBlock, MultiCategoryBlock), several, None, [-1., -3., -2., -4.], "none", labelled,
-          [("blue", "26.9%"), ("odd", "11.9%"), ("blue", "26.9%")]),
-    number=((ImageBlock, RegressionBlock), number, None, [2.5], "2.5", lambda f: f"{number(f):.3g}", [("output 0", "2.5")] * 2),
+          [("blue", "26.9%"), ("odd", "11.9%")]),
+    number=((ImageBlock, RegressionBlock), number, None, [2.5], "2.5", lambda f: f"{number(f):.3g}", [("output 0", "2.5")]),
     points=((ImageBlock, PointBlock), points, None, [.1, .2, .3, .4], "0.1, 0.2, 0.3, 0.4", None,
-            [("output 0", "0.1"), ("output 1", "0.2"), ("output 0", "0.1")]),
-    binary=((ImageBlock, CategoryBlock), odd, BCEWithLogitsLossFlat(), [1.], "1 73%", odd, [("1", "73.1%"), ("0", "26.9%"), ("0", "26.9%")]))
+            [("output 0", "0.1"), ("output 1", "0.2")]),
+    binary=((ImageBlock, CategoryBlock), odd, BCEWithLogitsLossFlat(), [1.], "1 73%", odd, [("1", "73.1%"), ("0", "26.9%")]))
 
 
 @pytest.mark.parametrize("kind", LABELS)
@@ -336,7 +346,12 @@ def test_titles_and_pages_of_other_labels(photos, kind, tmp_path):
         assert said == (title if right.get(kind, lambda f: False)(f) else f"{title}\n({truth(f)})")
     assert buttons(maps_page(learn, tmp_path / "m.html", files, top=2, classes=[0])) == [offered] * 3
     page = maps_page(learn, tmp_path / "valid.html", n=99).read_text()
-    assert re.findall("<figcaption>(.*?)</figcaption>", page) == [t.replace("\n", " ") for t in titles(learn.show_attention(n=99))]
+    texts = [html.unescape(re.sub("<i>.*?</i>", "", text)).strip() for text in re.findall('<p class="said.*?">(.*?)</p>', page, re.S)]
+    wrong, known = '✗ wrong:' in page, titles(learn.show_attention(n=99))
+    assert texts == [t.partition("\n(")[0].replace("\n", " ") for t in known]
+    truths = [t.partition("\n(")[2][:-1] for t in known]
+    assert all(f"<small>is {html.escape(truth)}</small>" in page for truth in truths if truth)
+    assert wrong == (any(truths) and kind not in ("number", "numbers", "points"))
     drawn = show_heads({"a": learn}, pictures_of(learn, files)[0]).axes[0].texts
     assert [t.get_text() for t in drawn] == ["a", title.replace("\n", " ")]
 
@@ -402,7 +417,7 @@ def test_a_page_of_equal_names_and_more_classes_than_there_are(photos, tmp_path)
     learn = Learner(block(photos), fixed([1., 2., 3.]))
     learn.dls.train.vocab = ["same", "same", "other"]
     page = buttons(maps_page(learn, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=9, classes=["same", 2]))
-    assert [n for n, _ in page[0]] == ["other", "same", "same", "same", "other"]
+    assert [n for n, _ in page[0]] == ["other", "same", "same"]   # each output once
     for bad in ("²", "-1", "3"):
         with pytest.raises(BadInput, match="^classes: "): class_index(bad, ["a", "b"])
 
@@ -507,8 +522,7 @@ def test_any_learner_shows_maps_and_any_page_offers_its_classes(photos, tmp_path
     for learn in (vision_learner(block(photos), resnet18, pretrained=False), Learner(block(photos, get_y=odd), vit),
                   vision_learner(block(photos), "resnet18", pretrained=False), vision_learner(numbers, resnet18, pretrained=False, y_range=(0, 8))):
         assert len(titles(learn.show_attention(n=3))) == 3
-        page = maps_page(learn, tmp_path / "m.html", n=2, top=2).read_text()
-        assert page.count('class="map') == (2 if learn.dls is numbers else 4)
+        assert mapped(maps_page(learn, tmp_path / "m.html", n=2, top=2)) == [1 if learn.dls is numbers else 2]
 
 
 def test_untrained_heads_and_pictures_of_a_few_pixels():
@@ -579,11 +593,10 @@ def test_a_page_never_takes_the_place_of_a_picture(photos, tmp_path):
 
 def test_maps_of_a_query_per_class_stay_with_their_class(photos, tmp_path):
     learn = Learner(block(photos), network(3, ClassQueryPoolHead))
-    page = maps_page(learn, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3).read_text()
-    assert page.count('class="map') == 3
+    assert mapped(maps_page(learn, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3)) == [3]
     def heads(ni, n_out): return nn.Sequential(nn.Conv2d(ni, 48, 1), PEERS["torch-mha"](48, n_out, num_heads=3))
     one = Learner(block(photos), network(3, heads))   # as many heads as classes, by chance
-    page = maps_page(one, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3).read_text()
-    assert page.count('class="map') == 1 and "one map for all" in page
+    page = maps_page(one, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3)
+    assert mapped(page) == [1, 3] and "one map for all" in page.read_text()
     decoder = Learner(block(photos), network(3, partial(PEERS["mldecoder"], dim=32)))
-    assert maps_page(decoder, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3).read_text().count('class="map') == 3
+    assert mapped(maps_page(decoder, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3)) == [3]

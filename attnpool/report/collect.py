@@ -23,7 +23,7 @@ from ..data.listing import first_few
 from ..data.reader import is_run
 from ..models.start import Start
 from ..recipe import Recipe
-from ..registry import BadInput
+from ..registry import BadInput, bare_name
 from ..runs.spec import Spec
 from ..runs.store import Result, load_run, read_result
 from ..tasks import TASKS, head_options
@@ -125,7 +125,7 @@ def write_runs(
         parts = {'spec.': spec, 'data.': spec.pop('data'), 'start.': spec.pop('start'),
                  'recipe.': _known(spec.pop('recipe')), '': result, 'metrics.': metrics, 'versions.': versions}
         cells = {f'{part}{k}': _cell(v) for part, values in parts.items() for k, v in values.items()}
-        del cells['data.path'], cells['start.path'], cells['files']
+        del cells['data.path'], cells['start.path'], cells['spec.folder'], cells['files']
         history = r.history() if len(r.history()) else pd.DataFrame(dict(epoch=['']))   # diverged in its first
         rows.append(history.assign(**cells))
     table = pd.concat(rows)
@@ -241,7 +241,11 @@ def by_row(
     results: Sequence[Result] # Of one setting
 ) -> dict[str, list[Result]]: # Name of the row: its results, in order of appearance
     "Results by their row in a table: the head with its options, and with its learning rate where it has several."
-    names, rates, rows = [' '.join([r.spec.head, *(f'{k}={v}' for k, v in _of_head(r.spec))]) for r in results], {}, {}
+    versions = {}   # of a head of one's own: told apart where there are several
+    for r in results: versions.setdefault(bare_name(r.spec.head), set()).add(r.spec.head)
+    def shown(head): return head if len(versions[bare_name(head)]) > 1 else bare_name(head)
+    names = [' '.join([shown(r.spec.head), *(f'{k}={v}' for k, v in _of_head(r.spec))]) for r in results]
+    rates, rows = {}, {}
     for name, r in zip(names, results): rates.setdefault(name, set()).add(r.spec.recipe.lr)
     for name, r in zip(names, results):
         lr = 'found' if r.spec.recipe.lr is None else f'{r.spec.recipe.lr:g}'
@@ -261,7 +265,7 @@ def setting_of(
     if spec['split'] == 'own': del spec['split']   # of the data, as nearly all
     every |= recipe | spec | dict(weights=start['fingerprint'], body_only=start['body_only'] or None,
                                   family=data['family'], fingerprint=data['fingerprint'], pictures=result.pictures)
-    return {k: v for k, v in every.items() if k not in ('head', 'seed', 'lr') and v not in (None, '', [], {})}
+    return {k: v for k, v in every.items() if k not in ('head', 'seed', 'lr', 'folder') and v not in (None, '', [], {})}
 
 def tell_apart(
     groups: Sequence[Sequence[Result]] # From `group_by_setting`

@@ -8,20 +8,27 @@ __all__ = ['BLOG_SIZES', 'SPLITS', 'Spec', 'data_for', 'make_spec', 'NewerVersio
 # %% ../../nbs/51_runs.spec.ipynb #512e2e9a
 import hashlib
 import json
+import os
 import re
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import lru_cache, partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, Sequence
 
+import torch
+
 from ..data import DataId, identify
 from ..data.pictures import SOURCES, blog_version, find_pictures
 from ..frozen import check_frozen
-from ..heads import get_head
-from ..models.body import check_arch
+from ..heads import OTHER_HEADS, get_head
+from ..models.body import OTHER_ARCHS, check_arch
 from ..models.start import Start, expected, find_start
-from ..recipe import Recipe, decided, get_recipe
-from ..registry import BadInput, unknown
+from ..models.surgery import body_of
+from ..pooling import check_head
+from ..recipe import Recipe, decided, find_recipe, get_recipe
+from ..registry import BadInput, bare_name, signed, unknown
 from ..tasks import TASKS, split_options
 
 # %% ../../nbs/51_runs.spec.ipynb #07025af0
@@ -30,8 +37,8 @@ class Spec:
     "What one decides about a run."
     task: str # Name in `TASKS`
     data: DataId # Which pictures
-    arch: str # Name in `ARCHS`, timm name, or torchvision's with `torchvision.` before it
-    head: str # Name in `HEADS`, `PEERS` or `ABLATIONS`
+    arch: str # As for `check_arch`; of one's own or another's, with what tells its versions apart, see `signed`
+    head: str # As for `get_head`, likewise
     seed: int # Of initialisation and order; the same body and the same order for every head
     recipe: Recipe # Every setting of the training, with one learning rate
     start: Start = Start() # What the weights begin as
@@ -39,6 +46,7 @@ class Spec:
     eval_sizes: tuple[int, ...] = () # Further sides at which the trained network is validated, in pixels
     skip_broken: bool = False # Whether broken pictures are left out
     split: str = 'own' # Which pictures train: 'own', the split of the data; 'seed', one that the seed draws
+    folder: str = field(default='', compare=False) # Where parts of one's own were found; '' where there are none
 
     @property
     def id(self) -> str: # Ten hexadecimal digits
@@ -49,7 +57,23 @@ class Spec:
     @property
     def name(self) -> str:
         "Folder of the run."
-        return f"{self.data.name}-{self.head}-{self.seed}-{self.id}"
+        head = re.sub(r'[^\w.+-]', '.', bare_name(self.head))   # a colon is no part of a file's name everywhere
+        return f"{self.data.name}-{head}-{self.seed}-{self.id}"
+
+    def loaded(self,
+        opened: str = '', # Name of the run that is opened, with whatever source there is; '' where it is to be made
+    ) -> 'Spec': # The same
+        "Load the parts of one's own, from their folder where need be; a source that has changed is told, or an error."
+        told = []
+        for kind, others in (('head', OTHER_HEADS), ('arch', OTHER_ARCHS)):
+            if '@' not in (name := getattr(self, kind)): continue
+            there, folder = bare_name(name).partition(':')[0] in sys.modules, self.folder or None
+            now = signed(name, kind, None if there else folder, others)
+            if now != name and folder: now = signed(name, kind, folder, others)
+            if now != name: told.append(f'{kind}: {name} is asked for, and its source is that of {now} now')
+        if told and not opened: raise BadInput(f"{'; '.join(told)}. Put it back, or ask for what is there.")
+        for line in told: print(f'attnpool: {opened}: {line}, with which it is opened.', file=sys.stderr)
+        return self
 
     def to_json(self) -> dict:
         "All values, as they stand in a run's `spec.json`."
@@ -58,20 +82,20 @@ class Spec:
 # %% ../../nbs/51_runs.spec.ipynb #d504cdca
 def data_for(
     data: str | Path, # Name in `DATASETS`, or path of a folder, archive or CSV
-    recipe: str | Recipe, # Name in `RECIPES`, or a recipe
+    recipe: str | Path | Recipe, # Name in `RECIPES`, a TOML file, or a recipe
 ) -> DataId:
     "The identity of the data that a recipe trains on: the recipe `blog` takes the blog's version of them."
-    return identify(blog_version(data) if getattr(recipe, 'name', recipe) == 'blog' else data)
+    return identify(blog_version(data) if find_recipe(recipe).name == 'blog' else data)
 
 # %% ../../nbs/51_runs.spec.ipynb #ab4c8d2e
 BLOG_SIZES, SPLITS = (256, 384), ('own', 'seed')   # pixels; what `Spec.split` may be
 
 def make_spec(
     data: str | Path | DataId = 'digits', # Name in `DATASETS`, path of a folder, archive or CSV; or from `data_for`
-    head: str = 'avg', # Name in `HEADS`, `PEERS` or `ABLATIONS`
+    head: str = 'avg', # Name in a table, or of another package's; or `module:name`, found in the working folder
     seed: int = 1, # Of initialisation and order
-    arch: str = 'xeca_resnext_tiny', # Name in `ARCHS`, timm name, or torchvision's with `torchvision.` before it
-    recipe: str | Recipe = 'quick', # Name in `RECIPES`, or a recipe
+    arch: str = 'xeca_resnext_tiny', # Name in `ARCHS`, of timm, torchvision's after `torchvision.`; or `module:name`
+    recipe: str | Path | Recipe = 'quick', # Name in `RECIPES`, a TOML file, or a recipe
     eval_sizes: Sequence[int] | None = None, # Further sides for validation, in pixels; None for the blog's, or none
     skip_broken: bool = False, # Leave broken pictures out instead of stopping
     task: str = 'classify', # Name in `TASKS`
@@ -82,8 +106,9 @@ def make_spec(
 ) -> Spec:
     "A spec with the recipe's values filled in."
     TASKS.check(task)
-    get_head(head), check_arch(arch)
+    recipe, (head, arch, folder) = find_recipe(recipe), _own_parts(head, arch)
     of_head, of_arch = split_options(head, arch, options or {})
+    if folder: _check_parts(head, arch, _pairs(of_head), _pairs(of_arch))
     start = find_start(start, arch, **of_arch)
     if not isinstance(data, DataId): data = data_for(data, recipe)
     r = check_frozen(get_recipe(recipe, head, data.family, **overrides))
@@ -101,7 +126,26 @@ def make_spec(
         raise BadInput(f"eval_sizes: expected several sides in pixels, such as ({eval_sizes},), got {eval_sizes!r}.")
     skip = bool(skip_broken and data.fingerprint)   # of pictures that are made, none is broken
     sizes, options = tuple(_whole('eval_sizes', s, 1) for s in eval_sizes), _pairs(of_head | of_arch)
-    return _unseen(Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split))
+    return _unseen(Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split, folder))
+
+def _own_parts(head, arch):
+    "Head and network by their names in a spec, and the working folder where one of them is not the package's own."
+    signs, here = [], os.getcwd()
+    for kind, name, find, others in (('head', head, get_head, OTHER_HEADS), ('arch', arch, check_arch, OTHER_ARCHS)):
+        if not isinstance(name, str):
+            raise TypeError(f"{kind}: expected a name, got {name!r}. What is in no table is named by the place of its "
+                            "source: 'my_module:Name'.")
+        signs.append(sign := signed(name, kind, here, others))
+        find(sign)
+        if '@' in name and sign != name:
+            raise BadInput(f"{kind}: {name} is not what there is now, {sign}. Put the source back, or leave the @ out.")
+    return *signs, here if any('@' in s for s in signs) else ''
+
+@lru_cache(32)   # once for all seeds
+def _check_parts(head, arch, of_head, of_arch):
+    "An error now, not in the training, for a part that does not keep to the contract."
+    with torch.random.fork_rng([]): ni = body_of(arch, **dict(of_arch)).ni
+    if '@' in head: check_head(partial(get_head(head), **dict(of_head)), ni, name=bare_name(head))
 
 def _unseen(spec):
     "An error for a run to begin from that was trained on pictures which would validate."

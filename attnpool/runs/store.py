@@ -32,7 +32,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from ..data.augment import STATS, augment_name
-from ..data.cache import write_file
+from ..data.cache import near_path, write_file
 from ..data.listing import (
     Listing, differences, digests, fingerprint, first_few, read_digests, write_digests)
 from ..data.pictures import DATASETS, empty_dls, find_pictures, is_path
@@ -125,7 +125,7 @@ def load_run(
         runs = sorted(f.parent.name for f in folder.glob('*/result.json'))
         what = 'no result.json, so the run did not finish'
         if folder.is_file(): what = 'a file, not the folder of a run. Name the folder that attnpool bench made'
-        elif not folder.exists(): what = 'there is no such folder'
+        elif not folder.exists(): raise BadInput(f"{folder}: there is no such folder.{near_path(folder)}") from None
         elif runs: what = f'a folder of runs, not a run. Name one of those in it: {first_few(runs)}'
         raise BadInput(f"{folder}: {what}.") from None
     except ValueError: raise BadInput(f"{folder}: result.json is torn.") from None
@@ -286,12 +286,19 @@ def write_weights(
     model: nn.Module, # The network; its last child is the head
     folder: Path | str, # Of the run
     body: str = '', # Hash of a body that stands still; '' to write one file
+    spec: Spec | None = None, # Of the run, and
+    dls: DataLoaders | None = None, # its data: of what both say, the file keeps what is needed to open it alone
 ):
     "Write `weights.safetensors`, of the head alone where the body stands still, which is `body.safetensors` then."
     folder, state = Path(folder), {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
     head = [*model._modules][-1] + '.'
     mine = {k: v for k, v in state.items() if not body or k.startswith(head)}
-    write_file(folder/'weights.safetensors', safetensors_bytes(mine))
+    norms = [t for t in dls.train.after_batch.fs if isinstance(t, Normalize)] if spec else []
+    told = spec and dict(
+        task=spec.task, arch=spec.arch, head=spec.head, options=dict(spec.options), data=spec.data.name,
+        size=spec.recipe.size, vocab=[*map(str, getattr(dls, 'vocab', ()))],
+        **{k: getattr(t, k).flatten().tolist() for t in norms for k in ('mean', 'std')})
+    write_file(folder/'weights.safetensors', safetensors_bytes(mine, told and {'attnpool': json.dumps(told)}))
     if not body: return
     kept, rest = folder.parent/'.bodies'/f'{body}.safetensors', {k: v for k, v in state.items() if k not in mine}
     content = None if kept.exists() else safetensors_bytes(rest)

@@ -106,7 +106,7 @@ def _redrawn(spec, dls): return spec.split == 'seed' and dls.listing.drawn
 
 def _make(spec, folder, device, on_epoch, on_maps):
     "Make a run, with the other processes of a launcher if there are any."
-    bs, log = spec.recipe.bs, RunLog(folder/'history.csv', on_epoch)
+    bs, log = spec.loaded().recipe.bs, RunLog(folder/'history.csv', on_epoch)
     if bs % processes():
         raise BadInput(f"bs: {bs} is not a multiple of {processes()}, the number of processes that share each batch.")
     gc.collect()   # the network and the pictures of the run before, which refer to each other
@@ -147,7 +147,7 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', **found):
         np.savez_compressed(buffer := io.BytesIO(), **arrays)
         write_file(folder/'maps.npz', buffer.getvalue())
     write_about(dls, spec, folder)
-    write_weights(learn.model, folder, body)
+    write_weights(learn.model, folder, body, spec, dls)
     last = {k: v for k, v in log.rows[-1].items() if k not in ('epoch', 'seconds', 'train_seconds')} if log.rows else {}
     def median(key): return float(np.median([r[key] for r in log.rows]))   # a pause of the machine does not count
     status = 'complete' if good else 'diverged'
@@ -223,7 +223,7 @@ def open_run(
 ) -> Learner: # With the run's data and trained network; without data others can be shown
     "The Learner of a run."
     result, folder = load_run(folder), Path(folder)
-    spec, dls = result.spec, open_data(result, device, data, check, with_data)
+    spec, dls = result.spec.loaded(folder.name), open_data(result, device, data, check, with_data)
     if result.status == 'failed': raise BadInput(f"folder: {folder} failed, there is nothing to open: {result.reason}")
     recipe = replace(spec.recipe, **{k: v for k, v in result.found.items() if k != 'trials'})
     learn = _learner(replace(spec, start=Start(), recipe=recipe), dls)   # its own weights follow
@@ -233,6 +233,7 @@ def open_run(
         raise BadInput(f"folder: the weights of {folder} do not fit today's {spec.arch} with the head {spec.head} "
                        f"({str(e).splitlines()[-1].strip()}). Open it with the version that made it: "
                        f"pip install attnpool=={result.versions.get('attnpool')}.") from None
+    learn.about = dict(name=folder.resolve().name, head=spec.head, arch=spec.arch, data=spec.data.name, source='run')
     return learn
 
 # %% ../../nbs/54_runs.train.ipynb #9b56d158
@@ -246,7 +247,6 @@ def keep_memory():
 
 # %% ../../nbs/54_runs.train.ipynb #3e799009
 def _shown(name, value): return f'{name} {value:.1%}' if 0 <= value <= 1 else f'{name} {value:.4g}'
-
 def _ended(r):
     "How, and how long it took."
     if r.status == 'failed': return f'failed: {" ".join(r.reason.split())}'
