@@ -8,6 +8,7 @@ __all__ = ['TASKS', 'Task', 'head_options', 'split_options', 'head_of', 'look_at
 
 # %% ../nbs/50_tasks.ipynb #4cf9a902
 import io
+import os
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -23,11 +24,11 @@ from torch import Tensor, nn
 
 from .data import get_dls
 from .data.cache import printable, write_file
-from .data.pictures import validation_pictures
 from .heads import get_head
-from .maps.compute import maps_of
-from .maps.draw import Reading
+from .maps.compute import saliency
+from .maps.learner import outputs_of, pictures_of
 from .maps.measures import pointing_game
+from .maps.reading import Reading
 from .models.xresnet import ARCHS
 from .recipe import LOSSES, network_for, small_data_metrics
 from .registry import Registry, unknown
@@ -86,21 +87,26 @@ def head_of(
 # %% ../nbs/50_tasks.ipynb #77e0538d
 def look_at_validation(
     learn: Learner, # Trained on one class per picture
-) -> tuple[dict, dict]: # `peak_in_box`, where boxes are known; and eight pictures: `images`, `maps`, `labels`, `boxes`
-    "Attention maps of validation pictures: class activation maps for average pooling, nothing for a head without any."
-    dls = learn.dls
-    x, labels, boxes = validation_pictures(dls, 8)
-    try: arrays = dict(images=x, maps=maps_of(learn.model, x), labels=labels)
+) -> tuple[dict, dict]: # `peak_in_box`, where boxes are known; and eight pictures, see below
+    "Where the head looks in validation pictures; class activation for average pooling, nothing for a head without any."
+    dls, its = learn.dls, pictures_of(learn, n=8, pixels=64)   # of the originals, only the size is wanted
+    try: maps = saliency(learn.model, its.x)
     except ValueError: return {}, {}
+    out, reading = outputs_of(learn, its.x)
+    x, root = its.x.float(), getattr(getattr(dls, 'listing', None), 'root', None)
     low, high = x.amin((1, 2, 3), True), x.amax((1, 2, 3), True)
-    arrays['images'] = ((x - low) / (high - low).clamp(min=1e-8) * 255).round().byte()
+    arrays = dict(images=((x - low) / (high - low).clamp(min=1e-8) * 255).round().byte(), maps=maps.values,
+                  labels=its.labels, p=reading.read(out)[0], boxes=its.boxes)
+    arrays = {k: v.as_subclass(torch.Tensor).cpu().numpy() for k, v in arrays.items() if v is not None}
+    files = ['' if f is None else Path(os.path.relpath(f, root) if root else f).as_posix() for f in its.files]
+    scale = np.array(its.sizes) / [im.size for im in its.shown]
+    arrays |= dict(unit=np.str_(maps.unit), files=np.array(files, np.str_),
+                   crops=(its.crops.numpy() * np.tile(scale, 2)).astype(np.float32))
     hits = []
-    if boxes is not None:
-        arrays['boxes'] = boxes
+    if its.boxes is not None:
         for (xb, *_), true in zip(dls.valid, dls.boxes.split(dls.valid.bs)):
-            hits.append(pointing_game(maps_of(learn.model, xb), true, xb.shape[2:]).cpu())
-    return ({'peak_in_box': torch.cat(hits).float().mean().item()} if hits else {},
-            {k: v.as_subclass(torch.Tensor).cpu().numpy() for k, v in arrays.items()})
+            hits.append(pointing_game(saliency(learn.model, xb).values, true, xb.shape[2:]).cpu())
+    return {'peak_in_box': torch.cat(hits).float().mean().item()} if hits else {}, arrays
 
 # %% ../nbs/50_tasks.ipynb #a5d8f7fe
 def predictions(

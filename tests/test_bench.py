@@ -55,7 +55,8 @@ def test_a_run_folder_holds_what_it_says(finished):
     assert right.float().mean().item() == pytest.approx(result.value, abs=.002)
     with np.load(folder / "maps.npz") as f:
         assert f["images"].shape == (8, 3, 20, 20) and f["maps"].shape[:2] == (8, 1) and f["boxes"].shape == (8, 4)
-        assert np.allclose(f["maps"].sum((2, 3)), 1, atol=1e-5)
+        assert str(f["unit"]) == "uniform" and np.allclose(f["maps"].mean((2, 3)), 1, atol=1e-5)
+        assert list(f["files"]) == [""] * 8 and f["crops"].tolist() == [[0, 0, 20, 20]] * 8 and np.allclose(f["p"].sum(1), 1, atol=1e-5)
     assert 0 < result.metrics["peak_in_box"] < 1
 
 

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from PIL import Image
 from fastai.vision.all import (
-    DataLoaders, Datasets, IntToFloatTensor, Learner, Normalize, PILBase, TensorImage, TfmdDL, TfmdLists,
+    DataLoaders, Datasets, IntToFloatTensor, Learner, Normalize, TensorImage, TfmdDL, TfmdLists,
     compose_tfms, no_random, patch, to_device, tuplify)
 from torch import Tensor
 
 from ..data.listing import first_few
 from ..data.pictures import ReadPicture, validation_pictures
-from ..data.reader import BrokenPicture, open_picture, picture_files, square_picture
+from ..data.reader import open_picture, picture_files, square_picture
 from ..layers import evaluating
 from .compute import Saliency, saliency, uncompiled
 from .draw import show_maps
 from .reading import Reading
+from .seen import original, original_size, seen_part, shades
 from ..registry import BadInput
 
 # %% ../../nbs/47_maps.learner.ipynb #a4ca5afc
@@ -39,7 +40,7 @@ def _listed(files):
         if not isinstance(f, paths):
             if not isinstance(f, pictures):
                 raise TypeError(f"files: expected paths, or pictures of Pillow or numpy, got {f!r}.")
-            found.append(f)
+            found.append(f.copy() if isinstance(f, Image.Image) else f)   # fastai changes the class of what it gets
         elif not (f := Path(f).expanduser()).exists(): raise FileNotFoundError(f"files: there is no {f}.")
         elif not f.is_dir(): found.append(f)
         else:
@@ -74,46 +75,7 @@ def open_pictures(
     squares = _each(lambda i: square_picture(files[i], size), files)
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255
 
-# %% ../../nbs/47_maps.learner.ipynb #t7a10002
-_DARK, _BRIGHT = 32, 223   # what transforms pad with mostly lies outside
-
-def _shades(im):
-    "Pictures of the same kind and size: one grows brighter to the right, one downwards."
-    def ramp(n): return (_DARK + (_BRIGHT - _DARK) * (np.arange(n) + .5) / n).round().astype(np.uint8)
-    for across in (ramp(im.width)[None], ramp(im.height)[:, None]):
-        grey = Image.fromarray(np.ascontiguousarray(np.broadcast_to(across, im.size[::-1]))).convert(im.mode)
-        yield type(im)(grey) if isinstance(im, PILBase) else grey
-
-def _line(v, near):
-    "Begin and end of the line that most of the values lie on, 0..1 along a picture; what is padded lies elsewhere."
-    n, at = len(v), (torch.arange(len(v), dtype=v.dtype) + .5) / len(v)
-    steps = [2**k for k in range(n.bit_length()) if 2**k < n]
-    slopes = [(v[d:] - v[:-d]) * n / d for d in steps]   # of lines through any two of them as far apart
-    slope, start = torch.cat(slopes), torch.cat([v[:-d] - m * at[:-d] for d, m in zip(steps, slopes)])
-    line = start[:, None] + slope[:, None] * at
-    on = ((line - v).abs() < near) & (line > 0) & (line < 1) & (slope > .01)[:, None]
-    on = on[on.sum(1).argmax()]
-    if on.sum() < 3: return None
-    start, slope = torch.linalg.lstsq(torch.stack([torch.ones_like(at), at], 1)[on], v[on, None]).solution[:, 0].tolist()
-    return start, start + slope
-
-def _part(across, down, size):
-    "Left, top, right, bottom of what was seen as parts of a picture; None where it is no upright rectangle of it."
-    found, near = [], [1.5 / (_BRIGHT - _DARK) + .5 / side for side in size]   # rounding, and the steps of few pixels
-    for shade, e in ((across, near[0]), (down.T, near[1])):
-        v = (shade.double() * 255 - _DARK) / (_BRIGHT - _DARK)
-        if len(v.T) < 3 or (line := _line(v[len(v) // 2], e)) is None: return None
-        n = v.shape[1]
-        at = torch.lerp(*torch.tensor(line).double(), (torch.arange(n).double() + .5) / n)
-        inner, step = slice(None), (line[1] - line[0]) / n
-        found.append((line, (at > step) & (at < 1 - step), (v - at).abs() < 2 * e))
-    (x, in_x, right_x), (y, in_y, right_y) = found
-    right = (right_x & right_y.T)[in_y][:, in_x].double()
-    if not right.numel() or right.mean() < .97: return None
-    def snapped(o): return next((edge for edge in (0., 1.) if abs(o - edge) < .003), o)
-    return tuple(map(snapped, (x[0], y[0], x[1], y[1])))
-
-# %% ../../nbs/47_maps.learner.ipynb #t7a10005
+# %% ../../nbs/47_maps.learner.ipynb #t7a10006
 def _source(ds, i):
     "The file that a picture of the data is opened from; None where it is from none."
     tl = ds.tls[0] if isinstance(ds, Datasets) else ds
@@ -125,66 +87,28 @@ def _source(ds, i):
         if isinstance(o, (Image.Image, np.ndarray, Tensor)): return None
         o = compose_tfms(o, [t], split_idx=tl.tfms.split_idx)
 
-def _size(file, im):
-    "Width and height of the original that `im` was read from; those of `im` where that does not fit."
-    try:
-        if isinstance(file, np.ndarray): size = file.shape[1::-1]
-        elif isinstance(file, Image.Image): size = file.size
-        else:
-            with Image.open(file) as o: size = o.size
-    except Exception: return im.size   # from memory, or gone since
-    def off(s): return abs(s[0] * im.height / s[1] - im.width)
-    size = min(size, size[::-1], key=off)   # the camera may have been turned
-    return size if off(size) <= 1 + .01 * im.width else im.size
-
-def _finely(file, width):
-    "An original, of a large JPEG no more than shows it that wide."
-    if isinstance(file, (Image.Image, np.ndarray)) or not width: return open_picture(file)
-    with Image.open(file) as im:
-        if im.format not in ('JPEG', 'MPO'): return open_picture(file)
-        k = max(1, min(im.size) // width)
-        im.draft(None, [side // k for side in im.size])
-        return open_picture(im)
-
-def _alike(a, b):
-    a, b = (np.asarray(o.resize((16, 16), Image.Resampling.BOX, reducing_gap=1.), float) for o in (a, b))
-    return abs(a - b).mean() < 8
-
-def _shown(im, file, width):
-    "What was read, at the size of its original, or at most so wide."
-    im, size = im if im.mode == 'RGB' else im.convert('RGB'), im.size if file is None else _size(file, im)
-    k = min(1, width / size[0]) if width else 1
-    size = tuple(max(1, round(s * k)) for s in size)
-    if size[0] > im.width or size[1] > im.height:
-        try: fine = _finely(file, width)
-        except (BrokenPicture, OSError): fine = im
-        if not _alike(fine, im): fine, size = im, im.size
-        im = fine
-    return im if im.size == size else im.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.)
-
-# %% ../../nbs/47_maps.learner.ipynb #t7a10006
 class _Reader:
     "Reads items of a loader, and keeps what one looks at beside them."
     def __init__(self, width, files=None):
         self.width, self.files = width, files
-        self.shown, self.sources, self.sizes, self.shades, self.parts = [], [], [], [], []
+        self.shown, self.sources, self.sizes, self.pairs, self.parts = [], [], [], [], []
 
     def _keep(self, im, file):
         self.sources.append(file)
-        self.shown.append(_shown(im, file, self.width) if isinstance(im, Image.Image) else None)
-        self.sizes.append(_size(file, im) if isinstance(im, Image.Image) else None)
+        self.shown.append(original(im, file, self.width) if isinstance(im, Image.Image) else None)
+        self.sizes.append(original_size(im, file) if isinstance(im, Image.Image) else None)
 
     def __call__(self, dl, i):
         item = dl.create_item(i)
         im, *rest = tuplify(item)
         def prepared(o):
             with no_random(reproducible=False): return dl.after_item((o, *rest) if isinstance(item, tuple) else o)
-        x, shades = prepared(im), None
+        x, pair = prepared(im), None
         self._keep(im, _source(dl.dataset, i) if self.files is None else self.files[i])
         if isinstance(im, Image.Image):
-            try: shades = [*map(prepared, _shades(im))]
+            try: pair = [*map(prepared, shades(im))]
             except Exception: pass   # people's transforms raise all sorts
-        self.shades.append(shades)
+        self.pairs.append(pair)
         return x
 
     def square(self, file):
@@ -198,10 +122,11 @@ class _Reader:
         "Find which part of each picture the network saw."
         if self.parts: return
         self.parts = [None] * len(self.shown)
-        some = [i for i, shades in enumerate(self.shades) if shades]
+        some = [i for i, pair in enumerate(self.pairs) if pair]
         try:
-            both = [decoded(finished(dl, [self.shades[i][k] for i in some])).cpu().mean(1) for k in (0, 1)] if some else []
-            for i, across, down in zip(some, *both): self.parts[i] = _part(across, down, self.sizes[i])
+            both = [finished(dl, [self.pairs[i][k] for i in some]) for k in (0, 1)] if some else []
+            both = [decoded(o).cpu().mean(1) for o in both]
+            for i, across, down in zip(some, *both): self.parts[i] = seen_part(across, down, self.sizes[i])
         except Exception: pass   # whatever it is, the real pictures have passed
 
 # %% ../../nbs/47_maps.learner.ipynb #bd56668e
@@ -257,7 +182,8 @@ class Pictures:
         "Boxes in pixels of `shown`."
         if self.boxes is None: return None
         (h, w), corner = self.x.shape[2:], self.crops[:, :2]
-        return self.boxes.cpu() * ((self.crops[:, 2:] - corner) / torch.tensor([w, h])).repeat(1, 2) + corner.repeat(1, 2)
+        scale = (self.crops[:, 2:] - corner) / torch.tensor([w, h])
+        return self.boxes.cpu() * scale.repeat(1, 2) + corner.repeat(1, 2)
 
 def pictures_of(
     learn: Learner, # Its data say how pictures are prepared; those of an exported one know it too
@@ -284,7 +210,8 @@ def pictures_of(
            for o in _decoded(dls, x)]
     whole = [part is None for part in read.parts]
     shown = [o if w else im for im, o, w in zip(read.shown, got, whole)]
-    crops = torch.tensor([part or (0, 0, 1, 1) for part in read.parts]) * torch.tensor([im.size * 2 for im in shown])
+    parts = torch.tensor([part or (0., 0., 1., 1.) for part in read.parts])
+    crops = parts * torch.tensor([im.size * 2 for im in shown])
     names = [os.path.basename(f) if isinstance(f, (str, os.PathLike)) else '' for f in read.sources]
     kept = [None if w or not name else f for f, name, w in zip(read.sources, names, whole)]
     sizes = [im.size if w else size for im, size, w in zip(shown, read.sizes, whole)]
