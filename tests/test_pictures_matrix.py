@@ -268,7 +268,7 @@ def test_caches_change_nothing(both):
 
 def test_one_picture_is_read_as_many_are_and_as_predict_reads_it(seen):
     for case in CASES[::29]:
-        assert torch.equal(pictures_of(seen.learn, seen.file(case))[0][0], seen.shown[case])
+        assert torch.equal(pictures_of(seen.learn, seen.file(case)).x[0], seen.shown[case])
         with seen.learn.no_bar(): assert torch.equal(seen.of(lambda: seen.learn.predict(seen.file(case)))[0], seen.shown[case])
 
 

@@ -134,12 +134,12 @@ def test_what_is_shown_is_what_the_network_got(photos):
     upright = np.asarray(Resize(32)(PILImage.create(file), split_idx=1))
     for tfms in (None, [Normalize.from_stats(*imagenet_stats)]):
         learn = Learner(block(photos, batch_tfms=tfms), network(3))
-        x, shown, labels, boxes = pictures_of(learn, file)
-        assert np.abs(shown[0].permute(1, 2, 0).numpy() * 255 - upright).max() < .01 and labels is boxes is None
-        assert (x - shown).abs().max() < 1e-6 if tfms is None else x.min() < -1
+        its, whole = pictures_of(learn, file), np.asarray(PILImage.create(file))
+        assert np.array_equal(its.shown[0], whole) and its.labels is its.boxes is None
+        seen = torch.from_numpy(upright).permute(2, 0, 1)[None] / 255
+        assert (its.x - seen).abs().max() < 1e-6 if tfms is None else its.x.min() < -1
         drawn = next(ax for ax in learn.show_attention(file).axes if ax.images).images[0].get_array()
-        span = upright.min(), upright.max()
-        assert np.abs(drawn * (span[1] - span[0]) + span[0] - upright).max() < .01
+        assert np.array_equal(drawn, whole)
         page = maps_page(learn, photos.parent / "shown.html", file).read_text()
         pixels = Image.open(io.BytesIO(base64.b64decode(re.search('src="data:image/webp;base64,(.*?)"', page)[1]))).convert("RGB")
         assert np.array_equal(pixels, PILImage.create(file))   # the original: a small one is exact
@@ -183,9 +183,9 @@ def test_exported_learners_show_maps_in_another_process(photos, tmp_path, monkey
 def test_files_are_given_in_any_form(photos, tmpdir):
     learn, file = Learner(block(photos), network(3)), sorted(get_image_files(photos))[0]
     Image.open(file).save(str(tmpdir / "a.png"))
-    x = pictures_of(learn, file)[0]
+    x = pictures_of(learn, file).x
     for files in (str(file), [file], (str(file),), get_image_files(photos).sorted()[:1], iter([file]), np.array([str(file)]).tolist(), tmpdir, tmpdir / "a.png"):
-        assert torch.equal(pictures_of(learn, files)[0], x)
+        assert torch.equal(pictures_of(learn, files).x, x)
 
 
 def test_digits_learners_take_files_loaded_ones_too(tmp_path):
@@ -194,8 +194,9 @@ def test_digits_learners_take_files_loaded_ones_too(tmp_path):
     learn.export("learner.pkl")
     said = titles(learn.show_attention(tmp_path / "a.png"))
     assert titles(load_learner(tmp_path / "learner.pkl").show_attention(tmp_path)) == said
-    x, shown, *_ = pictures_of(learn, tmp_path)
-    assert torch.allclose(shown, torch.full((1, 3, 40, 40), 200 / 255), atol=1e-6) and shown.shape == x.shape
+    its = pictures_of(learn, tmp_path)
+    assert its.x.shape == (1, 3, 40, 40) and its.shown[0].getcolors() == [(1600, (200,) * 3)]   # as these data read it
+    assert its.crops.tolist() == [[0, 0, 40, 40]] and its.names == ["a.png"]
     with learn.no_bar(): assert str(learn.predict(tmp_path / "a.png")[0]) == said[0].split()[0]
 
 
@@ -227,14 +228,14 @@ def test_data_without_labels(photos):
     for dls in (only, DataLoaders(*(torch.utils.data.DataLoader(list(torch.rand(6, 3, 20, 20)), 2) for _ in range(2)))):
         learn = Learner(dls, network(3), loss_func=nn.CrossEntropyLoss())
         assert len(titles(learn.show_attention(n=5))) == 5 == len(titles(learn.show_attention(files[:5])))
-        assert pictures_of(learn, n=5)[0].shape == (5, 3, 20, 20)
+        assert pictures_of(learn, n=5).x.shape == (5, 3, 20, 20)
 
 
 def test_each_learner_has_its_own_names_and_a_pool_that_is_not_there_is_told(photos):
     a, b = (Learner(block(photos), fixed([3., 1., 1.])) for _ in range(2))
     b.dls.train.vocab = ["one", "two", "three"]
-    x, *_ = pictures_of(a, n=1)
-    def said(**kwargs): return [ax.texts[-1].get_text().split()[0] for ax in show_heads(dict(a=a, b=b, c=a.model), x, **kwargs).axes]
+    x = pictures_of(a, n=1).x
+    def said(**kwargs): return [ax.texts[-1].get_text().split()[0] for ax in show_heads(dict(a=a, b=b, c=a.model), x, **kwargs).axes if ax.texts]
     assert said() == ["blue", "one", "blue"] and said(vocab=np.array(["x", "y", "z"])) == ["x"] * 3
     with pytest.raises(BadInput, match="^model: there is no attention pool in it"): a.show_attention(pool="1.0")
 
@@ -269,9 +270,9 @@ def test_what_is_no_picture_in_a_folder_is_left_out_and_told(photos, tmp_path, c
 
 def test_pictures_in_memory_are_shown_as_files_are(photos):
     learn, file = Learner(PIPELINES["ours"](photos), network(3)), sorted(get_image_files(photos))[0]
-    x = pictures_of(learn, file)[0]
+    x = pictures_of(learn, file).x
     with Image.open(file) as im:
-        for o in (im, np.asarray(im), [im]): assert torch.equal(pictures_of(learn, o)[0], x)
+        for o in (im, np.asarray(im), [im]): assert torch.equal(pictures_of(learn, o).x, x)
 
 
 def test_many_files_go_through_the_network_in_batches(photos):
@@ -352,8 +353,8 @@ def test_titles_and_pages_of_other_labels(photos, kind, tmp_path):
     truths = [t.partition("\n(")[2][:-1] for t in known]
     assert all(f"<small>is {html.escape(truth)}</small>" in page for truth in truths if truth)
     assert wrong == (any(truths) and kind not in ("number", "numbers", "points"))
-    drawn = show_heads({"a": learn}, pictures_of(learn, files)[0]).axes[0].texts
-    assert [t.get_text() for t in drawn] == ["a", title.replace("\n", " ")]
+    drawn = show_heads({"a": learn}, pictures_of(learn, files).x).axes[0].texts
+    assert [t.get_text().removesuffix("\nlooks everywhere") for t in drawn] == ["a", title.replace("\n", " ")]
 
 
 def test_every_loss_is_read_in_its_own_way():

@@ -166,6 +166,7 @@ def _test_batch(dls, files, read):
     dl.before_iter()
     return _finished(dl, _each(lambda i: read(dl, i), files)), dl
 
+# %% ../../nbs/47_maps.learner.ipynb #t7d10002
 @dataclass(frozen=True)
 class Pictures:
     "Pictures for a network, and as one looks at them."
