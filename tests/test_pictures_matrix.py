@@ -252,7 +252,8 @@ def test_the_network_gets_what_the_picture_shows_wherever_it_is_read(seen, name)
         for where in (seen.shown, seen.paged): assert torch.equal(where[name, size], x), size
         assert x.numpy().tobytes() in seen.trained, size
         upright = np.asarray(open_picture(seen.file((name, size))))
-        assert np.array_equal(seen.page[name, size], upright)   # the page has the file's own pixels
+        page = seen.page[name, size].astype(int)   # the file's own pixels, but for what a compressed picture loses
+        assert page.shape == upright.shape and np.abs(page - upright).mean() < 2
         assert upright.shape == (*SIZES[size], 3) and np.abs(upright.astype(int) - quadrants(shows, *SIZES[size])).max() <= near
 
 
