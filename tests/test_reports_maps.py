@@ -350,7 +350,7 @@ def test_titles_and_pages_of_other_labels(photos, kind, tmp_path):
     texts = [html.unescape(re.sub("<i>.*?</i>", "", text)).strip() for text in re.findall('<p class="said.*?">(.*?)</p>', page, re.S)]
     wrong, known = '✗ wrong:' in page, titles(learn.show_attention(n=99))
     assert texts == [t.partition("\n(")[0].replace("\n", " ") for t in known]
-    truths = [t.partition("\n(")[2][:-1] for t in known]
+    truths = [t.partition("\n(")[2][:-1].replace("\n", " ") for t in known]
     assert all(f"<small>is {html.escape(truth)}</small>" in page for truth in truths if truth)
     assert wrong == (any(truths) and kind not in ("number", "numbers", "points"))
     drawn = show_heads({"a": learn}, pictures_of(learn, files).x).axes[0].texts
