@@ -234,7 +234,7 @@ def test_a_drawn_split_is_for_any_recipe_and_is_told_in_the_run(home):
 
 
 def test_files_are_looked_at_once_for_all_heads_of_a_split(home, tmp_path):
-    "By the pictures that a process opens: after the first run, none."
+    "By the pictures that a process opens: after the first run, the eight to look at alone."
     shutil.copytree(home / "photos", tmp_path / "photos")
     specs = [spec_of(home, head, data=str(tmp_path / "photos"), lr=1e-3, wd=0., epochs=1) for head in ("avg", "gem", "max")]
     opened, hear = [], [True]
@@ -245,7 +245,7 @@ def test_files_are_looked_at_once_for_all_heads_of_a_split(home, tmp_path):
         opened.clear()
         others = [run(spec, tmp_path / "runs", "cpu") for spec in specs[1:]]
     finally: hear[0] = False
-    assert not opened and len({(r.folder / "pictures.csv").read_text() for r in (first, *others)}) == 1
+    assert len(set(opened)) <= 8 and len({(r.folder / "pictures.csv").read_text() for r in (first, *others)}) == 1
 
 
 # The rule

@@ -122,12 +122,11 @@ class _Reader:
         "Find which part of each picture the network saw."
         if self.parts: return
         self.parts = [None] * len(self.shown)
-        some = [i for i, pair in enumerate(self.pairs) if pair]
-        try:
-            both = [finished(dl, [self.pairs[i][k] for i in some]) for k in (0, 1)] if some else []
-            both = [decoded(o).cpu().mean(1) for o in both]
+        traced = [i for i, pair in enumerate(self.pairs) if pair]
+        for some in (traced[k:k + 64] for k in range(0, len(traced), 64)):   # of large folders, not all at once
+            try: both = [decoded(finished(dl, [self.pairs[i][k] for i in some])).cpu().mean(1) for k in (0, 1)]
+            except Exception: return   # whatever it is, the real pictures have passed
             for i, across, down in zip(some, *both): self.parts[i] = seen_part(across, down, self.sizes[i])
-        except Exception: pass   # whatever it is, the real pictures have passed
 
 # %% ../../nbs/47_maps.learner.ipynb #bd56668e
 def _loaders(learn):
