@@ -166,6 +166,7 @@ def _test_batch(dls, files, read):
     dl.before_iter()
     return _finished(dl, _each(lambda i: read(dl, i), files)), dl
 
+# %% ../../nbs/47_maps.learner.ipynb #056cf832
 @dataclass(frozen=True)
 class Pictures:
     "Pictures for a network, and as one looks at them."
@@ -185,6 +186,7 @@ class Pictures:
         scale = (self.crops[:, 2:] - corner) / torch.tensor([w, h])
         return self.boxes.cpu() * scale.repeat(1, 2) + corner.repeat(1, 2)
 
+# %% ../../nbs/47_maps.learner.ipynb #f9301710
 def pictures_of(
     learn: Learner, # Its data say how pictures are prepared; those of an exported one know it too
     files: Sequence[Path | str] | Path | str | None = None, # Pictures or folders of them; None for validation pictures
