@@ -60,6 +60,9 @@ def _check_trained(results):
     fail(f"heads: none could be trained. {'; '.join(dict.fromkeys(f'{r.spec.head}: {r.reason}' for r in results))}")
     raise typer.Exit(1)
 
+_MODELS = ('Models, then pictures or folders of them. A model is the folder of a run, an exported Learner (.pkl), a '
+           'file of weights or the name of a network. With --measure: run folders or folders of runs.')
+
 # %% ../nbs/70_cli.ipynb #d3c54877
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
          'or a folder, tar or CSV file of pictures.')
@@ -236,9 +239,6 @@ def data(
     typer.echo(describe(data, out, size).text)
 
 # %% ../nbs/70_cli.ipynb #bf6bdb08
-_MODELS = ('Models, then pictures or folders of them. A model is the folder of a run, an exported Learner (.pkl), a '
-           'file of weights or the name of a network. With --measure: run folders or folders of runs.')
-
 @app.command()
 def maps(
     models: Annotated[list[Path], typer.Argument(help=_MODELS, **_FILE | dict(metavar='MODEL... [PHOTO]...'))],
@@ -281,19 +281,16 @@ def maps(
         table = measure_maps(done, device, console, data=data, check=check)
         table.to_csv(out, index=False)
         console.print(plain_table(table))
-        say(f'Table: {out}')
-        return
+        return say(f'Table: {out}')
     from attnpool.maps.page import maps_page
     from attnpool.runs.open import is_model, open_model
-    pictures = [m for m in models if not is_model(m)]
-    models = [m for m in dict.fromkeys(models) if is_model(m)]
+    models, pictures = ([m for m in dict.fromkeys(models) if is_model(m) is wanted] for wanted in (True, False))
     if not models: raise BadInput(f"MODEL: {pictures[0]} is a picture or a folder of them. Name a model before it.")
-    further, learners = read_list('classes', classes) if classes else (), {}
+    further, learners, how = read_list('classes', classes) if classes else (), {}, read_options(options)
     with Console(stderr=True).status('') as status:
         for m in models:
             status.update(f'opening {m}')
-            learn = open_model(m, arch, head, vocab, trust, device, data, check, not pictures, size,
-                               **read_options(options))
+            learn = open_model(m, arch, head, vocab, trust, device, data, check, not pictures, size, **how)
             name = getattr(learn, 'about', {}).get('name', m.name)
             learners[str(m) if name in learners else name] = learn
         status.update(f"{' and '.join(learners)}: looking")

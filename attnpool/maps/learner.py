@@ -185,6 +185,7 @@ class Pictures:
         scale = (self.crops[:, 2:] - corner) / torch.tensor([w, h])
         return self.boxes.cpu() * scale.repeat(1, 2) + corner.repeat(1, 2)
 
+# %% ../../nbs/47_maps.learner.ipynb #f9301710
 def pictures_of(
     learn: Learner, # Its data say how pictures are prepared; those of an exported one know it too
     files: Sequence[Path | str] | Path | str | None = None, # Pictures or folders of them; None for validation pictures
