@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.data.external import fastai_cfg
 from fastai.vision.all import CrossEntropyLossFlat, load_learner, set_seed
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -59,6 +60,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
     old = os.environ.get("FASTAI_HOME")
     os.environ["FASTAI_HOME"] = str(folder / "home")
+    fastai_cfg.cache_clear()   # as other files may have left it
     paint(folder / "photos", 20, 0)
     paint(folder / "official/train", 10, 1)
     paint(folder / "official/val", 4, 2)
@@ -67,6 +69,7 @@ def home(tmp_path_factory):
     yield folder
     if old is None: del os.environ["FASTAI_HOME"]
     else: os.environ["FASTAI_HOME"] = old
+    fastai_cfg.cache_clear()
 
 
 def spec_of(home, head="avg", seed=1, data="photos", recipe="probe", **more):
