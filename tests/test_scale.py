@@ -87,7 +87,7 @@ def test_scale_of_grad_cam_is_multiples_of_its_mean():
     assert found.unit == "mean"
     seen = cam.sum((2, 3)) > 0
     ratio = (cam / cam.mean((2, 3), keepdim=True).clamp(min=1e-30))[seen]
-    assert torch.allclose(found.values[seen], ratio, rtol=1e-4) and (found.values[~seen] == 1).all()
+    assert torch.allclose(found.values[seen], ratio, rtol=1e-4) and (found.values[~seen] == 0).all()
 
 
 def test_scale_of_plain_maps_is_found():
@@ -96,7 +96,7 @@ def test_scale_of_plain_maps_is_found():
     assert torch.allclose(as_saliency(weights).values, as_saliency(3 * weights).values, rtol=1e-5)
     assert as_saliency(weights.half()).unit == "uniform" and as_saliency(weights.half()).values.dtype == torch.float32
     assert as_saliency(weights - 1).unit == "logit" and torch.equal(as_saliency(weights - 1).values, weights - 1)
-    assert as_saliency(as_saliency(weights)) is not None and as_saliency(torch.zeros(1, 1, 2, 2)).values.eq(1).all()
+    assert as_saliency(as_saliency(weights)) is not None and as_saliency(torch.zeros(1, 1, 2, 2)).values.eq(0).all()
     for bad in (torch.nan, torch.inf):
         weights[0, 0, 0, 0] = bad
         with pytest.raises(ValueError, match="maps: .*not finite.*diverged"): as_saliency(weights)
@@ -108,6 +108,7 @@ def test_scale_words_for_a_map_that_is_nearly_uniform():
     assert everywhere(1., 1, 1) and everywhere(1.2, .8, 1) and everywhere(1.)
     assert not everywhere(1.6, .7, .7) and not everywhere(1.2, 1.2, .6)
     assert everywhere(.2, -.2, .1, unit="logit") and everywhere(8., 7, 9, unit="logit") and everywhere(-8., -7, unit="logit")
+    assert not everywhere(0., 0)   # a map of zeros looks nowhere
     assert not everywhere(3., 0, 0, unit="logit") and not everywhere(3., -3, unit="logit")
     two = Saliency(torch.tensor([[[[2., 0]], [[0., 2]]]]), "uniform")   # the mean over k is drawn, and judged
     assert looks_everywhere(two).item()

@@ -243,7 +243,8 @@ class Saliency(NamedTuple):
 def as_saliency(
     maps: Tensor | Saliency, # `(b, k, h, w)`, as `attention_maps`, `class_activation_map` or `grad_cam` give them
 ) -> Saliency: # What has one already stays as it is
-    "Maps with a unit: what sums to one is read as weights, what is negative somewhere as parts of logits."
+    """Maps with a unit, told by their values: what sums to one is weights, what is negative somewhere parts of logits, the
+    rest multiples of its mean. `saliency` needs no guess. A map of zeros stays as it is."""
     if isinstance(maps, Saliency): return maps
     if maps.ndim != 4: raise BadInput(f"maps: expected (b, k, h, w), got {tuple(maps.shape)}.")
     m = maps.as_subclass(Tensor).detach()
@@ -253,7 +254,7 @@ def as_saliency(
                        "smaller rate.")
     if (m < 0).any(): return Saliency(m, 'logit')
     total = m.sum((2, 3), keepdim=True)
-    values = torch.where(total > 0, m * m[0, 0].numel() / total.clamp(min=1e-30), 1.) if len(m) else m
+    values = m * m[0, 0].numel() / total.clamp(min=1e-30) if len(m) else m
     return Saliency(values, 'uniform' if ((total - 1).abs() < .02).all() else 'mean')
 
 def saliency(

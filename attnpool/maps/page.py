@@ -234,7 +234,8 @@ _CARDS = '''<section class="looks" aria-label="Pictures and where the network lo
 <div class="runs">{% for name, about in abouts %}
 <p><b>{{ name }}</b> {{ about }}</p>{% endfor %}</div>
 <div class="cards">{% for card in cards %}
-<article class="card" data-index="{{ loop.index0 }}" data-name="{{ card.name }}" aria-label="{{ card.title }}">
+<article class="card{{ ' wide' if card.w > 2.4 * card.h }}" data-index="{{ loop.index0 }}" data-name="{{ card.name }}"
+ aria-label="{{ card.title }}">
 <h3>{{ card.title }}{% if card.truth %} <small>is {{ card.truth }}</small>{% endif %}</h3>
 <div class="columns">{% for c in card.columns %}
 <div class="column" data-run="{{ loop.index0 }}"{% for key in ('error', 'unsure', 'spread') if c[key] is not none %}
@@ -260,7 +261,9 @@ _CARDS = '''<section class="looks" aria-label="Pictures and where the network lo
 # %% ../../nbs/59_maps.page.ipynb #a2d41abd
 def _label(look):
     "What stands above the list of classes."
-    if look.per_class is None: return 'One map for all that it says:'
+    if look.per_class is None:
+        own = look.saliency.unit == 'uniform'
+        return 'One map for all that it says:' if own else f'One map, of its answer ({_METHODS[look.saliency.unit]}):'
     how = _METHODS[look.per_class.unit]
     return f'One for each output ({how}):' if look.numbers else f'What speaks for ({how}):'
 
@@ -290,12 +293,10 @@ def looks_html(
         name, said = title_text(name, 200), [a[i] for a in answers]
         columns = [dict(answer, choices=[*_choices(look, i)], label=_label(look), one=len(_parts(look)) > 1,
                         run=title_text(look.name, 100) if len(looks) > 1 else '') for look, answer in zip(looks, said)]
-        truth = next((a['truth'] for a in said if a['truth']), '')
-        cards.append(dict(name=name, title=name or f'Picture {i + 1}', truth=truth, src=src, columns=columns,
-                          w=im.width, h=im.height))
+        cards.append(dict(name=name, title=name or f'Picture {i + 1}', src=src, columns=columns, w=im.width, h=im.height,
+                          truth=next((a['truth'] for a in said if a['truth']), '')))
     data = json.dumps(_payload(looks), separators=(',', ':'), ensure_ascii=False).replace('<', '\\u003c')
-    abouts = [about for about in map(_about, looks) if any(about)]
-    return _ENV.from_string(_CARDS).render(cards=cards, data=data, abouts=abouts)
+    return _ENV.from_string(_CARDS).render(cards=cards, data=data, abouts=[a for a in map(_about, looks) if any(a)])
 
 # %% ../../nbs/59_maps.page.ipynb #eb1e9e29
 def maps_page(

@@ -50,7 +50,8 @@ def _check_map(module, x, fault):
     if pool is None: return
     what, got = f'the attention_map of its {type(pool).__name__}', []
     if not (hasattr(pool, 'c_out') or hasattr(pool, 'query')):
-        raise fault(f'{what} is found by a c_out beside it, which is missing: the number of channels that it returns')
+        raise fault(f'its {type(pool).__name__} has an attention_map but no c_out, the number of its channels: '
+                    'set self.c_out = ... in its __init__')
     handle = pool.register_forward_pre_hook(lambda m, args: got.append(args[0]))
     with torch.no_grad(): module(x)
     handle.remove()
