@@ -243,8 +243,8 @@ class Saliency(NamedTuple):
 def as_saliency(
     maps: Tensor | Saliency, # `(b, k, h, w)`, as `attention_maps`, `class_activation_map` or `grad_cam` give them
 ) -> Saliency: # What has one already stays as it is
-    """Maps with a unit, told by their values: what sums to one is weights, what is negative somewhere parts of logits, the
-    rest multiples of its mean. `saliency` needs no guess. A map of zeros stays as it is."""
+    """Maps with a unit, told by their values: what sums to one is weights, what is negative somewhere parts of logits,
+    the rest multiples of its mean. `saliency` needs no guess. A map of zeros stays as it is."""
     if isinstance(maps, Saliency): return maps
     if maps.ndim != 4: raise BadInput(f"maps: expected (b, k, h, w), got {tuple(maps.shape)}.")
     m = maps.as_subclass(Tensor).detach()

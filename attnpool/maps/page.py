@@ -293,7 +293,7 @@ def looks_html(
         name, said = title_text(name, 200), [a[i] for a in answers]
         columns = [dict(answer, choices=[*_choices(look, i)], label=_label(look), one=len(_parts(look)) > 1,
                         run=title_text(look.name, 100) if len(looks) > 1 else '') for look, answer in zip(looks, said)]
-        cards.append(dict(name=name, title=name or f'Picture {i + 1}', src=src, columns=columns, w=im.width, h=im.height,
+        cards.append(dict(name=name, title=name or f'Photo {i + 1}', src=src, columns=columns, w=im.width, h=im.height,
                           truth=next((a['truth'] for a in said if a['truth']), '')))
     data = json.dumps(_payload(looks), separators=(',', ':'), ensure_ascii=False).replace('<', '\\u003c')
     return _ENV.from_string(_CARDS).render(cards=cards, data=data, abouts=[a for a in map(_about, looks) if any(a)])
