@@ -44,7 +44,7 @@ def _show(results):
     "The table of one setting, after what one must know to read it; and apart that of its test pictures."
     from attnpool.report.stats import on_tests, remarks, rich_table, summarize
     for part, its in dict(validation=results, test=on_tests(results)).items():
-        if part == 'test' and its: say(f'Test pictures: {its[0].pictures[1]:,}, kept apart and asked once')
+        if part == 'test' and its: say(f'Test pictures: {its[0].pictures[1]:,}, kept apart, evaluated once')
         for line in remarks(its, part) if its else (): say(line)
         if its: Console().print(rich_table(summarize(its)))
 

@@ -19,13 +19,14 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.all import DataLoader
-from fastai.vision.all import DataLoaders, GatherPredsCallback, Learner
+from fastai.vision.all import DataLoaders, GatherPredsCallback, Learner, NoneReduce
 from torch import Tensor, nn
 
+from .callback.loss import knows_reduction
 from .data import get_dls
 from .data.cache import printable, write_file
 from .heads import get_head
-from .maps.compute import saliency
+from .maps.compute import is_per_class, saliency
 from .maps.learner import outputs_of, pictures_of
 from .maps.measures import pointing_game
 from .maps.reading import Reading
@@ -101,6 +102,7 @@ def look_at_validation(
     files = ['' if f is None else Path(os.path.relpath(f, root) if root else f).as_posix() for f in its.files]
     scale = np.array(its.sizes) / [im.size for im in its.shown]
     arrays |= dict(unit=np.str_(maps.unit), files=np.array(files, np.str_),
+                   per_class=np.bool_(is_per_class(learn.model, maps, out.shape[1])),
                    crops=(its.crops.numpy() * np.tile(scale, 2)).astype(np.float32))
     hits = []
     if its.boxes is not None:
@@ -109,6 +111,13 @@ def look_at_validation(
     return {'peak_in_box': torch.cat(hits).float().mean().item()} if hits else {}, arrays
 
 # %% ../nbs/50_tasks.ipynb #a5d8f7fe
+def _losses(loss, out, y):
+    "The loss of each picture: in one go, where a loss can tell them apart."
+    if knows_reduction(loss):
+        with NoneReduce(loss) as each: losses = each(out, y)
+        if losses.shape == y.shape: return losses
+    return [loss(o[None], t[None]).item() for o, t in zip(out, y)]
+
 def predictions(
     learn: Learner, # Trained on one class per picture, or on their kept maps
     dl: DataLoader | None = None, # Pictures with labels; None for the validation pictures
@@ -120,7 +129,7 @@ def predictions(
     out, y = (t.cpu().as_subclass(Tensor) for t in kept.all_tensors())
     p, _ = Reading(learn.loss_func, vocab).read(out.float())
     said, rows, names = p.argmax(1), torch.arange(len(p)), np.array([printable(str(v)) for v in vocab], object)
-    loss = [learn.loss_func(o[None], t[None]).item() for o, t in zip(out.float(), y)]
+    loss = _losses(learn.loss_func, out.float(), y)
     table = pd.DataFrame(dict(path=[printable(f) for f in files] or '', label=names[y], said=names[said],
                               p=p[rows, said], p_label=p[rows, y], loss=loss))
     return table, dict(zip(('valid_loss', *(m.name for m in learn.metrics)), map(float, values)))

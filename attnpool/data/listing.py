@@ -19,8 +19,8 @@ from typing import Iterable
 import numpy as np
 
 from .cache import digest_of, first_few, printable, write_file
-from .reader import (
-    LEFT, TEST, TRAIN, VALID, check_tests, folder_roles, in_threads, inner_folders, is_output, picture_files, unwrapped)
+from .reader import (TEST, TESTS_LEFT_ALONE, TRAIN, VALID, check_tests, folder_roles, in_threads,
+    inner_folders, is_output, picture_files, unwrapped)
 from .splits import numbered_split, share_of_each
 from ..registry import BadInput
 
@@ -172,7 +172,7 @@ def list_folder(
         files, labels, left_out = files + more[0], labels + more[1], left_out + more[2]
     else: files, labels, n_train = _random_split(files, labels, valid_pct, split_seed)
     beside = [d.name for d in inner_folders(root) if train and d not in (train, valid, test)]
-    if test and test != valid and valid: notes.append(LEFT.format(f'the pictures of {test.name}'))
+    if test and test != valid and valid: notes.append(TESTS_LEFT_ALONE.format(f'the pictures of {test.name}'))
     if beside: notes.append(f'left alone beside {train.name}: {first_few(beside)}')
     if left_out:
         few = first_few((f.relative_to(root) for f in left_out), 3)
@@ -258,7 +258,7 @@ def list_csv(
     n_test, valid = (sum(r['role'] == role for r in rows) for role in ('test', 'val'))
     if tests: check_tests(file, valid, n_test and 'split test', True)
     if n_test and valid:
-        notes.append(LEFT.format(f'{n_test:,} rows of the split test'))
+        notes.append(TESTS_LEFT_ALONE.format(f'{n_test:,} rows of the split test'))
         rows, valid = [r for r in rows if r['role'] != ('val' if tests else 'test')], n_test if tests else valid
     elif n_test: notes.append('there is no row of the split val, so those of test validate')
     rows.sort(key=lambda r: r['role'] in ('val', 'test'))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['uncompiled', 'find_pools', 'attention_maps', 'enlarge', 'class_activation_map', 'grad_cam', 'class_maps',
-           'class_token_maps', 'maps_of', 'Saliency', 'as_saliency', 'saliency']
+           'class_token_maps', 'maps_of', 'Saliency', 'as_saliency', 'saliency', 'is_per_class']
 
 # %% ../../nbs/17_maps.compute.ipynb #c8fde1b1
 import math
@@ -268,3 +268,13 @@ def saliency(
         return as_saliency(maps_of(model, x, pool))._replace(unit='uniform')
     try: return as_saliency(class_activation_map(model, x, target))._replace(unit='logit')
     except BadInput: return as_saliency(grad_cam(model, x, target))._replace(unit='mean')
+
+def is_per_class(
+    model: nn.Module, # Any classifier
+    maps: Saliency, # What it looks at, from `saliency` without a target
+    n_out: int, # Number of its outputs
+) -> bool:
+    "Whether each map is that of a query for one class, so that a class has its own and their mean says little."
+    pools = [*find_pools(model).values()]
+    own = bool(pools) and getattr(pools[-1], 'per_query', False)
+    return own and n_out > 1 and maps.values.shape[1] == n_out

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..data.cache import write_file
 from ..data.reader import in_threads, is_picture
-from .compute import Saliency, find_pools, saliency
+from .compute import Saliency, find_pools, is_per_class, saliency
 from .draw import looks_everywhere, scale_of
 from .learner import Pictures, batches, outputs_of, pictures_of
 from .measures import entropy
@@ -120,7 +120,7 @@ def look(
     chosen, several, one, per_class = torch.cat([best, further], 1), out.shape[1] > 1, None, None
     pools = [*find_pools(learn.model).values()]
     if pools or not several: one = _batched(learn, pictures.x)
-    if several and pools and getattr(pools[-1], 'per_query', False) and one.values.shape[1] == out.shape[1]:
+    if one is not None and is_per_class(learn.model, one, out.shape[1]):
         one, per_class = None, Saliency(one.values[torch.arange(b)[:, None], chosen], one.unit)
     elif several:
         try: per_class = _batched(learn, pictures.x, chosen)
@@ -261,10 +261,10 @@ _CARDS = '''<section class="looks" aria-label="Pictures and where the network lo
 # %% ../../nbs/59_maps.page.ipynb #a2d41abd
 def _label(look):
     "What stands above the list of classes."
+    how = _METHODS[(look.per_class or look.saliency).unit]
     if look.per_class is None:
-        own = look.saliency.unit == 'uniform'
-        return 'One map for all that it says:' if own else f'One map, of its answer ({_METHODS[look.saliency.unit]}):'
-    how = _METHODS[look.per_class.unit]
+        if look.numbers or look.saliency.unit == 'uniform': return 'One map for all that it says:'
+        return f'The map is of the first ({how}):'
     return f'One for each output ({how}):' if look.numbers else f'What speaks for ({how}):'
 
 def _about(look):
@@ -296,7 +296,8 @@ def looks_html(
         cards.append(dict(name=name, title=name or f'Photo {i + 1}', src=src, columns=columns, w=im.width, h=im.height,
                           truth=next((a['truth'] for a in said if a['truth']), '')))
     data = json.dumps(_payload(looks), separators=(',', ':'), ensure_ascii=False).replace('<', '\\u003c')
-    return _ENV.from_string(_CARDS).render(cards=cards, data=data, abouts=[a for a in map(_about, looks) if any(a)])
+    abouts = [(name, known) for name, known in map(_about, looks) if known or name and len(looks) == 1]
+    return _ENV.from_string(_CARDS).render(cards=cards, data=data, abouts=abouts)
 
 # %% ../../nbs/59_maps.page.ipynb #eb1e9e29
 def maps_page(

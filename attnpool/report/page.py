@@ -7,6 +7,7 @@ __all__ = ['learning_curves', 'cost_plot', 'markdown', 'write_report', 'keep_oth
 
 # %% ../../nbs/63_report.page.ipynb #ac7d21f8
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import Sequence
 
@@ -29,7 +30,7 @@ from .collect import by_row, group_by_setting, setting_of, tell_apart, write_run
 from .published import blog_tables
 from .stats import GUESS, format_table, guess_of, on_tests, primary_of, remarks, summarize
 from ..runs.store import Result, read_about
-from ..runs.tested import confused_pairs, confusion, hardest, pictures_root
+from ..runs.tested import confused_pairs, confusion, hardest, picture_file
 
 # %% ../../nbs/63_report.page.ipynb #0f921ecd
 def _label(name):
@@ -75,8 +76,9 @@ def cost_plot(
     with figure((6, 3.6)) as (fig, ax):
         values = table['head'], table.seconds_per_epoch, 100 * table[primary_of(table)], 100 * table.sd.fillna(0)
         for name, x, y, sd, colour in zip(*values, PALETTE * len(table)):
-            ax.errorbar(x, y, sd, fmt='o', color=colour, capsize=3)
+            ax.errorbar(x, y, sd, fmt='o', color=colour, capsize=3, clip_on=False)
             ax.annotate(_label(name), (x, y), xytext=(6, 4), textcoords='offset points')
+        if (values[2] + values[3]).max() <= 100: ax.set_ylim(top=min(ax.get_ylim()[1], 100))   # no share is above
         _guess_line(ax, 100 * table.guess.mean())
         ax.set(xlabel='seconds per epoch', ylabel=_label(f'{primary_of(table)}, %'))
     return fig
@@ -92,9 +94,9 @@ def _arrays(result):
     if not file or not file.is_file(): return {}
     with np.load(file) as f: return {k: f[k] for k in f.files}
 
-def _original(root, name, crop, seen, box):
+def _original(file, crop, seen, box):
     "A picture, and the part of it that the network saw: from its file if it is at hand, else as the network saw it."
-    try: im = open_picture(root/name) if root and name else None
+    try: im = open_picture(file) if file else None
     except BadInput: im = None
     if im is None: im, crop = Image.fromarray(seen), (0, 0, *seen.shape[1::-1])
     k = min(1, _SHOWN / im.width)
@@ -108,15 +110,17 @@ def _look(name, result):
     "What a run says of some validation pictures and where it looks; None where its version did not keep that."
     a = _arrays(result)
     if not {'p', 'unit', 'files', 'crops'} <= a.keys(): return None
-    root, names, boxes = pictures_root(result), [str(f) for f in a['files']], a.get('boxes', [None] * len(a['files']))
-    each = zip(names, a['crops'], a['images'].transpose(0, 2, 3, 1), boxes)
-    shown, crops = zip(*(_original(root, *picture) for picture in each))
+    names, boxes = [str(f) for f in a['files']], a.get('boxes', [None] * len(a['files']))
+    each = zip([picture_file(result, f) for f in names], a['crops'], a['images'].transpose(0, 2, 3, 1), boxes)
+    shown, crops = zip(*(_original(*picture) for picture in each))
     x, p, vocab = torch.from_numpy(a['images']), torch.from_numpy(a['p']).float(), read_about(result).get('vocab')
     labels = torch.from_numpy(a['labels']) if 'labels' in a else None
     pictures = Pictures(x, [*shown], torch.tensor(crops), names, labels, None)
     maps = Saliency(torch.from_numpy(a['maps']).float(), str(a['unit']))
-    return Look(name, {}, pictures, Reading(torch.nn.CrossEntropyLoss(), vocab), p, p.argmax(1), maps,
-                p.topk(min(3, p.shape[1])).indices)
+    chosen, one, per_class = p.topk(min(3, p.shape[1])).indices, maps, None
+    if a.get('per_class', False):
+        one, per_class = None, maps._replace(values=maps.values[torch.arange(len(p))[:, None], chosen])
+    return Look(name, {}, pictures, Reading(torch.nn.CrossEntropyLoss(), vocab), p, p.argmax(1), one, chosen, per_class)
 
 def _where(results):
     "Where all heads look, side by side; of runs of earlier versions a figure each."
@@ -180,9 +184,9 @@ def _confused(results):
 def _worst(results):
     "Path, class, what was said, and the picture where it is at hand."
     table, out = hardest(results), []
-    root = pictures_root(next(r for r in results if r.folder)) if len(table) else None
+    its = next((r for r in results if r.folder), None)
     for r in table.itertuples():
-        try: im = load_picture(root/r.path, 150) if root else None   # shorter side
+        try: im = load_picture(file, 150) if (file := picture_file(its, r.path)) else None   # shorter side
         except BadInput: im = None
         if im: im.thumbnail((300, 300))
         said = f'taken for {r.said} ({r.p:.0%})' + (f' in {r.wrong} of {r.runs} runs' if r.runs > 1 else '')
@@ -210,19 +214,20 @@ def _section(name, results, table):
 def _html(table):
     with pd.option_context('display.max_colwidth', None): return table.to_html(index=False, border=0)   # escaped, whole
 
-_TESTED = ('Kept apart until all was decided, and asked once for each run, after its last epoch. Nothing was chosen by '
-           'them, as long as nobody goes back and chooses by this table.')
+_TESTED = ('Kept apart until all was decided; each run is evaluated on them once, after its last epoch. Nothing was '
+           'chosen by them, as long as nobody goes back and chooses by this table.')
 
 def _parts(results, table):
     "The comparison, and beside it the same for test pictures where there are some."
-    parts = [dict(title='', about='', remarks=remarks(results), table=format_table(table))]
+    parts = [dict(title='', about='', remarks=remarks(results, table=table), table=format_table(table))]
     if (tested := on_tests(results)):
         many = {r.test['fingerprint'] for r in results if r.test}
         changed = 'The test pictures changed between these runs: attnpool bench --test asks them again.'
-        text = format_table(summarize(tested)).drop(columns=['lr', 'wd'], errors='ignore')
+        means = summarize(tested)
+        text = format_table(means).drop(columns=['lr', 'wd'], errors='ignore')
         about = f"{tested[0].pictures[1]:,} pictures. {_TESTED}"
         parts.append(dict(title='Test pictures', about=about, table=text,
-                          remarks=[changed] * (len(many) > 1) + remarks(tested, 'test')))
+                          remarks=[changed] * (len(many) > 1) + remarks(tested, 'test', means)))
     return [p | dict(html=_html(p['table'])) for p in parts]
 
 def _line(text): return ' '.join(str(text).splitlines())
@@ -280,18 +285,26 @@ def keep_other(
     path: Path | str, # Where a report is to be written
     results: Sequence[Result], # Of what
 ) -> Path | None: # Where the page is now that lay there; None where none is, or all of its data are reported again
-    "Rename a report of other data, with its tables, to `report-DATA.html`."
+    "Rename a report of other data, with its tables, to `report-DATA.html`; to `report-DATA-2.html` if that is taken."
     path = Path(path)
     names = ['data.name', 'data.fingerprint']
     try: old = pd.read_csv(path.with_suffix('.runs.csv'), usecols=names, dtype=str, keep_default_na=False)[names]
     except (OSError, ValueError): return None   # none, or of an earlier version
     there = {(name.strip('"'), mark.strip('"')) for name, mark in old.itertuples(index=False)}
     mine = {(r.spec.data.name, r.spec.data.fingerprint) for r in results}
-    if not path.exists() or there <= mine: return None
+    if there <= mine: return None
     again = {name for name, _ in mine}   # the same folder, whose pictures have changed
     words = [f'{name}-{mark[:4]}' if name in again else name for name, mark in sorted(there - mine)]
     words = [word.replace('/', '_') for word in words]
-    kept = path.with_name(f"{path.stem}-{'+'.join(words)[:80]}{path.suffix}")
-    for end in ('.csv', '.md', '.runs.csv', path.suffix):
-        if (file := path.with_suffix(end)).exists(): file.replace(kept.parent/f'{kept.name[:-len(path.suffix)]}{end}')
-    return kept
+    name = f"{path.stem}-{'+'.join(words)[:80]}"
+    ends = '.csv', '.md', path.suffix, '.runs.csv'   # last the one that tells whose they are, if this is cut off before
+    def moves(n): return [(file, path.with_name(f'{name}-{n}{end}' if n > 1 else name + end))
+                          for end in ends if (file := path.with_suffix(end)).exists()]
+    def taken(its):   # by anything but this very report
+        (*_, (runs, kept)) = its
+        same = kept.exists() and kept.read_bytes() == runs.read_bytes()
+        return not same and any(kept.exists() for _, kept in its)
+    free = next(its for n in count(1) if not taken(its := moves(n)))
+    for file, kept in free: file.replace(kept)
+    page = kept.with_name(kept.name.removesuffix('.runs.csv') + path.suffix)
+    return page if page.exists() else kept

@@ -176,16 +176,16 @@ def near_guessing(
     bound = guess + 2 * (guess * (1 - guess) / n)**.5
     return dict(means[means <= bound]), bound
 
-def _failed(results, _):
+def _failed(results, *_):
     why = {r.spec.head: ' '.join(r.reason.split()) for r in results if r.status == 'failed'}
     return why and f"Heads that cannot take the body's map: {'; '.join(f'{h} ({text})' for h, text in why.items())}."
 
-def _diverged(results, _):
+def _diverged(results, *_):
     rows = {name: [r.status == 'diverged' for r in rs] for name, rs in by_row(results).items()}
     told = [f'{sum(bad)} of {len(bad)} of {name}' for name, bad in rows.items() if any(bad)]
     return told and f"Runs that diverged, and are in no mean: {', '.join(told)}. A smaller --lr may help."
 
-def _doubled(results, part):
+def _doubled(results, part, _):
     worst = max(results, key=lambda r: r.doubles or 0)
     if not worst.doubles: return ''
     most, where = ('up to ', ' in a split') if worst.spec.split == 'seed' else ('', '')
@@ -193,10 +193,10 @@ def _doubled(results, part):
             "train as well, as the same picture or nearly the same under another name: on these, memory is measured. "
             "attnpool data DIR names them; keep one of each in the folder.")
 
-def _guessing(results, part):
+def _guessing(results, part, table):
     if np.isnan(guess := guess_of(results)): return ''
     n = min(r.pictures[1] for r in results if r.classes)
-    heads, bound = near_guessing(summarize(results), n)
+    heads, bound = near_guessing(table, n)
     return heads and (
         f"Near guessing: {', '.join(f'{h} ({100 * v:.1f})' for h, v in heads.items())}. Who always says the commonest "
         f"class has {100 * guess:.1f}; a head counts as better above {100 * bound:.1f}, two standard deviations of "
@@ -205,7 +205,7 @@ def _guessing(results, part):
 # %% ../../nbs/61_report.stats.ipynb #73a43039
 _FEW, _FEW_OF = 200, 20   # pictures in all, and of a class
 
-def _few(results, part):
+def _few(results, part, _):
     known = [r for r in results if r.pictures and r.status != 'failed']
     n = min((r.pictures[1] for r in known), default=_FEW)
     least = min((r.classes[1] for r in known if r.classes), default=_FEW_OF)
@@ -217,22 +217,21 @@ def _few(results, part):
     return (f"{least:,} {part} pictures of {'each' if len(sizes) == 1 else 'the smallest'} class: one picture is "
             f"{points(least)} of that class, and {points(n)} of all {n:,}.")
 
-def _uneven(results, part):
-    means = summarize(results)
+def _uneven(results, part, means):
     if primary_of(means) != 'accuracy' or 'balanced_accuracy' not in means or means.accuracy.isna().all(): return ''
     best = means.loc[means.accuracy.idxmax()]
     if best.accuracy - best.balanced_accuracy < .05: return ''
     return (f"The classes are unequal in size: for {best['head']} accuracy is {100 * best.accuracy:.1f}, but the mean "
             f"over the classes, balanced accuracy, {100 * best.balanced_accuracy:.1f}. The large ones are told better.")
 
-def _runs(results, _):
+def _runs(results, *_):
     n = Counter(sum(r.value is not None for r in rs) for rs in by_row(results).values())
     what, several = ('split', '--splits 5') if results[0].spec.split == 'seed' else ('seed', '--seeds 1,2,3,4,5')
     if n[1]: return f"From one {what} there is no interval, so nothing tells a difference from chance: {several}."
     if n[2]: return (f"Intervals from 2 {what}s: they are 12.7 standard errors wide to each side, of 5 {what}s 2.8. "
                      f"Only a large difference can be told: {several}.")
 
-def _alone(results, _):
+def _alone(results, *_):
     compared = {r.spec.head for r in results if r.value is not None}
     if compared and all(r.spec.head != 'avg' for r in results):
         return "Without avg there are no differences to average pooling: add it to --heads."
@@ -240,10 +239,12 @@ def _alone(results, _):
 def remarks(
     results: Sequence[Result], # Of one setting
     part: str = 'validation', # Which pictures their metrics are of, in words
+    table: pd.DataFrame | None = None, # From `summarize`, where it is made already
 ) -> list[str]: # Sentences to stand above its table, the gravest first; none where all is well
     "What a reader of the table must know."
+    if table is None: table = summarize(results)
     every = _failed, _diverged, _doubled, _guessing, _few, _uneven, _runs, _alone
-    return [text for say in every if (text := say(results, part))]
+    return [text for say in every if (text := say(results, part, table))]
 
 # %% ../../nbs/61_report.stats.ipynb #e9f14c09
 def on_tests(

@@ -68,10 +68,10 @@ class Result:
     redrawn: bool = False # Whether its validation pictures were drawn by its seed: other seeds have others
     doubles: int | None = None # Validation pictures that train as well, as the same picture or nearly
     run_seconds: float | None = None # Of the whole run, without what it shares with others
-    classes: list[int] | None = None # How many; validation pictures of the smallest and of the largest
-    test: dict = field(default_factory=dict, compare=False) # From `with_test`: metrics, pictures, classes, fingerprint
     folder: Path | None = field(default=None, compare=False) # Where it lies
     epochs: pd.DataFrame | None = field(default=None, compare=False) # The history, of a run that was read from a table
+    classes: list[int] | None = None # How many; validation pictures of the smallest and of the largest
+    test: dict = field(default_factory=dict, compare=False) # From `with_test`: metrics, pictures, classes, fingerprint
 
     @property
     def value(self) -> float | None:
@@ -154,14 +154,15 @@ def write_about(
     spec: Spec, # Of the run
     folder: Path | str, # Its folder
 ):
-    "Write `data.json`: what the network has to know of its data, and where they lay."
+    "Write `data.json`: what the network has to know of its data, and where they and their pictures lay."
     if not hasattr(dls, 'about'): return
+    root = str(dls.listing.root.expanduser().resolve()) if hasattr(dls, 'listing') else ''
     path = str(Path(spec.data.path).expanduser().resolve()) if is_path(spec.data.path) else ''
-    write_file(Path(folder)/'data.json', json.dumps(dls.about | dict(path=path), indent=1))
+    write_file(Path(folder)/'data.json', json.dumps(dls.about | dict(path=path, root=root), indent=1))
 
 def read_about(
     result: Result, # Of a run with a folder
-) -> dict: # Arguments of `empty_dls`, and `path`; of a run of an earlier version some may be missing
+) -> dict: # Arguments of `empty_dls`, `path` and `root`; of a run of an earlier version some may be missing
     "What the network of a run has to know of its data."
     file, table, spec = result.folder/'data.json', result.folder/'pictures.csv', result.spec
     if file.exists(): return json.loads(file.read_text())
@@ -222,7 +223,7 @@ def open_data(
 ) -> DataLoaders: # Without pictures, they can prepare others
     "The data of a run."
     about = read_about(result)
-    lay, typed, alone = about.pop('path', ''), result.spec.data.path, 'mean' in about
+    lay, _, typed, alone = about.pop('path', ''), about.pop('root', ''), result.spec.data.path, 'mean' in about
     if typed not in DATASETS: typed = os.path.join(os.curdir, Path(typed).expanduser())
     path = str(data or next((p for p in (lay, typed) if p and Path(p).exists()), lay or typed))
     spec = replace(result.spec, data=replace(result.spec.data, path=path))
