@@ -129,13 +129,13 @@ def bench(
     """
     from attnpool.distributed import is_first, scale_up
     from attnpool.runs.cluster import check_cluster
-    from attnpool.runs.tested import ask_tests, find_tests
+    from attnpool.runs.tested import ask_tests, find_tests, tell_tests_left
     console, device = Console(), check_device(device)
     if cluster: check_cluster(cluster, time_limit)
     sizes = read_list('eval-sizes', eval_sizes, int) if eval_sizes else None if eval_sizes is None else ()
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
     specs = read_specs(data, heads, seeds, recipe, options, splits=splits, save_recipe=save_recipe, **overrides)
-    tests = find_tests(specs[0].data.path, skip_broken) if test else None   # errors are told before any training
+    tests = find_tests(specs[0].data.path, skip_broken) if test else tell_tests_left(specs[0].data, say)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
     if sizes is None and specs[0].eval_sizes and is_first():
         also = f'validated at {" and ".join(map(str, specs[0].eval_sizes))} px as well'

@@ -257,7 +257,7 @@ def test_page_shows_the_hardest_pictures_and_stays_small(tmp_path):
 def test_warn_of_a_test_folder_that_is_left_alone(capfd):
     data = photos()
     bench(data, "--heads", "avg", "--seeds", "1")
-    assert "the pictures of test are left alone; attnpool bench --test tries each run on them once" in capfd.readouterr().err
+    assert "the pictures of test are left alone; attnpool bench --test tries each run on them once" in capfd.readouterr().out
     assert not [*Path("runs").rglob("test*")] and "Test pictures" not in Path("runs/report.md").read_text()
 
 
@@ -268,7 +268,8 @@ def test_tests_are_asked_once_and_kept_apart(capfd):
     stamps = [f.stat().st_mtime_ns for f in weights]
     bench(data, "--heads", "avg", "--seeds", "1,2", "--test")
     assert {f.name for f in Path("runs").iterdir()} == before and [f.stat().st_mtime_ns for f in weights] == stamps   # same ids, not trained again
-    assert re.search(r"test 2/2  avg seed 2: accuracy \d+\.\d% of 15 test pictures", capfd.readouterr().out)
+    said = capfd.readouterr()
+    assert re.search(r"test 2/2  avg seed 2: accuracy \d+\.\d% of 15 test pictures", said.out) and "left alone" not in said.err
     results, _ = collect(["runs"])
     for r in results:
         table = read_predictions(r, test=True)

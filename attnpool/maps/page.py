@@ -261,10 +261,9 @@ _CARDS = '''<section class="looks" aria-label="Pictures and where the network lo
 # %% ../../nbs/59_maps.page.ipynb #a2d41abd
 def _label(look):
     "What stands above the list of classes."
-    how = _METHODS[(look.per_class or look.saliency).unit]
-    if look.per_class is None:
-        if look.numbers or look.saliency.unit == 'uniform': return 'One map for all that it says:'
-        return f'The map is of the first ({how}):'
+    s = look.per_class or look.saliency
+    how, of_all = _METHODS[s.unit], look.numbers or s.unit == 'uniform'
+    if s is look.saliency: return 'One map for all that it says:' if of_all else f'The map is of the first ({how}):'
     return f'One for each output ({how}):' if look.numbers else f'What speaks for ({how}):'
 
 def _about(look):
@@ -291,8 +290,8 @@ def looks_html(
     answers, sources = [[*_answers(look)] for look in looks], _sources(pictures.shown, pixels)
     for i, (im, name, src) in enumerate(zip(pictures.shown, pictures.names, sources)):
         name, said = title_text(name, 200), [a[i] for a in answers]
-        columns = [dict(answer, choices=[*_choices(look, i)], label=_label(look), one=len(_parts(look)) > 1,
-                        run=title_text(look.name, 100) if len(looks) > 1 else '') for look, answer in zip(looks, said)]
+        columns = [dict(a, choices=[*_choices(look, i)], label=_label(look), one=len(_parts(look)) > 1,
+                        run=title_text(look.name, 100) if len(looks) > 1 else '') for look, a in zip(looks, said)]
         cards.append(dict(name=name, title=name or f'Photo {i + 1}', src=src, columns=columns, w=im.width, h=im.height,
                           truth=next((a['truth'] for a in said if a['truth']), '')))
     data = json.dumps(_payload(looks), separators=(',', ':'), ensure_ascii=False).replace('<', '\\u003c')

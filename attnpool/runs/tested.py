@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_predictions', 'confusion', 'confused_pairs', 'hardest', 'pictures_root', 'picture_file', 'find_tests',
-           'with_test', 'ask_tests']
+           'tell_tests_left', 'with_test', 'ask_tests']
 
 # %% ../../nbs/58_runs.tested.ipynb #5bd9b2a1
 import json
@@ -21,10 +21,12 @@ from fastai.vision.all import DataLoaders, Learner
 from filelock import FileLock
 from torch import nn
 
+from ..data import DataId
 from ..data.cache import digest_of, printable, write_file
 from ..data.check import check_pictures, doubles_of, without_broken
 from ..data.listing import Listing, digests, fingerprint, read_digests
 from ..data.pictures import find_pictures, labelled_dls
+from ..distributed import is_first
 from ..frozen import MapLoader, MapSet, kept_maps
 from ..registry import BadInput
 from .store import Result, load_run, read_about
@@ -126,6 +128,15 @@ def find_tests(
     "The test pictures of a data set, checked, in the place of those that validate."
     whole = find_pictures(data, cache=cache, tests=True)
     return without_broken(whole, check_pictures(whole, cache), skip_broken)[0]
+
+def tell_tests_left(
+    data: DataId, # Of a spec
+    say: Callable, # Hears a sentence where there are some
+):
+    "Say that test pictures are left alone."
+    listing = find_pictures(data.path) if data.fingerprint and is_first() else None   # others are made, not read
+    for note in listing.notes if listing else ():
+        if '--test' in note: say(f'{listing.name}: {note}.')
 
 # %% ../../nbs/58_runs.tested.ipynb #cacee11c
 def with_test(
