@@ -26,7 +26,6 @@ from attnpool.registry import BadInput, check_unasked, EntryPoints, find_part, s
 from attnpool.report.collect import by_row, collect, group_by_setting, write_runs
 from attnpool.report.stats import measure_maps
 from attnpool.runs.spec import make_spec, read_spec
-from attnpool.runs.tested import ask_tests, find_tests
 from attnpool.runs.train import open_run, run
 
 HEAD = '''
@@ -209,6 +208,7 @@ def forged(folder, monkeypatch):
         for file in ("spec.json", "result.json"):
             whole = json.loads((made / file).read_text())
             (whole if file == "spec.json" else whole["spec"]).update(values)
+            if file == "result.json": whole["files"] = {name: (made / name).stat().st_size for name in whole["files"]}
             (made / file).write_text(json.dumps(whole))
         return made
     monkeypatch.setattr(registry, "_ASKED", set())
@@ -241,11 +241,8 @@ def test_door_a_run_runs_no_code_of_its_own(forged, folder):
     registry._ASKED.clear()
     for case in cases:
         run = forged(**dict(head="avg", arch="xeca_resnext_tiny", folder="", options={}) | case)
-        for act in (lambda: open_run(run), lambda: open_run(run, check=False, with_data=False), lambda: measure_maps([r for r in collect([run])[0] if r.folder], "cpu"),
-                    lambda: ask_tests(collect([run])[0], find_tests(folder), "cpu")):
-            try: act()
-            except (BadInput, FileNotFoundError) as e: assert "find_tests" in str(e) or "trust=True (--trust)" in str(e) or "test" in str(e), (case, e)
-            else: pytest.fail(f"{case} was opened")
+        for act in (lambda: open_run(run), lambda: open_run(run, check=False, with_data=False), lambda: measure_maps(collect([run])[0], "cpu")):
+            with pytest.raises(BadInput, match=r"trust=True \(--trust\)"): act()
         assert "own_evil" not in sys.modules and not mark.exists(), case
     told = process("maps", run, "--device", "cpu", cwd=folder), process("maps", run, "--measure", "--device", "cpu", cwd=folder), process("report", run, cwd=folder)
     assert [t.returncode for t in told] == [2, 2, 0] and not mark.exists() and all("--trust" in t.stderr for t in told[:2]), told
@@ -256,7 +253,7 @@ def test_door_a_run_runs_no_code_of_its_own(forged, folder):
 def test_door_a_report_and_a_start_load_nothing(forged, folder):
     mark = folder / "ran"
     (folder / "own_evil.py").write_text(STRANGE.format(mark=str(mark)))
-    run = forged(head="own_evil:Mine@12345678", arch="xeca_resnext_tiny", options=dict(temperature=2, widen=.5))
+    run = forged(head="own_evil:Mine@12345678", arch="xresnext50s", options=dict(temperature=2, widen=.5))
     results, _ = collect([run])
     write_runs(results, folder / "their.runs.csv")
     row, = by_row(group_by_setting(collect([folder / "their.runs.csv"])[0])[0])
@@ -274,7 +271,6 @@ def test_door_ones_own_is_opened_unasked_as_it_was(forged, folder):
     assert type(open_run(made, "cpu").model[-1]).__name__ == "Mine"   # it was typed here
     code = "import sys; from attnpool.runs.train import open_run; print(type(open_run(sys.argv[1]).model[-1]).__name__)"
     assert "Mine" in process(made, cwd=folder, code=code).stdout
-    assert process("maps", made, "--device", "cpu", cwd=folder).returncode == 0
     (folder / "own_helper.py").write_text(HELPER + "# another line\n")
     told = process(made, cwd=folder, code=code).stderr
     assert "the source of own_heads:Mine has changed: it is own_heads:Mine@" in told and f"was {spec.head}" in told
@@ -289,7 +285,7 @@ def test_door_a_package_is_used_unasked_only_where_it_was_typed(tmp_path, monkey
     for name in ("x", "x@c-pools-1.2", "x@other-3"):
         with pytest.raises(BadInput, match=r"head: a/run names x, .* would run code of the package c-pools-1.2; .*trust=True"): check_unasked(name, "head", table, "a/run")
     for name in ("avg", "learned-uniform"): check_unasked(name, "head", table, "a/run")
-    for name in (["os", "system"], 3): 
+    for name in (["os", "system"], 3):
         with pytest.raises(BadInput, match="expected a name in a/run"): check_unasked(name, "head", table, "a/run")
     assert signed("x", "head", None, table) == "x@c-pools-1.2" and check_unasked("x@c-pools-1.2", "head", table, "a/run") is None
     assert "own_c" not in sys.modules
