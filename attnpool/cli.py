@@ -239,6 +239,8 @@ def data(
     typer.echo(describe(data, out, size).text)
 
 # %% ../nbs/70_cli.ipynb #bf6bdb08
+_TRUST = 'Run code that comes with a model: a pickle (.pkl), or a head or network that only the model names.'
+
 @app.command()
 def maps(
     models: Annotated[list[Path], typer.Argument(help=_MODELS, **_FILE | dict(metavar='MODEL... [PHOTO]...'))],
@@ -251,7 +253,7 @@ def maps(
     vocab: Annotated[Path | None, typer.Option(help='Text file of class names for weights.', **_FILE)] = None,
     size: Annotated[int | None, typer.Option(help='Side of the pictures for weights, in pixels.')] = None,
     options: Annotated[str, typer.Option(help='Options of head and network of weights: num_heads=2.')] = '',
-    trust: Annotated[bool, typer.Option('--trust', help='Open pickles (.pkl): they may run any code.')] = False,
+    trust: Annotated[bool, typer.Option('--trust', help=_TRUST)] = False,
     measure: Annotated[bool, typer.Option('--measure', help="Measure the runs' maps of validation pictures.")] = False,
     data: Annotated[str | None, typer.Option(help='Where the pictures are now.', parser=expand, metavar='PATH')] = None,
     check: Annotated[bool, typer.Option(help='Stop if pictures have changed since the run.')] = True,
@@ -278,7 +280,7 @@ def maps(
     if measure:
         from attnpool.report.stats import measure_maps, plain_table
         done = [r for r in _collected(models) if r.status == 'complete']
-        table = measure_maps(done, device, console, data=data, check=check)
+        table = measure_maps(done, device, console, data=data, check=check, trust=trust)
         table.to_csv(out, index=False)
         console.print(plain_table(table))
         return say(f'Table: {out}')

@@ -51,15 +51,15 @@ TASKS = Registry('task')
 
 # %% ../nbs/50_tasks.ipynb #3b8cad21
 def head_options(
-    head: str, # Name in `HEADS`, `PEERS` or `ABLATIONS`
+    head: str, # As for `get_head`: a name in a table, of another package, or `module:name`
 ) -> dict: # Default by name
     "What can be chosen of a head."
     return {n: p.default for n, p in signature(get_head(head)).parameters.items() if n not in ('ni', 'n_out')}
 
 # %% ../nbs/50_tasks.ipynb #4c8dbd23
 def split_options(
-    head: str, # Name in `HEADS`, `PEERS` or `ABLATIONS`
-    arch: str, # Name in `ARCHS`, or timm name
+    head: str, # As for `get_head`: a name in a table, of another package, or `module:name`
+    arch: str, # As for `check_arch`: a name in `ARCHS`, of timm, of torchvision, or `module:name`
     options: dict, # By name
 ) -> tuple[dict, dict]: # Those of the head, those of the network; without what stands at its default
     "Options by whom they are for. Unknown ones are errors; timm's networks find theirs when they are built."

@@ -20,8 +20,13 @@ from attnpool.models.surgery import body_of, build_network, restore_pool, swap_p
 from attnpool.pooling import AttentionPool2d, AvgAttnPooling2d, check_head, check_pool
 from attnpool.pooling.peers import PEERS
 from attnpool.recipe import change_recipe, get_recipe, read_recipe, Recipe, RECIPES, save_recipe
-from attnpool.registry import BadInput, EntryPoints, find_part, signed
+from attnpool import registry
+from attnpool.models.start import find_start
+from attnpool.registry import BadInput, check_unasked, EntryPoints, find_part, signed
+from attnpool.report.collect import by_row, collect, group_by_setting, write_runs
+from attnpool.report.stats import measure_maps
 from attnpool.runs.spec import make_spec, read_spec
+from attnpool.runs.train import open_run, run
 
 HEAD = '''
 from torch import nn
@@ -106,7 +111,10 @@ def test_door_from_the_command_line_to_maps_elsewhere(folder, tmp_path_factory):
     run, = (folder / "runs").glob("*Mine*-1-*")
     Image.new("RGB", (30, 20), "red").save(other / "photo.png")
     (folder / "own_helper.py").write_text(HELPER + "# another line\n")
-    opened = process("maps", run, "photo.png", "--device", "cpu", cwd=other)
+    opened = process("maps", run, "photo.png", "--device", "cpu", cwd=other)   # another folder, and another source
+    assert opened.returncode == 2 and not (other / "maps.html").exists()
+    assert f"names own_heads:Mine, which was not typed here. To use it would run {folder}/own_heads.py; " in opened.stderr and "--trust" in opened.stderr
+    opened = process("maps", run, "photo.png", "--device", "cpu", "--trust", cwd=other)
     assert opened.returncode == 0 and (other / "maps.html").exists(), opened.stderr
     assert "the source of own_heads:Mine has changed" in opened.stderr
     help = process("bench", "-h", cwd=other, path=[site])
@@ -188,6 +196,99 @@ def test_door_clashes_of_packages_are_told(tmp_path, monkeypatch, capsys):
     assert "the head x of b-pools is left out: x is that of a-pools" in told and "y is the package's own. It is to be had as own_lost:f" in told
     assert table["x"](1, 2) == 1 and table.origin("x") == "a-pools-1.2"
     with pytest.raises(BadInput, match="head: 'z' is unknown"): table["z"]
+
+
+# Names that come from a file
+
+@pytest.fixture
+def forged(folder, monkeypatch):
+    "A function that makes a run by others: its files name parts, and nobody has typed them in this process."
+    made = run(make_spec(head="avg", epochs=1, size=24, bs=64), folder / "runs", "cpu").folder
+    def forge(**values):
+        for file in ("spec.json", "result.json"):
+            whole = json.loads((made / file).read_text())
+            (whole if file == "spec.json" else whole["spec"]).update(values)
+            if file == "result.json": whole["files"] = {name: (made / name).stat().st_size for name in whole["files"]}
+            (made / file).write_text(json.dumps(whole))
+        return made
+    monkeypatch.setattr(registry, "_ASKED", set())
+    return forge
+
+
+STRANGE = """from pathlib import Path
+Path({mark!r}).mkdir(exist_ok=True)
+from own_helper import weigh
+from os import system
+def net(command): system(command)
+class Mine:
+    def __init__(self, ni, n_out): system("mkdir " + {mark!r})
+"""
+
+
+def test_door_a_run_runs_no_code_of_its_own(forged, folder):
+    mark, bad = folder / "ran", folder / "runs/bad"
+    bad.mkdir()
+    for place in (bad, folder / "runs", folder / "elsewhere"):
+        place.mkdir(exist_ok=True)
+        (place / "own_evil.py").write_text(STRANGE.format(mark=str(mark)))
+    own = registry._digest(registry._sources(str(bad), "own_evil", {}))
+    inside = registry._digest(registry._sources(str(folder), "runs.own_evil", {}))
+    shell = dict(options=dict(command=f"mkdir {mark}"))
+    cases = [dict(head=f"own_evil:Mine@{own}", folder=str(bad)), dict(head="own_evil:Mine@12345678", folder="runs/bad"), dict(head="own_evil:Mine", folder="elsewhere"),
+             dict(head=f"own_evil:Mine@{own}", folder="elsewhere"), dict(head=f"runs.own_evil:Mine@{inside}"),   # below the working folder, but it came with the run
+             dict(arch="os:system") | shell, dict(arch="subprocess:getoutput") | shell, dict(arch=signed("os:system"), head="os:system") | shell,
+             dict(arch=f"own_heads:nn.Linear@{registry._digest(registry._sources(str(folder), 'own_heads', {}))}")]   # what one's own file only imports
+    registry._ASKED.clear()
+    for case in cases:
+        run = forged(**dict(head="avg", arch="xeca_resnext_tiny", folder="", options={}) | case)
+        for act in (lambda: open_run(run), lambda: open_run(run, check=False, with_data=False), lambda: measure_maps(collect([run])[0], "cpu")):
+            with pytest.raises(BadInput, match=r"trust=True \(--trust\)"): act()
+        assert "own_evil" not in sys.modules and not mark.exists(), case
+    told = process("maps", run, "--device", "cpu", cwd=folder), process("maps", run, "--measure", "--device", "cpu", cwd=folder), process("report", run, cwd=folder)
+    assert [t.returncode for t in told] == [2, 2, 0] and not mark.exists() and all("--trust" in t.stderr for t in told[:2]), told
+    with pytest.raises(Exception): open_run(forged(head="own_evil:Mine@12345678", arch="xeca_resnext_tiny", folder=str(bad), options={}), trust=True)
+    assert mark.exists()   # so the code would have run
+
+
+def test_door_a_report_and_a_start_load_nothing(forged, folder):
+    mark = folder / "ran"
+    (folder / "own_evil.py").write_text(STRANGE.format(mark=str(mark)))
+    run = forged(head="own_evil:Mine@12345678", arch="xresnext50s", options=dict(temperature=2, widen=.5))
+    results, _ = collect([run])
+    write_runs(results, folder / "their.runs.csv")
+    row, = by_row(group_by_setting(collect([folder / "their.runs.csv"])[0])[0])
+    assert row == "own_evil:Mine temperature=2"   # the other is of the network
+    assert process("report", "their.runs.csv", cwd=folder).returncode == 0
+    forged(arch="own_evil:net@12345678", head="avg", options={})
+    with pytest.raises(BadInput, match="start: the run .* has the network own_evil:net@12345678, and arch is resnet18"): find_start(run, "resnet18")
+    assert process("bench", "digits", "--start", run, cwd=folder).returncode == 2
+    assert not mark.exists() and "own_evil" not in sys.modules
+
+
+def test_door_ones_own_is_opened_unasked_as_it_was(forged, folder):
+    spec = make_spec(head="own_heads:Mine", arch="own_nets:net", epochs=1, size=24, bs=64)
+    made = run(spec, folder / "runs", "cpu").folder
+    assert type(open_run(made, "cpu").model[-1]).__name__ == "Mine"   # it was typed here
+    code = "import sys; from attnpool.runs.train import open_run; print(type(open_run(sys.argv[1]).model[-1]).__name__)"
+    assert "Mine" in process(made, cwd=folder, code=code).stdout
+    (folder / "own_helper.py").write_text(HELPER + "# another line\n")
+    told = process(made, cwd=folder, code=code).stderr
+    assert "the source of own_heads:Mine has changed: it is own_heads:Mine@" in told and f"was {spec.head}" in told
+    assert "Mine" in process(made, cwd=folder, code=code.replace("argv[1]", "argv[1], trust=True")).stdout
+    assert process("maps", made, "--measure", "--trust", "--device", "cpu", "--out", "m.csv", cwd=folder).returncode == 0
+
+
+def test_door_a_package_is_used_unasked_only_where_it_was_typed(tmp_path, monkeypatch):
+    install(tmp_path, "c-pools", heads="x = own_c:f", own_c="raise SystemExit('it ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    table = EntryPoints("head", "attnpool.heads")
+    for name in ("x", "x@c-pools-1.2", "x@other-3"):
+        with pytest.raises(BadInput, match=r"head: a/run names x, .* would run code of the package c-pools-1.2; .*trust=True"): check_unasked(name, "head", table, "a/run")
+    for name in ("avg", "learned-uniform"): check_unasked(name, "head", table, "a/run")
+    for name in (["os", "system"], 3):
+        with pytest.raises(BadInput, match="expected a name in a/run"): check_unasked(name, "head", table, "a/run")
+    assert signed("x", "head", None, table) == "x@c-pools-1.2" and check_unasked("x@c-pools-1.2", "head", table, "a/run") is None
+    assert "own_c" not in sys.modules
 
 
 # The contract

@@ -1,4 +1,5 @@
 "Any trained network as a Learner: runs, exported Learners, weights, names. What is typed wrong is told."
+import json
 import os
 import pickle
 import shutil
@@ -18,6 +19,8 @@ from fastai.vision.learner import create_timm_model, create_vision_model
 from PIL import Image
 from safetensors.torch import save_file
 
+from attnpool.cli import main
+from attnpool.data.cache import near_path
 from attnpool.heads import HEADS
 from attnpool.models.surgery import build_network, swap_pool
 from attnpool.registry import BadInput
@@ -351,3 +354,52 @@ def test_door_classes_without_names_are_numbered_and_it_is_said(tmp_path, capsys
 
 @pytest.mark.parametrize("n", [1000, 11821, 21841])
 def test_the_names_of_imagenet_are_unique(n): assert len({*imagenet_names(n)}) == n
+
+
+# ---------------------------------------------------------------- what a file says of itself
+
+def test_door_what_a_file_of_weights_names_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad").mkdir()
+    mark, state = tmp_path / "ran", {"0.0.weight": torch.randn(4, 3, 3, 3), "1.weight": torch.randn(2, 4), "fc.weight": torch.randn(2, 4)}
+    (tmp_path / "bad/own_bad.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    torch.save(Runs(mark), tmp_path / "bad/more.pth")
+    for told in (dict(arch="os:system", head="avg", options=dict(command=f"mkdir {mark}")), dict(arch="subprocess:getoutput@12345678", options=dict(cmd=f"mkdir {mark}")),
+                 dict(arch="resnet18", head="os:system", options=dict(command=f"mkdir {mark}")), dict(arch="bad.own_bad:net", head="avg"), dict(arch="resnet18", head="bad.own_bad:Head@12345678"),
+                 dict(arch="resnet18", options=dict(checkpoint_path="bad/more.pth")), dict(arch="resnet18", options=dict(pretrained=True, pretrained_cfg=dict(file="bad/more.pth"))),
+                 dict(arch=["os"]), dict(arch="resnet18", head=dict(a=1)), dict(arch="resnet18", options=["a"])):
+        save_file(state, tmp_path / "bad/w.safetensors", metadata=dict(attnpool=json.dumps(told)))
+        with pytest.raises(BadInput, match=r"^(arch|head|options): .*(trust=True \(--trust\)|expected)"): open_model(tmp_path / "bad/w.safetensors")
+        with pytest.raises(SystemExit) as e: main(["maps", "bad/w.safetensors", "--device", "cpu"])
+        assert e.value.code == 2 and not mark.exists() and not any("own_bad" in m for m in sys.modules), told
+    save_file(state, tmp_path / "bad/w.safetensors", metadata=dict(attnpool=json.dumps(dict(arch="bad.own_bad:net", head="avg"))))
+    with pytest.raises(BadInput): open_model(tmp_path / "bad/w.safetensors", trust=True)
+    assert mark.exists()   # so it would have run
+
+
+def test_door_a_typed_name_needs_no_trust(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_typed.py").write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2))\n")
+    net = build_network("own_typed:net", 3, "learned").model
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "w.safetensors", metadata=dict(attnpool=json.dumps(dict(arch="os:system", head="learned"))))
+    assert open_model(tmp_path / "w.safetensors", arch="own_typed:net", vocab=[*"abc"], size=32).dls.vocab == [*"abc"]
+
+
+def test_door_paths_that_lead_nowhere_say_so(tmp_path):
+    (tmp_path / "dang").symlink_to(tmp_path / "gone")
+    assert near_path(tmp_path / "dang") == f" It is a link to {tmp_path / 'gone'}, which is not there."
+    assert "Give one" not in near_path("~nouser/foo")
+    for bad in ("~nouser/foo", str(tmp_path / "dang")):
+        with pytest.raises(FileNotFoundError, match="model: there is no file or folder"): open_model(bad)
+    with pytest.raises(BadInput, match=r"options: a is to be a number, a word or a tuple of them, got \{1: 2\}"): make_spec(arch="resnet18", options=dict(a={1: 2}))
+    assert make_spec(arch="resnet18", options=dict(a=[[1, 2], 3])).options == (("a", ((1, 2), 3)),)
+
+
+def test_door_a_photo_that_cannot_be_read_is_no_model(tmp_path):
+    for name in ("photo.heic", "photo.HEIC", "notes.txt"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
+        assert not is_model(tmp_path / name)
+    for name in ("w.pth", "w.PKL", "weights", "w.safetensors"):
+        (tmp_path / name).write_bytes(b"\0\0")
+        assert is_model(tmp_path / name)
+    assert is_model("resnet18.a1_in1k")

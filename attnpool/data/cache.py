@@ -60,7 +60,8 @@ def near_path(
     names: Sequence[str] = (), # What else may have been meant, such as names of networks
 ) -> str: # ' Did you mean ...?', or nothing
     "The nearest of what is there, or what a pattern matches, for the end of a message."
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
+    if path.is_symlink(): return f' It is a link to {os.readlink(path)}, which is not there.'
     if many := sorted(glob(str(path))): return f" The pattern matches {len(many)}: {', '.join(many[:3])}. Give one."
     there = next((p for p in path.parents if p.is_dir()), path.parent)
     missing = path.relative_to(there).parts[0]

@@ -23,8 +23,8 @@ import timm
 import torch
 from torch import Tensor
 
-from .body import network_of, torchvision_weights, up_to_map, whole_network, without_head
-from ..registry import BadInput
+from .body import OTHER_ARCHS, network_of, torchvision_weights, up_to_map, whole_network, without_head
+from ..registry import BadInput, bare_name
 from ..weights import fit_by_name, fit_by_order, read_weights, weights_hash
 
 # %% ../../nbs/25_models.start.ipynb #748a2b6d
@@ -261,10 +261,11 @@ def _run_of(
     return result
 
 def _run(path, arch):
-    "A run of ours: its pictures were prepared as `data.json` says, or as its own start did."
+    "A run of ours, whose pictures were prepared as `data.json` says, or as its start did. Code it names is not loaded."
     spec, about = _run_of(path)['spec'], path/'data.json'
     def plain(arch): return net.partition('.')[0] if isinstance(net := network_of(arch), str) else net   # without a tag
-    if plain(spec['arch']) != plain(arch):
+    its, own = spec['arch'], arch if isinstance(arch, str) else f'{arch.__module__}:{getattr(arch, "__qualname__", "")}'
+    if bare_name(its) != bare_name(own) and (':' in its or bare_name(its) in OTHER_ARCHS or plain(its) != plain(arch)):
         raise BadInput(f"start: the run {path.name} has the network {spec['arch']}, and arch is "
                        f"{getattr(arch, '__name__', arch)}. Type --arch {spec['arch']}.")
     size = spec['recipe']['size'] if isinstance(spec['recipe'], dict) else spec['size']   # flat, as until 0.1
@@ -291,12 +292,11 @@ def find_start(
     **options # Of the network, where they change its weights
 ) -> Start: # A `Start` is handed back as it is
     "What a network begins as."
-    if isinstance(start, Start): return start
-    if start is None or start == '': return Start()
+    if isinstance(start, Start) or start is None or start == '': return start or Start()
     if not isinstance(start, (str, Path)):
         raise BadInput(f"start: expected 'pretrained', a file of weights or the folder of a run, got {start!r}.")
     if start == 'pretrained': return _pretrained(arch)
-    path = Path(os.path.expandvars(start)).expanduser().resolve()
+    path = Path(os.path.expanduser(os.path.expandvars(start))).resolve()
     if not path.exists():
         near = get_close_matches(str(start), ['pretrained'], 1)
         raise FileNotFoundError(f"start: there is no file or folder {start}."

@@ -103,7 +103,7 @@ def _head_of(head):
 def build_network(
     arch: str | Callable, # As for `body_of`
     n_out: int, # Outputs, one per class
-    head: str | Callable, # Name in `HEADS`, `PEERS` or `ABLATIONS`, class or callable `(ni, n_out)`, or ready module
+    head: str | Callable, # Name as for `get_head`, class or callable `(ni, n_out)`, or ready module
     pretrained: bool = False, # Pretrained weights of the body
     n_in: int = 3, # Channels of the pictures
     cut: int | Callable | None = None, # As for `body_of`
@@ -125,7 +125,7 @@ def build_network(
 # %% ../../nbs/26_models.surgery.ipynb #64931d0c
 def with_head(
     arch: str, # timm name
-    head: str | Callable = 'learned', # Name in `HEADS`, `PEERS` or `ABLATIONS`, or class or callable `(ni, n_out)`
+    head: str | Callable = 'learned', # Name as for `get_head`, or class or callable `(ni, n_out)`
     num_classes: int = 1000, # Outputs, one per class
     pretrained: bool = False, # Pretrained weights of the body
     weights=None, # A file of weights, or a run's folder, for the body: see `find_start`

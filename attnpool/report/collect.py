@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Sequence
 
@@ -21,7 +22,9 @@ from ..data import DataId
 from ..data.cache import near_path, write_file
 from ..data.listing import first_few
 from ..data.reader import is_run
+from ..heads import ABLATIONS, HEADS, PEERS
 from ..models.start import Start
+from ..models.xresnet import ARCHS
 from ..recipe import Recipe
 from ..registry import BadInput, bare_name
 from ..runs.spec import Spec
@@ -223,19 +226,26 @@ def collect(
     return _once([(r, place) for r, place, old in both if not old]), problems
 
 # %% ../../nbs/60_report.collect.ipynb #3f1a345a
-def _of_head(spec):
-    "Those of the options that are the head's."
-    try: known = head_options(spec.head) if spec.options else ()
-    except BadInput: known = ()   # a head that is not known here
+def _of_arch(results):
+    "Names of the options that are networks', as far as runs of heads in our tables tell."
+    ours = [r.spec for r in results if _in_tables(r.spec.head)]
+    return {k for spec in ours for k, _ in spec.options if k not in head_options(spec.head)}
+
+def _in_tables(head): return any(head in table for table in (HEADS, PEERS, ABLATIONS))
+
+def _of_head(spec, of_arch=()):
+    "Those of the options that are the head's; of a head that only a file names, which is not loaded, all that may be."
+    theirs = {*of_arch, *(signature(ARCHS[spec.arch]).parameters if spec.arch in ARCHS else ())}
+    known = head_options(spec.head) if _in_tables(spec.head) else {k for k, _ in spec.options} - theirs
     return [o for o in spec.options if o[0] in known]
 
 def group_by_setting(
     results: Sequence[Result] # Of any settings
 ) -> list[list[Result]]: # Groups of one setting each, in order of appearance
     "Results by everything in their spec but the head with its options, seed and rate, and by the numbers of pictures."
-    groups = {}
+    groups, of_arch = {}, _of_arch(results)
     for r in results:
-        others = tuple(o for o in r.spec.options if o not in _of_head(r.spec))
+        others = tuple(o for o in r.spec.options if o not in _of_head(r.spec, of_arch))
         setting = replace(r.spec, head='', seed=0, options=others, recipe=replace(r.spec.recipe, lr=None))
         groups.setdefault((setting, str(r.pictures)), []).append(r)
     return list(groups.values())
@@ -244,10 +254,10 @@ def by_row(
     results: Sequence[Result] # Of one setting
 ) -> dict[str, list[Result]]: # Name of the row: its results, in order of appearance
     "Results by their row in a table: the head with its options, and with its learning rate where it has several."
-    versions = {}   # of a head of one's own: told apart where there are several
+    versions, of_arch = {}, _of_arch(results)   # of a head of one's own: told apart where there are several
     for r in results: versions.setdefault(bare_name(r.spec.head), set()).add(r.spec.head)
     def shown(head): return head if len(versions[bare_name(head)]) > 1 else bare_name(head)
-    names = [' '.join([shown(r.spec.head), *(f'{k}={v}' for k, v in _of_head(r.spec))]) for r in results]
+    names = [' '.join([shown(r.spec.head), *(f'{k}={v}' for k, v in _of_head(r.spec, of_arch))]) for r in results]
     rates, rows = {}, {}
     for name, r in zip(names, results): rates.setdefault(name, set()).add(r.spec.recipe.lr)
     for name, r in zip(names, results):

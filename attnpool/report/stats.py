@@ -285,7 +285,7 @@ def measure_maps(
     device: str | None = None, # Where to compute; None for the GPU where there is one
     console: Console | None = None, # Hears of each run; None for silence
     n: int = 256, # Validation pictures
-    **where # Options of `open_run`: data, check
+    **where # Options of `open_run`: data, check, trust
 ) -> pd.DataFrame: # One row per head: means over runs and pictures; NaN where there are no boxes, or one seed only
     "Pointing game, energy, entropy, deletion, insertion and agreement over seeds, for each head."
     if not results: raise BadInput("runs: there is no complete run to measure. attnpool bench makes some.")

@@ -24,8 +24,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo,
 from torch import Tensor, nn
 
 from ..callback.precision import ChannelsLast
-from ..data.cache import near_path
-from ..data.listing import first_few
+from ..data.cache import first_few, near_path
 from ..data.pictures import empty_dls
 from ..data.reader import is_picture, is_run
 from ..heads import HEADS, build_head, get_head
@@ -36,6 +35,7 @@ from ..models.start import Expected, expected, find_start, fit_body, misfit, nea
 from ..models.surgery import build_network, swap_pool
 from ..recipe import name_of
 from ..registry import BadInput
+from .spec import check_read
 from .train import open_run
 from ..tasks import split_options
 from ..weights import HoldsCode, mismatches, read_weights, weights_in
@@ -157,13 +157,15 @@ def _network(state, arch, head, options, path):
     return net, found[1], found[0]
 
 # %% ../../nbs/57_runs.open.ipynb #5693046d
+_ENDINGS = {'', '.bin', '.ckpt', '.model', '.pickle', '.pkl', '.pt', '.pth', '.safetensors', '.tar'}
+
 def is_model(
     arg: Path | str, # What was typed: a path, or the name of a network
 ) -> bool:
     "Whether something is meant as a model, and not as a picture or a folder of pictures."
-    path = Path(arg).expanduser()
+    path = Path(os.path.expanduser(arg))
     if path.is_dir(): return is_run(path) or any(map(is_run, path.iterdir()))
-    return not is_picture(path)
+    return not is_picture(path) and (not path.is_file() or path.suffix.lower() in _ENDINGS)   # a photo none can read
 
 def _sized(how, size): return how._replace(size=size) if size else how
 
@@ -193,7 +195,7 @@ def _outputs(net, size, path):
 def _arch_in(net):
     "What timm calls the network that is in this one; '' where there is none."
     cfgs = (getattr(m, 'pretrained_cfg', None) or {} for m in net.modules())
-    return next((cfg['architecture'] for cfg in cfgs if cfg.get('architecture')), '')
+    return next(filter(None, (cfg.get('architecture') for cfg in cfgs)), '')
 
 # %% ../../nbs/57_runs.open.ipynb #30b962ad
 def _told(path):
@@ -240,8 +242,10 @@ def _from_pickle(found, path, device, size, vocab, arch):
     return _finished(found, _outputs(found, how.size, path), vocab, how, device, name=path.name, arch=arch, head='',
                      data='', source='pickled network', path=str(path))
 
-def _from_weights(state, told, path, arch, head, vocab, size, device, options):
+def _from_weights(state, told, path, arch, head, vocab, size, device, options, trust):
     "The Learner of a network whose weights are in a file, which may have told what they are."
+    if not trust:   # what was typed is trusted
+        check_read(path, None if head else told.get('head'), None if arch else told.get('arch'), told.get('options'))
     if told.get('task', 'classify') != 'classify':
         raise BadInput(f"model: {path} is of a run with the task {told['task']}. Open the folder of the run.")
     if not (arch := arch or told.get('arch')):
@@ -250,12 +254,11 @@ def _from_weights(state, told, path, arch, head, vocab, size, device, options):
         raise BadInput(f"arch: {path} does not tell which network its weights are of, got none. Give its name "
                        f"(--arch{f' {near}: the nearest of timm' if near else ', such as --arch resnet50'}).")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in told.get('options', {}).items()} | options
-    how, head = expected(arch), head or told.get('head')
-    if told.get('mean'): how = how._replace(mean=told['mean'], std=told['std'])
-    usual, how = how.size, how._replace(size=size or told.get('size') or how.size)
+    usual, *stats = expected(arch)
+    how = Expected(size or told.get('size') or usual, *((told['mean'], told['std']) if told.get('mean') else stats))
     cfg = timm.get_pretrained_cfg(arch) if isinstance(network_of(arch), str) else None
     if cfg and cfg.fixed_input_size and how.size != usual: options = dict(img_size=how.size) | options
-    net, n, head = _network(state, arch, head, options, path)
+    net, n, head = _network(state, arch, head or told.get('head'), options, path)
     arch, head = (getattr(o, '__name__', o) for o in (arch, name_of(head) or head))
     return _finished(net, n, vocab or told.get('vocab') or None, how, device, told.get('augment', 'none'),
                      name=path.name, head=head, arch=arch, data=told.get('data', ''), source='weights', path=str(path))
@@ -284,7 +287,7 @@ def open_model(
     arch: str | Callable | None = None, # Whose weights a file holds: a network's name; None where the file tells
     head: str | Callable | None = None, # Which head is in a file of weights; None for what its weights tell
     vocab: Sequence[str] | Path | str | None = None, # Names of its classes, or a text file with one a line
-    trust: bool = False, # Whether code in the file may run, as it does in a pickle: it can do all that you can
+    trust: bool = False, # Whether code may run that is in a pickle, or that a run or file names and nobody typed
     device: str | None = None, # Where to put it; None for the GPU where there is one
     data: Path | str | None = None, # Where a run's data lie now; None for where they lay
     check: bool = True, # Whether data of a run that have changed since are an error
@@ -293,7 +296,7 @@ def open_model(
     **options # Of head and network in a file of weights, such as `num_heads`
 ) -> Learner: # `learn.about` is a dict: name, head ('' for the network's own), arch, data, source, path
     "A trained network as a Learner, with its classifier: for predictions and maps."
-    path = Path(os.path.expandvars(model)).expanduser()
+    path = Path(os.path.expanduser(os.path.expandvars(model)))
     given = [k for k, v in dict(arch=arch, head=head, vocab=vocab, size=size).items() if v is not None] + [*options]
     def left_aside():
         if given: _tell(f"{path.name} knows its own network: {', '.join(given)} is left aside, for files of weights.")
@@ -301,7 +304,7 @@ def open_model(
     if path.is_dir():
         runs = [] if is_run(path) else [d for d in path.iterdir() if is_run(d)]
         left_aside()
-        return open_run(runs[0] if len(runs) == 1 else path, device, data, check, with_data)
+        return open_run(runs[0] if len(runs) == 1 else path, device, data, check, with_data, trust)
     if not path.exists(): return _from_name(str(model), vocab, size, device, options)
     if is_picture(path): raise BadInput(f"model: {path} is a picture. Give the model before it.")
     try:
@@ -312,6 +315,6 @@ def open_model(
             if isinstance(found, Learner): left_aside()
             if isinstance(found, (Learner, nn.Module)): return _from_pickle(found, path, device, size, vocab, arch)
             state, told = weights_in(found), {}
-        return _from_weights(state, told, path, arch, head, vocab, size, device, options)
+        return _from_weights(state, told, path, arch, head, vocab, size, device, options, trust)
     except BadInput as e:
         raise type(e)(re.sub('^(file|checkpoint|start):', 'model:', str(e))) from e.__cause__

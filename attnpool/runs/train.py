@@ -218,10 +218,11 @@ def open_run(
     data: Path | str | None = None, # Where its data lie now; None for where they lay
     check: bool = True, # Whether data that have changed since are an error
     with_data: bool | None = None, # Whether to open its pictures too; None for where they are at hand and the same
+    trust: bool = False, # Whether code may run that the run names and nobody typed, see `check_unasked`
 ) -> Learner: # With the run's data and trained network; without data others can be shown
     "The Learner of a run."
     result, folder = load_run(folder), Path(folder)
-    spec, dls = result.spec.loaded(folder.name), open_data(result, device, data, check, with_data)
+    spec, dls = result.spec.loaded(folder, trust), open_data(result, device, data, check, with_data)
     if result.status == 'failed': raise BadInput(f"folder: {folder} failed, there is nothing to open: {result.reason}")
     recipe = replace(spec.recipe, **{k: v for k, v in result.found.items() if k != 'trials'})
     learn = _learner(replace(spec, start=Start(), recipe=recipe), dls)   # its own weights follow
