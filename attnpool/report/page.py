@@ -79,8 +79,9 @@ def cost_plot(
     "The primary metric against seconds per epoch, one point per head, with the sample standard deviation as its bar."
     with figure((6, 3.6)) as (fig, ax):
         values = table['head'], table.seconds_per_epoch, 100 * table[primary_of(table)], 100 * table.sd.fillna(0)
-        for name, x, y, sd, colour in zip(*values, PALETTE * len(table)):
-            ax.errorbar(x, y, sd, fmt='o', color=colour, capsize=3, clip_on=False, label=_label(name))
+        marks = [mark for mark in 'os^Dv' * len(table) for _ in PALETTE]   # where colours come again
+        for name, x, y, sd, colour, mark in zip(*values, PALETTE * len(table), marks):
+            ax.errorbar(x, y, sd, fmt=mark, color=colour, capsize=3, clip_on=False, label=_label(name))
         if (values[2] + values[3]).max() <= 100: ax.set_ylim(top=min(ax.get_ylim()[1], 100))   # no share is above
         _guess_line(ax, 100 * table.guess.mean())
         ax.set(xlabel='seconds per epoch', ylabel=_label(f'{primary_of(table)}, %'))
