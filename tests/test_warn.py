@@ -180,6 +180,15 @@ def test_warn_guess_is_drawn_where_it_does_not_squeeze_the_rest():
 def test_whole_epochs_on_the_axis_of_a_single_one():
     fig = learning_curves([replace(result(), epochs=pd.DataFrame(dict(epoch=[0], accuracy=[.5])))])
     assert all(float(t).is_integer() for t in fig.axes[0].get_xticks())
+    assert "o" in [l.get_marker() for l in fig.axes[0].lines]   # a line of one point is none
+
+
+def test_plots_show_no_share_above_all_and_every_head_by_its_name():
+    results = [replace(r, seconds_per_epoch=1.) for i in range(10) for r in seeds(head=f"m:h{i}", accuracy=1.)]   # all at one place
+    ax = cost_plot(summarize(results)).axes[0]
+    assert ax.get_ylim()[1] == 100 and [t.get_text() for t in ax.get_legend().get_texts()][-10:] == [f"m:h{i}" for i in range(10)]
+    looks = {(c[0].get_color(), c[0].get_marker()) for c in ax.containers}
+    assert len(looks) == 10
 
 
 # What was said of each picture

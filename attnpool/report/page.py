@@ -66,7 +66,8 @@ def learning_curves(
                 ax.plot(h.index + 1, h[metric], color=colour, lw=.7, alpha=.4)
             if not histories: continue
             mean = pd.concat([h[metric] for h in histories], axis=1).mean(axis=1)
-            ax.plot(mean.index + 1, mean, color=colour, lw=2, label=_label(name))
+            dot = 'o' if len(mean) == 1 else None   # no line has one end
+            ax.plot(mean.index + 1, mean, color=colour, lw=2, marker=dot, label=_label(name))
         ax.set(xlabel='epoch', ylabel=_label(metric))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _guess_line(ax, guess_of(results) if metric == results[0].primary else np.nan)
