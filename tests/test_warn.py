@@ -1,4 +1,5 @@
 "What a report says of its own weakness, and the test pictures that it keeps apart."
+import base64
 import json
 import os
 import re
@@ -25,13 +26,14 @@ from attnpool.models.xresnet import xeca_resnext_tiny
 from attnpool.recipe import RECIPES
 from attnpool.registry import BadInput
 from attnpool.report.collect import collect
+from attnpool.maps.page import look, looks_html
 from attnpool.report.page import cost_plot, keep_other, learning_curves, write_report
 from attnpool.report.stats import format_table, guess_of, near_guessing, on_tests, remarks, summarize
 from attnpool.runs.spec import Spec, make_spec
 from attnpool.runs.store import Result, load_run
-from attnpool.runs.tested import confused_pairs, confusion, find_tests, ask_tests, hardest, pictures_root, read_predictions, with_test
-from attnpool.runs.train import run
-from attnpool.tasks import count_classes
+from attnpool.runs.tested import confused_pairs, confusion, find_tests, ask_tests, hardest, picture_file, pictures_root, read_predictions, with_test
+from attnpool.runs.train import open_run, run
+from attnpool.tasks import count_classes, predictions
 
 COLOURS = dict(blue=(40, 40, 200), red=(200, 40, 40), rust=(190, 70, 40))
 
@@ -150,6 +152,12 @@ def test_warn_in_page_text_and_terminal_of_every_run_that_shares_pictures(capfd)
     assert (r.doubles, r.classes, r.pictures) == (1, [3, 3, 3], [18, 9])
 
 
+def test_warn_reads_the_table_that_is_there():
+    results = seeds(n=100, classes=(4, 25, 25))
+    assert not [t for t in remarks(results) if "guessing" in t]
+    assert "Near guessing: avg (20.0)" in remarks(results, table=summarize(results).assign(accuracy=.2))[0]
+
+
 # The guess in table and plots, and axes that count whole epochs
 
 def test_warn_guess_is_a_row_of_the_table_and_columns_that_nobody_fills_are_not():
@@ -172,6 +180,15 @@ def test_warn_guess_is_drawn_where_it_does_not_squeeze_the_rest():
 def test_whole_epochs_on_the_axis_of_a_single_one():
     fig = learning_curves([replace(result(), epochs=pd.DataFrame(dict(epoch=[0], accuracy=[.5])))])
     assert all(float(t).is_integer() for t in fig.axes[0].get_xticks())
+    assert "o" in [l.get_marker() for l in fig.axes[0].lines]   # a line of one point is none
+
+
+def test_plots_show_no_share_above_all_and_every_head_by_its_name():
+    results = [replace(r, seconds_per_epoch=1.) for i in range(10) for r in seeds(head=f"m:h{i}", accuracy=1.)]   # all at one place
+    ax = cost_plot(summarize(results)).axes[0]
+    assert ax.get_ylim()[1] == 100 and [t.get_text() for t in ax.get_legend().get_texts()][-10:] == [f"m:h{i}" for i in range(10)]
+    looks = {(c[0].get_color(), c[0].get_marker()) for c in ax.containers}
+    assert len(looks) == 10
 
 
 # What was said of each picture
@@ -200,6 +217,28 @@ def test_predictions_of_made_pictures_have_no_names_and_old_runs_none(tmp_path):
     old = replace(r, files={}, classes=None)
     page = write_report([old], tmp_path / "r.html").read_text()
     assert "taken for what" not in page and "hardest" not in page and "(guessing)" not in page
+
+
+class Counted(torch.nn.Module):
+    "Cross entropy that counts its calls, with or without a loss for each sample."
+    def __init__(self, reduction=None):
+        super().__init__()
+        self.calls, self.weight = 0, torch.tensor([1., 2., 3.])
+        if reduction: self.reduction = reduction
+    def forward(self, out, y):
+        self.calls += 1
+        return torch.nn.functional.cross_entropy(out, y, reduction=getattr(self, "reduction", "mean"))
+
+
+@pytest.mark.parametrize("reduction, calls", [("mean", 3), (None, 14)])
+def test_predictions_take_all_losses_in_one_go_where_a_loss_can(reduction, calls):
+    r = made(photos(train=8, val=4))
+    learn = open_run(r.folder, "cpu", with_data=True)
+    learn.loss_func = Counted(reduction)
+    table, _ = predictions(learn)
+    assert learn.loss_func.calls <= calls and len(table) == 12
+    np.testing.assert_allclose(table.loss, -np.log(table.p_label), rtol=1e-4, atol=1e-6)
+    if reduction: assert learn.loss_func.reduction == "mean"   # as it was
 
 
 def fake_predictions(name, rows):
@@ -420,6 +459,30 @@ def test_a_report_that_covers_the_other_takes_its_place(tmp_path):
     assert keep_other(page, [one]) is None
 
 
+def test_a_report_of_other_data_is_kept_beside_what_has_its_name(tmp_path):
+    one, other = result(), replace(result(), spec=replace(result().spec, data=DataId("b")))
+    page, mine = write_report([one], tmp_path / "r.html"), tmp_path / "r-digits.html"
+    mine.write_text("of my own")
+    assert keep_other(page, [other]).name == "r-digits-2.html" and mine.read_text() == "of my own"
+    assert {f.name for f in tmp_path.iterdir()} == {mine.name, *(f"r-digits-2{end}" for end in (".html", ".csv", ".md", ".runs.csv"))}
+    for _ in range(2):   # the same report again takes the same place, another one a new one
+        write_report([one], page)
+        assert keep_other(page, [other]).name == "r-digits-2.html"
+    write_report([one, result(seed=2)], page)
+    assert keep_other(page, [other]).name == "r-digits-3.html"
+
+
+@pytest.mark.parametrize("moved", [1, 2, 3])
+def test_a_report_that_was_half_kept_when_killed_is_kept_whole(moved, tmp_path):
+    one, other = result(), replace(result(), spec=replace(result().spec, data=DataId("b")))
+    page = write_report([one], tmp_path / "r.html")
+    files = {f"r-digits{f.name[1:]}": f.read_bytes() for f in tmp_path.iterdir()}
+    for end in (".csv", ".md", ".html")[:moved]: page.with_suffix(end).rename(tmp_path / f"r-digits{end}")
+    assert keep_other(page, [other]).name == "r-digits.html"
+    write_report([other], page)
+    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
+
+
 # Where they look
 
 def keep_in(r, **arrays):
@@ -452,3 +515,56 @@ def test_page_lays_maps_over_the_original_photos_with_label_and_prediction(tmp_p
     shutil.rmtree(data)
     again = write_report(results, tmp_path / "r.html").read_text()   # as the network saw them
     assert 'width="24" height="24"' in again
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_page_shows_no_picture_that_the_network_never_saw(drawn, tmp_path):
+    data = photos(train=8, val=3)
+    for f in data.rglob("*.png"): Image.open(f).resize((90, 60), Image.Resampling.NEAREST).save(f)
+    if drawn: shutil.move(data / "train", "own"), shutil.rmtree(data), shutil.move("own", data)
+    r = made(data, **dict(split="seed", seed=3, epochs=2) if drawn else {})
+    def shown(): return re.findall(r'width="(\d+)" height="(\d+)"', write_report([r], tmp_path / "r.html").read_text())
+    with np.load(r.folder / "maps.npz") as f: first, second, *others = map(str, f["files"])
+    assert shown() == [("90", "60")] * (2 + len(others))
+    Image.new("RGB", (90, 60)).save(data / first)   # another one, as large
+    (data / second).unlink()
+    assert shown() == [("24", "24")] * 2 + [("90", "60")] * len(others)
+    assert picture_file(r, first) is None and picture_file(r, "") is None and picture_file(r, "../x.png") is None
+    wrong = hardest([r], 100).path
+    page = write_report([r], tmp_path / "r.html").read_text()
+    there = [p for p in wrong[:8] if p not in (first, second)]
+    assert page.count("data:image/jpeg") == len(there)
+
+
+def test_pictures_of_a_table_are_found_by_their_whole_paths(tmp_path):
+    data = photos(train=4, val=2)
+    files = sorted(data.resolve().rglob("*.png"))
+    pd.DataFrame(dict(path=files, label=[f.parent.name for f in files], split=[f.parts[-3] for f in files])).to_csv("t.csv", index=False)
+    r = made("t.csv")
+    table = read_predictions(r)
+    with np.load(r.folder / "maps.npz") as f: names = [*map(str, f["files"]), *table.path]
+    assert all(picture_file(r, name).resolve() in files for name in names)
+    shutil.copy(table.path[0], table.path[1])   # a known picture in the place of another
+    assert picture_file(r, table.path[1]) is None and picture_file(r, table.path[0]).exists()
+
+
+def test_page_asks_no_data_set_for_its_pictures(tmp_path):
+    data = photos(train=4, val=2)
+    subprocess.run(["tar", "cf", "photos.tar", "photos"], check=True)
+    shutil.rmtree(data)
+    r = made("photos.tar")
+    root = pictures_root(r)
+    assert picture_file(r, read_predictions(r).path[0]) and root.parent.name.startswith("photos-")
+    shutil.rmtree(root.parent)   # where it was unpacked
+    write_report([r], tmp_path / "r.html")
+    assert not root.exists() and pictures_root(r) is None
+
+
+def test_page_has_the_same_maps_of_a_head_with_a_query_for_each_class_as_its_network(tmp_path):
+    r = made(photos(train=4, val=3), "classquery", epochs=2)
+    def drawn(page): return json.loads(re.search(r'<script type="application/json">(.*?)</script>', page, re.S)[1])["runs"][0]
+    ours, its = drawn(write_report([r], tmp_path / "r.html").read_text()), drawn(looks_html([look(open_run(r.folder, "cpu"))]))
+    assert ours["parts"] == its["parts"] and ours["parts"][0]["n"] == 3
+    for a, b in zip(ours["levels"], its["levels"]):
+        a, b = (np.frombuffer(base64.b64decode(v), np.int8).astype(int) for v in (a, b))
+        assert abs(a - b).max() <= 2 and len(a)

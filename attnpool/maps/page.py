@@ -261,9 +261,9 @@ _CARDS = '''<section class="looks" aria-label="Pictures and where the network lo
 # %% ../../nbs/59_maps.page.ipynb #a2d41abd
 def _label(look):
     "What stands above the list of classes."
-    s = look.per_class or look.saliency
-    how, of_all = _METHODS[s.unit], look.numbers or s.unit == 'uniform'
-    if s is look.saliency: return 'One map for all that it says:' if of_all else f'The map is of the first ({how}):'
+    one, how = look.per_class is None, _METHODS[(look.per_class or look.saliency).unit]
+    if one and (look.numbers or look.saliency.unit == 'uniform'): return 'One map for all that it says:'
+    if one: return f'The map is of the first ({how}):'
     return f'One for each output ({how}):' if look.numbers else f'What speaks for ({how}):'
 
 def _about(look):

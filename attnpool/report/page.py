@@ -46,6 +46,11 @@ def _guess_line(ax, guess):
     if guess >= low - (high - low): ax.axhline(guess, ls='--', lw=1, color='#888888', label=GUESS)
     else: ax.annotate(f'{GUESS} is at {guess:.3g}, below', (.01, .02), xycoords='axes fraction', fontsize=8)
 
+def _legend(ax, n):
+    "Names of the heads; below the axes where there are many."
+    many = dict(loc='upper left', bbox_to_anchor=(0, -.2), ncols=3, fontsize=8) if n > 5 else {}
+    ax.legend(frameon=False, **many)
+
 def learning_curves(
     results: Sequence[Result], # Of one setting
     metric: str | None = None, # Column of their histories; None for the primary metric
@@ -61,12 +66,12 @@ def learning_curves(
                 ax.plot(h.index + 1, h[metric], color=colour, lw=.7, alpha=.4)
             if not histories: continue
             mean = pd.concat([h[metric] for h in histories], axis=1).mean(axis=1)
-            ax.plot(mean.index + 1, mean, color=colour, lw=2, label=_label(name))
+            dot = 'o' if len(mean) == 1 else None   # no line has one end
+            ax.plot(mean.index + 1, mean, color=colour, lw=2, marker=dot, label=_label(name))
         ax.set(xlabel='epoch', ylabel=_label(metric))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _guess_line(ax, guess_of(results) if metric == results[0].primary else np.nan)
-        many = dict(loc='upper left', bbox_to_anchor=(0, -.2), ncols=3, fontsize=8) if len(rows) > 5 else {}
-        if ax.lines: ax.legend(frameon=False, **many)
+        if ax.lines: _legend(ax, len(rows))
     return fig
 
 def cost_plot(
@@ -75,12 +80,13 @@ def cost_plot(
     "The primary metric against seconds per epoch, one point per head, with the sample standard deviation as its bar."
     with figure((6, 3.6)) as (fig, ax):
         values = table['head'], table.seconds_per_epoch, 100 * table[primary_of(table)], 100 * table.sd.fillna(0)
-        for name, x, y, sd, colour in zip(*values, PALETTE * len(table)):
-            ax.errorbar(x, y, sd, fmt='o', color=colour, capsize=3, clip_on=False)
-            ax.annotate(_label(name), (x, y), xytext=(6, 4), textcoords='offset points')
+        marks = [mark for mark in 'os^Dv' * len(table) for _ in PALETTE]   # where colours come again
+        for name, x, y, sd, colour, mark in zip(*values, PALETTE * len(table), marks):
+            ax.errorbar(x, y, sd, fmt=mark, color=colour, capsize=3, clip_on=False, label=_label(name))
         if (values[2] + values[3]).max() <= 100: ax.set_ylim(top=min(ax.get_ylim()[1], 100))   # no share is above
         _guess_line(ax, 100 * table.guess.mean())
         ax.set(xlabel='seconds per epoch', ylabel=_label(f'{primary_of(table)}, %'))
+        _legend(ax, len(table))
     return fig
 
 # %% ../../nbs/63_report.page.ipynb #63a1d1c3

@@ -105,7 +105,7 @@ def pictures_root(
 def _names(table, _):
     "The names of the pictures with each digest."
     names = {}
-    for name, (*_, mark) in read_digests(table).items(): names.setdefault(mark, []).append(name)
+    for name, (_, _, mark, *_) in read_digests(table).items(): names.setdefault(mark, []).append(name)
     return names
 
 def picture_file(
