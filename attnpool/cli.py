@@ -77,6 +77,7 @@ _START = ("What the body's weights begin as: pretrained (timm's or torchvision's
 _RECIPE = 'Recipe: `RECIPES`; or a TOML file. The options after it replace single values.'
 _SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recipe; then go on.'
 _DEVICE = 'cpu, cuda, mps, or auto.'
+_TRUST = 'Run code that comes with a model: a pickle (.pkl), or a head or network that only the model names.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
 _OUT = 'Folder for the runs, the table and the report. What is complete there is not made again.'
@@ -239,8 +240,6 @@ def data(
     typer.echo(describe(data, out, size).text)
 
 # %% ../nbs/70_cli.ipynb #bf6bdb08
-_TRUST = 'Run code that comes with a model: a pickle (.pkl), or a head or network that only the model names.'
-
 @app.command()
 def maps(
     models: Annotated[list[Path], typer.Argument(help=_MODELS, **_FILE | dict(metavar='MODEL... [PHOTO]...'))],
@@ -269,7 +268,6 @@ def maps(
 
     \b
     Examples:
-      attnpool maps runs/digits-learned-1-0123456789
       attnpool maps runs/photos-slim-1-0123456789 runs/photos-avg-1-0123456789 my_photo.jpg --top 5
       attnpool maps learner.pkl my_photos/ --trust
       attnpool maps runs --measure
@@ -288,6 +286,7 @@ def maps(
     from attnpool.runs.open import is_model, open_model
     models, pictures = ([m for m in dict.fromkeys(models) if is_model(m) is wanted] for wanted in (True, False))
     if not models: raise BadInput(f"MODEL: {pictures[0]} is a picture or a folder of them. Name a model before it.")
+    if lost := [p for p in pictures if not p.exists()]: raise FileNotFoundError(f'PHOTO: there is no {lost[0]}.')
     further, learners, how = read_list('classes', classes) if classes else (), {}, read_options(options)
     with Console(stderr=True).status('') as status:
         for m in models:

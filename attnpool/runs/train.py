@@ -229,9 +229,10 @@ def open_run(
     if recipe.train == 'frozen': learn.remove_cb(BodyStands)   # all may learn now
     try: learn.model.load_state_dict(read_run_weights(folder, str(dls.device)))
     except RuntimeError as e:
+        version = f"Open it with the version that made it: pip install attnpool=={result.versions.get('attnpool')}."
+        own = 'Put back the source that it was trained with.' if '@' in spec.head + spec.arch else version
         raise BadInput(f"folder: the weights of {folder} do not fit today's {spec.arch} with the head {spec.head} "
-                       f"({str(e).splitlines()[-1].strip()}). Open it with the version that made it: "
-                       f"pip install attnpool=={result.versions.get('attnpool')}.") from None
+                       f"({str(e).splitlines()[-1].strip()}). {own}") from None
     learn.about = dict(name=folder.resolve().name, head=spec.head, arch=spec.arch, data=spec.data.name, source='run')
     return learn
 
