@@ -152,7 +152,8 @@ def test_the_report_is_one_file_with_everything(finished, tmp_path):
     other = run(make_spec(head="avg", **SMALL), finished[1])
     page = write_report([other, finished[0]], tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in re.sub(r'data:[^"]+', "", page)
-    assert page.count("data:image/png") == 2 and page.count("data:image/svg") == 2   # maps; learning curves and cost
+    assert page.count("<article") == 8 and page.count('class="column"') == 16   # pictures, each once for both heads
+    assert page.count("data:image/webp") + page.count("data:image/png") == 8 and page.count("data:image/svg") == 2   # and two plots
     assert f"{100 * finished[0].value:.1f}" in page and "xeca_resnext_tiny" in page
     table = list(csv.DictReader((tmp_path / "report.csv").open()))
     assert [r["head"] for r in table] == ["avg", "concat"] and float(table[1]["accuracy"]) == pytest.approx(finished[0].value)
