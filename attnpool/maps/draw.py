@@ -105,7 +105,7 @@ def looks_everywhere(
 def _figure(nrows, ncols, cell, pictures, units, left=0., above=0., below=0.):
     "Axes as wide as `cell` and as high as pictures of a usual shape need, and one for the bar of each unit."
     side = cell * min(1.5, max(im.shape[0] / im.shape[1] for im in pictures))
-    band, bar = above + below, .75 * len(units)   # inches
+    band, bar = above + below, .9 * len(units)   # inches
     width, height = left + cell * ncols + bar, (side + band) * nrows
     margins = dict(left=left / width, right=1 - bar / width, top=1 - above / height, bottom=below / height)
     fig, axs = plt.subplots(nrows, ncols, figsize=(width, height), squeeze=False, dpi=80 if cell < 2 else 110,
@@ -115,7 +115,7 @@ def _figure(nrows, ncols, cell, pictures, units, left=0., above=0., below=0.):
     top, foot = 1 - (above + .12) / height, (below + .12) / height
     tall = min(top - foot, 2.2 / height)
     for i, scale in enumerate(units.values()):
-        _bar(fig.add_axes([1 - (bar - .75 * i - .25) / width, (top + foot - tall) / 2, .11 / width, tall]), scale)
+        _bar(fig.add_axes([1 - (bar - .9 * i - .25) / width, (top + foot - tall) / 2, .11 / width, tall]), scale)
     return fig, axs
 
 _NAMES = dict(uniform='average pooling', logit='logits', mean='its mean')
