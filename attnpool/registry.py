@@ -206,7 +206,7 @@ def signed(
     name: str, # Of a part: from a table, of another package, or as for `find_part`
     kind: str = 'head', # As for `find_part`
     folder: Path | str | None = None, # As for `find_part`
-    others: 'EntryPoints | None' = None, # What other packages offer
+    others: Mapping | None = None, # What other packages offer
 ) -> str: # A name from a table of ours as it is
     "The name of a part with what tells its versions apart: the hash of its source, or its package's name and version."
     if others is not None and (bare := bare_name(name)) in others: return asked(f'{bare}@{others.origin(bare)}')
