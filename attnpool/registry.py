@@ -240,7 +240,7 @@ def _doubt(name, module, attribute, by):
 def check_unasked(
     name: str, # As a file has it, such as the `spec.json` of a run
     kind: str = 'head', # As for `find_part`
-    others: 'EntryPoints | tuple' = (), # What other packages offer
+    others: Mapping | tuple = (), # What other packages offer
     by: Path | str = '', # The file that has the name, or the folder of the run
     folder: Path | str = '', # Where the source lies, as the file says: for the message, nothing is loaded from there
 ):
