@@ -73,7 +73,7 @@ def rates_of(
     return {f"{r['family']}/{r['head']}".lstrip('/'): float(r['lr']) for r in rows if r['recipe'] == recipe}
 
 def rate_key(
-    recipe: 'Recipe', # Any one
+    recipe, # A `Recipe`
     head: str | None, # As for `Recipe.for_head`
     data: str = '', # As for `Recipe.for_head`
 ) -> str | None: # None where one rate is for all heads, or each is found by a rule
