@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .callback.loss import knows_reduction
 from .data import get_dls
 from .data.cache import printable, write_file
+from .distributed import processes
 from .heads import get_head
 from .maps.compute import is_per_class, saliency
 from .maps.learner import outputs_of, pictures_of
@@ -153,7 +154,7 @@ def write_looks(
     if arrays:
         np.savez_compressed(buffer := io.BytesIO(), **arrays)
         write_file(Path(folder)/'maps.npz', buffer.getvalue())
-    if not task.say: return metrics, None
+    if not task.say or processes() > 1: return metrics, None   # fastai gathers predictions from all processes
     listing = getattr(learn.dls, 'listing', None)
     table, _ = task.say(trained or learn, files=listing.files[listing.n_train:] if listing else ())
     write_file(Path(folder)/'predictions.csv', table.to_csv(index=False, float_format='%.6g'))

@@ -38,8 +38,8 @@ _LOADING = ('cache_dir', 'checkpoint_path', 'pretrained', 'pretrained_cfg', 'pre
 def check_read(
     by: Path | str, # The file, or the folder of the run
     head: str | None = None, # What it says; None for nothing
-    arch: str | None = None, # Likewise
-    options: dict | None = None, # Of head and network, likewise
+    arch: str | None = None, # What it says of the network; None for nothing
+    options: dict | None = None, # Of head and network, as it says
     folder: str = '', # Where it says that the parts lie
 ):
     "An error where a file asks for code, or for further files, which nobody typed: before any of it has run."
