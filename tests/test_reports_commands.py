@@ -425,7 +425,7 @@ def test_a_grid_that_all_diverged_has_no_best(place, capsys):
     assert code == 0 and 'avg: all runs diverged: try smaller rates' in out and 'avg: 1e+30' not in out, out
 
 
-@pytest.mark.parametrize("what, words", [("avg-1.csv", "model: avg-1.csv cannot be read as weights"),
+@pytest.mark.parametrize("what, words", [("avg-1.csv", "MODEL: avg-1.csv is a picture or a folder of them."),
                                          ("nowhere", "model: there is no file or folder nowhere"), ("photos", "MODEL: photos is a picture or a folder of them.")])
 def test_what_is_no_run_is_told_as_what_it_is(place, what, words, capsys):
     code, out, err = run('maps', what, '--device', 'cpu', capsys=capsys)

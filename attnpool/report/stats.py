@@ -121,8 +121,7 @@ def format_table(
     def mean(low, high): return '–' if pd.isna(low) else f'{100 * max(low, 0):.1f} to {100 * min(high, 1):.1f}'
     def difference(d, low, high):
         if pd.isna(d): return '–'
-        bounds = '' if pd.isna(low) else f' [{100 * max(low, -1):+.1f}, {100 * min(high, 1):+.1f}]'   # of shares
-        return f'{100 * d:+.1f}{bounds}'
+        return f'{100 * d:+.1f}' + ('' if pd.isna(low) else f' [{100 * low:+.1f}, {100 * high:+.1f}]')
     def verdict(d, low, high, n):
         if pd.isna(d): return '–'
         return 'better' if low > 0 else 'worse' if high < 0 else f'cannot tell with {n}'
