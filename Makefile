@@ -1,6 +1,11 @@
-# One command each, on a fresh machine with Python 3.10 or newer: the environment is made first, in .venv.
+# One command each, on a fresh machine with Python 3.10 or newer. An environment is made first: .venv for test, pages and
+# prepare, one of its own for each other target, so that none leans on what another has installed.
+# TORCH=cpu takes PyTorch's small build for machines without a GPU, from PyTorch's own index (or TORCH=cu128, ...).
 PYTHON ?= python3
+TORCH ?=
 BIN := .venv/bin
+PIP := -m pip --disable-pip-version-check install --quiet
+PIP += $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 .PHONY: help bench test in-step pages docs readme prepare newest clean
 .DEFAULT_GOAL := help
 
@@ -12,26 +17,18 @@ help:
 	@echo "make prepare  after editing a notebook: export, clean, rebuild README.md"
 	@echo "make newest   the tests with the newest fastai and fastcore, as a user may have them"
 	@echo "make clean    remove environments and everything built"
+	@echo "Each makes its own environment the first time, 6.5 GB of which most is PyTorch with CUDA. TORCH=cpu takes the build without."
 
-.venv/.made:
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
+.venv/.dev: EXTRA = [dev]
+.venv-docs/.docs: EXTRA = [docs]
+.venv/.dev .venv-docs/.docs .venv-bench/.bench: settings.ini setup.py
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP) --upgrade pip
+	$(@D)/bin/python $(PIP) -e '.$(EXTRA)'
 	touch $@
 
-.venv/.bench: .venv/.made settings.ini setup.py
-	$(BIN)/python -m pip install --quiet -e .
-	touch $@
-
-.venv/.dev: .venv/.made settings.ini setup.py
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	touch $@
-
-.venv/.docs: .venv/.made settings.ini setup.py
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
-	touch $@
-
-bench: .venv/.bench
-	$(BIN)/attnpool bench digits $(ARGS)
+bench: .venv-bench/.bench
+	.venv-bench/bin/attnpool bench digits $(ARGS)
 
 readme: .venv/.dev
 	$(BIN)/python docs/readme.py
@@ -62,16 +59,17 @@ test: .venv/.dev in-step
 
 # nbdev_proc_nbs would first install quarto with sudo, and this package into whatever pip is on the PATH; the function
 # behind it does neither. Not with --quiet: it keeps --strict from counting warnings.
-docs: .venv/.docs
+docs: .venv-docs/.docs
 	rm -rf site
-	$(BIN)/python -W ignore -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	.venv-docs/bin/python -W ignore -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)"
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
+# Made anew each time: newest is what it is for.
 newest:
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --upgrade pip
-	.venv-newest/bin/python -m pip install --quiet --upgrade -e . pytest hypothesis
+	.venv-newest/bin/python $(PIP) --upgrade pip
+	.venv-newest/bin/python $(PIP) --upgrade -e . pytest hypothesis
 	.venv-newest/bin/python -m pytest
 
 clean:
-	rm -rf .venv .venv-newest _proc _docs site build dist *.egg-info
+	rm -rf .venv .venv-bench .venv-docs .venv-newest _proc _docs site build dist *.egg-info

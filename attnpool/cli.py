@@ -15,13 +15,13 @@ from rich.console import Console
 
 from .cost.commands import complexity, speed
 from .registry import BadInput
-from attnpool.runs.options import (
+from .runs.options import (
     LateCommands, check_device, check_out, expand, fail, guarded, late_options, make_runs, path_of, read_list,
-    read_specs, say)
+    read_options, read_specs, say)
 
 # %% ../nbs/70_cli.ipynb #36a013b6
 app = typer.Typer(cls=LateCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-                  pretty_exceptions_enable=False,
+                  pretty_exceptions_enable=False, context_settings=dict(help_option_names=['-h', '--help']),
                   help="Attention pooling heads for convolutional networks: comparisons on small data.")
 
 def _version(show: bool):
@@ -41,11 +41,18 @@ def _collected(runs):
     return results
 
 def _show(results):
-    "The table of one setting, and what one must know to read it."
-    from attnpool.report.page import remarks
-    from attnpool.report.stats import rich_table, summarize
-    Console().print(rich_table(summarize(results)))
-    for line in remarks(results): say(line)
+    "The table of one setting, after what one must know to read it; and apart that of its test pictures."
+    from attnpool.report.stats import on_tests, remarks, rich_table, summarize
+    for part, its in dict(validation=results, test=on_tests(results)).items():
+        if part == 'test' and its: say(f'Test pictures: {its[0].pictures[1]:,}, kept apart, evaluated once')
+        for line in remarks(its, part) if its else (): say(line)
+        if its: Console().print(rich_table(summarize(its)))
+
+def _written(results, out, **options):
+    from attnpool.report.page import keep_other, write_report
+    if kept := keep_other(out, results): say(f'The report of other data that lay there is kept as {kept}')
+    page = write_report(results, out, **options)
+    return f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}'
 
 def _check_trained(results):
     "Status 1 where no head could be trained, and why."
@@ -53,25 +60,34 @@ def _check_trained(results):
     fail(f"heads: none could be trained. {'; '.join(dict.fromkeys(f'{r.spec.head}: {r.reason}' for r in results))}")
     raise typer.Exit(1)
 
+_MODELS = ('Models, then pictures or folders of them. A model is the folder of a run, an exported Learner (.pkl), a '
+           'file of weights or the name of a network. With --measure: run folders or folders of runs.')
+
+# %% ../nbs/70_cli.ipynb #d3c54877
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
          'or a folder, tar or CSV file of pictures.')
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
-          'Also ablations, such as slim-rms (heads.ABLATIONS).')
-_ARCH = 'Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18.'
+          'Also ablations, such as slim-rms (heads.ABLATIONS); installed from other packages: `OTHER_HEADS`; and your '
+          'own, my_heads:Mine, the Mine in a my_heads.py of this folder.')
+_ARCH = ('Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18; installed from other '
+         "packages: `OTHER_ARCHS`; or your own, my_nets:net, a function in this folder's my_nets.py.")
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "
           '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone.  '
           '[default: from scratch]')
-_RECIPE = 'Recipe: `RECIPES`. The options after it replace single values.'
+_RECIPE = 'Recipe: `RECIPES`; or a TOML file. The options after it replace single values.'
+_SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recipe; then go on.'
 _DEVICE = 'cpu, cuda, mps, or auto.'
+_TRUST = 'Run code that comes with a model: a pickle (.pkl), or a head or network that only the model names.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
 _OUT = 'Folder for the runs, the table and the report. What is complete there is not made again.'
 _SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3]'
 _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn anew, the same for all heads; where the '
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
+_TEST = 'Ask each run once about the test pictures, in test/CLASS; they get a table of their own.'
 _FILE = dict(parser=path_of, metavar='PATH')
 _RUNS = _FILE | dict(metavar='RUNS')
-_TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | parameters |', '.runs.csv': 'spec.head'}   # beside a report
+_TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | ', '.runs.csv': 'spec.head'}   # beside a report
 _GPUS = 'GPUs of a job, with one process each: the batch grows by their number n, the learning rate by its root.'
 
 # %% ../nbs/70_cli.ipynb #6b9daf66
@@ -85,8 +101,10 @@ def bench(
     arch: Annotated[str, typer.Option(help=_ARCH)] = 'xeca_resnext_tiny',
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN')] = '',
     options: Annotated[str, typer.Option(help='Options of heads and network: num_heads=2,ffn_expand=1.')] = '',
-    recipe: Annotated[str, typer.Option(help=_RECIPE)] = 'quick',
+    recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
+    save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
+    test: Annotated[bool, typer.Option('--test', help=_TEST)] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
     out: Annotated[Path, typer.Option(help=_OUT, **_FILE)] = 'runs',
@@ -98,42 +116,40 @@ def bench(
     wait: Annotated[bool, typer.Option(help='Stay until all jobs are done. The same command later goes on.')] = True,
     **overrides
 ):
-    """Compare heads: train the same network with each of them, on the same seeds.
+    """Compare heads on the same network, data and seeds.
 
-    Shows a table (accuracy with its spread, paired difference to average pooling with a 95% interval, time, where
-    the head looks) and writes it to OUT as report.html, which opens in any browser, and report.csv. Each run is a
-    folder in OUT. Stop it whenever you like: the same command goes on.
+    Shows a table (accuracy, paired difference to average pooling with a 95% interval, time) and writes it to OUT as
+    report.html, for any browser. Each run is a folder in OUT. Stop whenever you like: the same command goes on.
 
     \b
     Examples:
-      attnpool bench digits --heads avg,concat --seeds 1,2,3,4,5 --epochs 20
-      attnpool bench digits --heads avg,learned --options num_heads=4 --drop-path 0.1
-      attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --splits 5
+      attnpool bench digits --heads avg,learned,my_heads:Mine --options num_heads=4 --drop-path 0.1
+      attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --test
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
     from attnpool.distributed import is_first, scale_up
-    from attnpool.report.page import write_report
     from attnpool.runs.cluster import check_cluster
+    from attnpool.runs.tested import ask_tests, find_tests, tell_tests_left
     console, device = Console(), check_device(device)
     if cluster: check_cluster(cluster, time_limit)
     sizes = read_list('eval-sizes', eval_sizes, int) if eval_sizes else None if eval_sizes is None else ()
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
-    specs = read_specs(data, heads, seeds, recipe, options, splits=splits, **overrides)
+    specs = read_specs(data, heads, seeds, recipe, options, splits=splits, save_recipe=save_recipe, **overrides)
+    tests = find_tests(specs[0].data.path, skip_broken) if test else tell_tests_left(specs[0].data, say)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
     if sizes is None and specs[0].eval_sizes and is_first():
-        also = ' and '.join(map(str, specs[0].eval_sizes))
-        say(f'As in the blog: trained on {specs[0].data.name}, validated at {also} px as well.')
+        also = f'validated at {" and ".join(map(str, specs[0].eval_sizes))} px as well'
+        say(f'As in the blog: trained on {specs[0].data.name}, {also}.')
     job = dict(partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size, wait=wait)
-    if is_first(): check_out(out/'report.html', [data], _TABLES, make=True, own='--line: #8884', folder=True)
+    if is_first(): check_out(out/'report.html', [data], _TABLES, make=True, own='--line: #888', folder=True)
     results = make_runs(specs, out, device, console, **(dict(cluster=cluster, **job) if cluster else {}))
     if not is_first() or not results: return
     results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
-    report = write_report(results, out/'report.html')
-    begin = f' from {specs[0].start.name}' if specs[0].start else ''
-    say(f'{data}, {arch}{begin}, recipe {recipe}')   # no title of the table, which would be cut to its width
+    if tests: results = ask_tests(results, tests, device, say)
+    say(f'{data}, {arch}{f" from {specs[0].start.name}" * bool(specs[0].start)}, recipe {recipe}')   # a title is cut
     _show(results)
-    say(f'Report: {report.resolve().as_uri()}\nTable:  {report.with_suffix(".csv")}')
+    say(_written(results, out/'report.html'))
     _check_trained(results)
 
 # %% ../nbs/70_cli.ipynb #83c9bc1c
@@ -155,15 +171,14 @@ def report(
         attnpool report runs/ --published imagenette
     """
     from attnpool.report.collect import group_by_setting, tell_apart
-    from attnpool.report.page import write_report
     check_out(out, runs, _TABLES, make=True)
     if not (results := _collected(runs)):
         raise BadInput(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
-    page, groups = write_report(results, out, data=published), group_by_setting(results)
+    text, groups = _written(results, out, data=published), group_by_setting(results)
     for (title, _), group in zip(tell_apart(groups), groups):
         say(title)
         _show(group)
-    say(f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}')
+    say(text)
 
 # %% ../nbs/70_cli.ipynb #aa4698c2
 @late_options(app, 'lr')
@@ -174,13 +189,16 @@ def lr(
     seeds: Annotated[str, typer.Option(help='Seeds for tuning: others than those of the comparison.')] = '0,10',
     arch: Annotated[str, typer.Option(help=_ARCH)] = 'xeca_resnext_tiny',
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN')] = '',
-    recipe: Annotated[str, typer.Option(help=_RECIPE)] = 'quick',
+    recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
+    save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
     out: Annotated[Path, typer.Option(help='Folder for the runs, not below one to be reported.', **_FILE)] = 'runs-lr',
     **overrides
 ):
-    """Find each head's learning rate: the best mean over the seeds, of a grid. A run that diverges learned nothing.
+    """Find each head's learning rate in a grid.
+
+    The best is that with the best mean over the seeds. A run that diverges learned nothing.
 
     \b
     Examples:
@@ -190,7 +208,7 @@ def lr(
     from attnpool.report.stats import learning_rates
     grid, console, device = read_list('rates', rates, float), Console(), check_device(device)
     common = dict(arch=arch, start=start, eval_sizes=(), skip_broken=skip_broken) | overrides
-    specs = read_specs(data, heads, seeds, recipe, rates=grid, **common)
+    specs = read_specs(data, heads, seeds, recipe, rates=grid, save_recipe=save_recipe, **common)
     check_out(out/'rates.csv', [data], make=True, own='head,', folder=True)
     best, table = learning_rates(make_runs(specs, out, device, console))
     say(table.to_string())
@@ -206,7 +224,9 @@ def data(
     out: Annotated[Path | None, typer.Option(help='PNG of a training batch.  [default: NAME.png]', **_FILE)] = None,
     size: Annotated[int, typer.Option(help='Side of the pictures in it, in pixels.', min=1)] = 128,
 ):
-    """Describe and check a data set: pictures per class, sizes, broken files, and a batch to look at.
+    """Describe and check a data set.
+
+    Pictures per class, sizes, broken files, and a batch to look at.
 
     \b
     Examples:
@@ -222,49 +242,68 @@ def data(
 # %% ../nbs/70_cli.ipynb #bf6bdb08
 @app.command()
 def maps(
-    runs: Annotated[list[Path], typer.Argument(help='A run folder, then pictures or folders of them; with --measure, '
-                                               'run folders or folders of runs.', **_RUNS)],
+    models: Annotated[list[Path], typer.Argument(help=_MODELS, **_FILE | dict(metavar='MODEL... [PHOTO]...'))],
     top: Annotated[int, typer.Option(help='Likeliest classes to offer for each picture.')] = 3,
     classes: Annotated[str, typer.Option(help='Further classes, by name or index, separated by commas.')] = '',
     n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.', min=1)] = 8,
+    pixels: Annotated[int, typer.Option(help='Width to which larger pictures are reduced.', min=32)] = 640,
+    arch: Annotated[str | None, typer.Option(help='Network of a file of weights that does not say it.')] = None,
+    head: Annotated[str | None, typer.Option(help='Head of a file of weights that does not say it.')] = None,
+    vocab: Annotated[Path | None, typer.Option(help='Text file of class names for weights.', **_FILE)] = None,
+    size: Annotated[int | None, typer.Option(help='Side of the pictures for weights, in pixels.')] = None,
+    options: Annotated[str, typer.Option(help='Options of head and network of weights: num_heads=2.')] = '',
+    trust: Annotated[bool, typer.Option('--trust', help=_TRUST)] = False,
     measure: Annotated[bool, typer.Option('--measure', help="Measure the runs' maps of validation pictures.")] = False,
     data: Annotated[str | None, typer.Option(help='Where the pictures are now.', parser=expand, metavar='PATH')] = None,
     check: Annotated[bool, typer.Option(help='Stop if pictures have changed since the run.')] = True,
     device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
     out: Annotated[Path, typer.Option(help='The page; with --measure, a table, as .csv.', **_FILE)] = 'maps.html',
 ):
-    """See where a trained network looks: a page to hover over, or measures.
+    """See where a trained network looks: a page of pictures and maps, or measures.
+
+    Several models stand side by side. Without pictures the page shows some that validated the first run.
 
     With --measure: pointing game and energy (where true boxes are known) against chance, entropy, deletion and
     insertion, and the agreement over seeds, for each head.
 
     \b
     Examples:
-      attnpool maps runs/digits-learned-1-0123456789
-      attnpool maps runs/digits-learned-1-0123456789 my_photo.jpg --top 3
+      attnpool maps runs/photos-slim-1-0123456789 runs/photos-avg-1-0123456789 my_photo.jpg --top 5
+      attnpool maps learner.pkl my_photos/ --trust
       attnpool maps runs --measure
     """
     console, device = Console(), check_device(device)
     if measure and out.name: out = out.with_suffix('.csv')
-    check_out(out, [*runs, *filter(None, [data])], own='head,runs,' if measure else '')
+    check_out(out, [*models, *filter(None, [data, vocab])], own='head,runs,' if measure else '')
     if measure:
         from attnpool.report.stats import measure_maps, plain_table
-        done = [r for r in _collected(runs) if r.status == 'complete']
-        table = measure_maps(done, device, console, data=data, check=check)
+        done = [r for r in _collected(models) if r.status == 'complete']
+        table = measure_maps(done, device, console, data=data, check=check, trust=trust)
         table.to_csv(out, index=False)
         console.print(plain_table(table))
-        say(f'Table: {out}')
-    else:
-        from attnpool.maps.page import maps_page
-        from attnpool.runs.train import open_run
-        run, *pictures = runs
-        further = read_list('classes', classes) if classes else ()
-        page = maps_page(open_run(run, device, data, check, not pictures), out, pictures or None, top, further, n)
-        say(f'Page: {page.resolve().as_uri()}')
+        return say(f'Table: {out}')
+    from attnpool.maps.page import maps_page
+    from attnpool.runs.open import is_model, open_model
+    models, pictures = ([m for m in dict.fromkeys(models) if is_model(m) is wanted] for wanted in (True, False))
+    if not models: raise BadInput(f"MODEL: {pictures[0]} is a picture or a folder of them. Name a model before it.")
+    if lost := [p for p in pictures if not p.exists()]: raise FileNotFoundError(f'PHOTO: there is no {lost[0]}.')
+    further, learners, how = read_list('classes', classes) if classes else (), {}, read_options(options)
+    with Console(stderr=True).status('') as status:
+        for m in models:
+            status.update(f'opening {m}')
+            learn = open_model(m, arch, head, vocab, trust, device, data, check, not pictures, size, **how)
+            name = getattr(learn, 'about', {}).get('name', m.name)
+            learners[str(m) if name in learners else name] = learn
+        status.update(f"{' and '.join(learners)}: looking")
+        page = maps_page(learners, out, pictures or None, top, further, n, pixels)
+    if len(learners) > 1: say(f"{len(learners)} models side by side: {', '.join(learners)}")
+    if (megabytes := page.stat().st_size / 1e6) > 20:
+        say(f'The page has {megabytes:.0f} MB. A smaller --pixels or fewer pictures make it open faster.')
+    say(f'Page: {page.resolve().as_uri()}')
 
 # %% ../nbs/70_cli.ipynb #6271c39f
-app.command()(speed)
-app.command()(complexity)
+app.command(short_help='Measure what pooling costs.')(speed)
+app.command(short_help='Count parameters, multiply-adds and memory.')(complexity)
 
 # %% ../nbs/70_cli.ipynb #6bb8a25b
 def main(

@@ -93,7 +93,8 @@ def _write_maps(folder, body, dls, view, dtype, progress):
     with open(folder/'maps.npy', 'wb') as file:
         for dl in _seeded(dls, view):
             for x, *_ in dl:
-                m = body(x.as_subclass(Tensor).contiguous(memory_format=_layout(dls))).permute(0, 2, 3, 1)
+                with torch.inference_mode():   # not around the body's change of layout: its weights may learn later
+                    m = body(x.as_subclass(Tensor).contiguous(memory_format=_layout(dls))).permute(0, 2, 3, 1)
                 largest = m.abs().max().item()   # NaN if there is one
                 if not np.isfinite(largest):
                     raise BadInput("start: the body gives values that are not finite. Its weights are damaged, or they "
@@ -129,7 +130,7 @@ def kept_maps(
     home = fastai_path('data')/'attnpool' if cache is None else Path(cache)
     dest = home/f'maps-{_key(dls, body, view)}'
     def make(folder):
-        with evaluating(body), torch.inference_mode():
+        with evaluating(body):
             body.to(memory_format=_layout(dls))
             try:
                 if _write_maps(folder, body, dls, view, 'float16', progress or _bar()): return

@@ -96,9 +96,11 @@ def code_cell(cell):
     if 'code-fold' in directives:
         yield markdown(details(code, directives.get('code-summary', '"Code"').strip('"'), ' open' * (directives['code-fold'] == 'show')))
         code = ''
-    hidden = not code or directives.get('echo') == 'false'
+    first = directives.get('picture') == 'first'   # what the code makes above it
+    hidden = first or not code or directives.get('echo') == 'false'
     if not hidden or cell['outputs']:
         yield cell | dict(source=code, metadata={'tags': ['hide-input']} if hidden else {})
+    if first: yield cell | dict(source=code, outputs=[])
 
 
 def noise(output): return output.get('name') == 'stderr' and 'Warning' in ''.join(output['text'])
@@ -233,6 +235,8 @@ class Linker:
 # Pages out
 
 def on_page_content(content, page, config, files):
+    guide = page.file.src_uri.startswith('tutorials/') or page.is_homepage
+    if guide: page.meta['search'] = {'boost': 3}   # who searches wants to do something; what a function takes comes after
     soup = BeautifulSoup(content, 'html.parser')
     # half a megabyte of Jupyter's own style on every page, scripts from elsewhere, a second copy of the code
     for tag in soup.select('style, script, .zeroclipboard-container, .clipboard-copy-txt, .jp-Collapser, .jp-InputPrompt, .jp-OutputPrompt'):

@@ -42,7 +42,7 @@ def finished(tmp_path_factory):
 def test_a_run_folder_holds_what_it_says(finished):
     result, out = finished
     folder = result.folder
-    assert set(result.files) == {"spec.json", "history.csv", "maps.npz", "weights.safetensors"}
+    assert set(result.files) == {"spec.json", "history.csv", "maps.npz", "predictions.csv", "weights.safetensors"}
     assert {f.name for f in folder.iterdir()} == set(result.files) | {"result.json"}
     rows = list(csv.DictReader((folder / "history.csv").open()))
     assert len(rows) == 1 and float(rows[-1]["accuracy"]) == result.value
@@ -55,7 +55,8 @@ def test_a_run_folder_holds_what_it_says(finished):
     assert right.float().mean().item() == pytest.approx(result.value, abs=.002)
     with np.load(folder / "maps.npz") as f:
         assert f["images"].shape == (8, 3, 20, 20) and f["maps"].shape[:2] == (8, 1) and f["boxes"].shape == (8, 4)
-        assert np.allclose(f["maps"].sum((2, 3)), 1, atol=1e-5)
+        assert str(f["unit"]) == "uniform" and np.allclose(f["maps"].mean((2, 3)), 1, atol=1e-5)
+        assert list(f["files"]) == [""] * 8 and f["crops"].tolist() == [[0, 0, 20, 20]] * 8 and np.allclose(f["p"].sum(1), 1, atol=1e-5)
     assert 0 < result.metrics["peak_in_box"] < 1
 
 
@@ -111,7 +112,7 @@ def test_a_diverged_run_is_a_result(tmp_path):
     assert (bad.status, bad.diverged_epoch, bad.value, ok.status) == ("diverged", 0, None, "complete")
     assert sweep([spec, good], tmp_path) == [bad, ok]
     text = format_table(summarize([bad, replace(ok, spec=replace(ok.spec, recipe=bad.spec.recipe))]))   # at one rate
-    assert "(1 diverged)" in text["accuracy %"][0] and text.n[0] == 1
+    assert "(1 diverged)" in text["accuracy %"][0] and text.n[0] == "1"
     write_report([bad, ok], tmp_path / "report.html")
     write_report([bad], tmp_path / "only.html")
 
@@ -144,14 +145,15 @@ def test_summary_by_hand():
     assert single.loc["slim", "points vs avg [95%]"] == "-10.0" and single.loc["slim", "accuracy %"] == "80.0"
     with pytest.raises(ValueError, match="two runs of head 'avg' with seed 1"): summarize([result("avg", 1, .9), result("avg", 1, .8)])
     alone = format_table(summarize([result("slim", 1, .8), result("slim", 2, .8)]))
-    assert alone["points vs avg [95%]"][0] == "–"
+    assert "points vs avg [95%]" not in alone and "verdict" not in alone
 
 
 def test_the_report_is_one_file_with_everything(finished, tmp_path):
     other = run(make_spec(head="avg", **SMALL), finished[1])
     page = write_report([other, finished[0]], tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in re.sub(r'data:[^"]+', "", page)
-    assert page.count("data:image/png") == 2 and page.count("data:image/svg") == 2   # maps; learning curves and cost
+    assert page.count("<article") == 8 and page.count('class="column"') == 16   # pictures, each once for both heads
+    assert page.count("data:image/webp") + page.count("data:image/png") == 8 and page.count("data:image/svg") == 2   # and two plots
     assert f"{100 * finished[0].value:.1f}" in page and "xeca_resnext_tiny" in page
     table = list(csv.DictReader((tmp_path / "report.csv").open()))
     assert [r["head"] for r in table] == ["avg", "concat"] and float(table[1]["accuracy"]) == pytest.approx(finished[0].value)

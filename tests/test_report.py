@@ -16,9 +16,9 @@ from attnpool.models.xresnet import ARCHS
 from attnpool.recipe import RECIPES
 from attnpool.registry import BadInput
 from attnpool.report.collect import by_row, collect, group_by_setting, read_log, setting_of, tell_apart, write_runs
-from attnpool.report.page import learning_curves, markdown, remarks, write_report
+from attnpool.report.page import learning_curves, markdown, write_report
 from attnpool.report.published import blog_tables, published
-from attnpool.report.stats import format_table, learning_rates, measure_maps, primary_of, summarize
+from attnpool.report.stats import format_table, learning_rates, measure_maps, primary_of, remarks, summarize
 from attnpool.runs.spec import Spec, make_spec
 from attnpool.runs.store import Result, load_run, write_result
 
@@ -171,7 +171,7 @@ def test_the_published_tables_of_this_repository(pytestconfig):
     assert list(table.columns) == ["lr", "parameters", "n", "diverged", "accuracy", "sd", "difference", "low", "high", "n_pairs", "seconds_per_epoch",
                                    "peak_in_box", "balanced_accuracy", "balanced_accuracy_sd", "f1", "f1_sd", "mcc", "mcc_sd", "train_loss",
                                    "train_loss_sd", "valid_loss", "valid_loss_sd", "failed", "mean_low", "mean_high", "ratio", "lr_low", "lr_high",
-                                   "wd", "run_seconds", "wd_low", "wd_high"]
+                                   "wd", "run_seconds", "wd_low", "wd_high", "guess"]
 
 
 def test_fifty_long_runs_make_a_report_quickly(tmp_path):
@@ -299,7 +299,7 @@ def test_names_of_others_are_text_in_a_page(tmp_path):
     page = write_report(results, tmp_path / "r.html", title=nasty).read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") >= 6 and "& $x" not in page
     lines = [l for l in (tmp_path / "r.md").read_text().splitlines() if l.startswith("| <script")]
-    assert lines and all(len(re.findall(r"(?<!\\)\|", l)) == 9 for l in lines)
+    assert lines and all(len(re.findall(r"(?<!\\)\|", l)) == 8 for l in lines)
     assert collect([tmp_path / "r.runs.csv"])[0] == results
 
 
@@ -392,7 +392,7 @@ def test_doubles_of_the_worst_split_are_told_everywhere(tmp_path, capsys):
         assert text.count("In digits, up to 4 of 12 validation pictures in a split train as well") == 1 and "attnpool data DIR names them" in text
     official = [probe_of(seed=s, split="own", doubles=4) for s in (1, 2)]
     for text in told(official, tmp_path, capsys): assert "In digits, 4 of 12 validation pictures train as well" in text
-    assert not remarks([probe_of(doubles=0), probe_of(seed=2, doubles=None)])
+    assert not remarks([probe_of(seed=s, doubles=n, pictures=[1500, 1000]) for s, n in enumerate((0, None, 0))])
 
 
 def test_the_bounds_of_a_share_are_cut_and_those_of_a_difference_are_not(tmp_path, capsys):

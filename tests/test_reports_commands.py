@@ -425,11 +425,16 @@ def test_a_grid_that_all_diverged_has_no_best(place, capsys):
     assert code == 0 and 'avg: all runs diverged: try smaller rates' in out and 'avg: 1e+30' not in out, out
 
 
-@pytest.mark.parametrize("what, words", [("R", "R: a folder of runs, not a run. Name one of those in it: run."), ("avg-1.csv", "avg-1.csv: a file, not the folder of a run."),
-                                         ("nowhere", "nowhere: there is no such folder."), ("photos", "photos: no result.json, so the run did not finish.")])
+@pytest.mark.parametrize("what, words", [("avg-1.csv", "MODEL: avg-1.csv is a picture or a folder of them."),
+                                         ("nowhere", "model: there is no file or folder nowhere"), ("photos", "MODEL: photos is a picture or a folder of them.")])
 def test_what_is_no_run_is_told_as_what_it_is(place, what, words, capsys):
     code, out, err = run('maps', what, '--device', 'cpu', capsys=capsys)
     assert code == 2 and err.startswith(f'attnpool: {words}') and err.count('\n') == 1, err
+
+
+def test_a_folder_with_one_run_stands_for_it(place, capsys):
+    code, out, err = run('maps', 'R', '--device', 'cpu', capsys=capsys)
+    assert code == 0 and (place / 'maps.html').exists(), err
 
 
 def test_settings_to_measure_are_named(place, capsys):
@@ -521,7 +526,7 @@ def test_hand_edited_runs_are_left_out_by_name(tmp_path, capsys):
     ("bench nowhere --cluster slrum", "cluster: expected 'slurm' or 'local'"), ("bench nowhere --cluster local --time-limit 0", "timeout_min: expected"),
     ("bench digits --eval-sizes 0", "eval_sizes: expected a whole number from 1 on, got 0"), ("bench digits --eval-sizes -5", "eval_sizes"), ("bench digits --seeds -1", "seed: expected a whole number from 0 on"),
     ("bench digits --seeds 99999999999", "seed: "), ("bench digits --out ''", "--out"), ("lr digits --rates x", "--rates"), ("lr digits --rates 0", "lr: "), ("lr digits --rates nan", "lr: "),
-    ("report", "RUNS"), ("report nowhere", "runs: there is no nowhere"), ("report .", "runs: there is no finished run"), ("maps", "RUNS"), ("maps nowhere", "nowhere"), ("maps .", "no result.json"),
+    ("report", "RUNS"), ("report nowhere", "runs: there is no nowhere"), ("report .", "runs: there is no finished run"), ("maps", "MODEL"), ("maps nowhere", "nowhere"), ("maps .", "MODEL: . is a picture"),
     ("maps . --measure", "runs: there is no complete run"), ("maps . --top 0", ""), ("data nowhere", "data: "), ("data", "data"), ("speed --device tpu", "--device"), ("complexity --sizes x", "--sizes"),
     ("complexity --networks no_such_network", "no_such_network"), ("complexity --sizes 33 --networks resnet18+avgg", ""), ("--nonsense", "--nonsense"), ("bench --epochs 1e400", "--epochs"),
     ("bench digits --lr inf", "lr: "), ("bench digits --bs 0", "bs: "), ("bench digits --gpus -1 --cluster local", "gpus"), ("bench digits --options num_heads=", "--options"),

@@ -1,4 +1,8 @@
 "Maps from any Learner: its own validation pipeline, its own loss, after an export, with any names; and from any network."
+import base64
+import html
+import io
+import json
 import re
 import subprocess
 import sys
@@ -57,10 +61,17 @@ def network(n_out, head=AvgPoolHead, channels=3):
     return nn.Sequential(body, head(16, n_out))
 
 
-def titles(figure): return [ax.get_title() for ax in figure.axes if ax.images]
+def titles(figure): return [ax.get_title().removesuffix("\nlooks everywhere") for ax in figure.axes if len(ax.images) > 1]
 
 
-def buttons(page): return [re.findall("<button.*?>(.*?)<span>(.*?)</span>", card) for card in page.read_text().split("<figure>")[1:]]
+def buttons(page):
+    entry = '<(?:button type="button" class="pick"|div class="plain").*?>([^<]*)<span>(.*?)</span>'
+    return [re.findall(entry, card) for card in page.read_text().split("<article")[1:]]
+
+
+def mapped(page):
+    "How many maps each picture of a page has: for all that is said, and for classes."
+    return [part["n"] for part in json.loads(re.search('<script type="application/json">(.*?)</script>', page.read_text(), re.S)[1])["runs"][0]["parts"]]
 
 
 @contextmanager
@@ -123,16 +134,15 @@ def test_what_is_shown_is_what_the_network_got(photos):
     upright = np.asarray(Resize(32)(PILImage.create(file), split_idx=1))
     for tfms in (None, [Normalize.from_stats(*imagenet_stats)]):
         learn = Learner(block(photos, batch_tfms=tfms), network(3))
-        x, shown, labels, boxes = pictures_of(learn, file)
-        assert np.abs(shown[0].permute(1, 2, 0).numpy() * 255 - upright).max() < .01 and labels is boxes is None
-        assert (x - shown).abs().max() < 1e-6 if tfms is None else x.min() < -1
+        its, whole = pictures_of(learn, file), np.asarray(PILImage.create(file))
+        assert np.array_equal(its.shown[0], whole) and its.labels is its.boxes is None
+        seen = torch.from_numpy(upright).permute(2, 0, 1)[None] / 255
+        assert (its.x - seen).abs().max() < 1e-6 if tfms is None else its.x.min() < -1
         drawn = next(ax for ax in learn.show_attention(file).axes if ax.images).images[0].get_array()
-        span = upright.min(), upright.max()
-        assert np.abs(drawn * (span[1] - span[0]) + span[0] - upright).max() < .01
+        assert np.array_equal(drawn, whole)
         page = maps_page(learn, photos.parent / "shown.html", file).read_text()
-        import base64, io
-        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(re.search('picture 1" src="data:image/png;base64,(.*?)"', page)[1]))))
-        assert np.array_equal(pixels, upright)
+        pixels = Image.open(io.BytesIO(base64.b64decode(re.search('src="data:image/webp;base64,(.*?)"', page)[1]))).convert("RGB")
+        assert np.array_equal(pixels, PILImage.create(file))   # the original: a small one is exact
 
 
 LOADED = """
@@ -141,12 +151,12 @@ from fastai.vision.all import load_learner
 import matplotlib; matplotlib.use("Agg")
 import attnpool.all
 from attnpool.maps.page import maps_page
-def titles(figure): return [ax.get_title() for ax in figure.axes if ax.images]
+def titles(figure): return [ax.get_title().removesuffix("\\nlooks everywhere") for ax in figure.axes if len(ax.images) > 1]
 for name in sys.argv[1:]:
     learn = load_learner(name)
     for files in ("q.png", ["q.png", "folder"], "folder"): print(titles(learn.show_attention(files)))
     page = maps_page(learn, "maps.html", ["q.png", "folder"], classes=["red"])
-    print(re.findall("<button.*?>(.*?)<span>(.*?)</span>", page.read_text()))
+    print(re.findall('class="(?:pick" data-map="[0-9]+|plain)">([^<]*)<span>(.*?)</span>', page.read_text()))
     for f in (learn.show_attention, lambda: maps_page(learn, "maps.html")):
         try: f()
         except ValueError as e: print(type(e).__name__, str(e)[:36])
@@ -173,9 +183,9 @@ def test_exported_learners_show_maps_in_another_process(photos, tmp_path, monkey
 def test_files_are_given_in_any_form(photos, tmpdir):
     learn, file = Learner(block(photos), network(3)), sorted(get_image_files(photos))[0]
     Image.open(file).save(str(tmpdir / "a.png"))
-    x = pictures_of(learn, file)[0]
+    x = pictures_of(learn, file).x
     for files in (str(file), [file], (str(file),), get_image_files(photos).sorted()[:1], iter([file]), np.array([str(file)]).tolist(), tmpdir, tmpdir / "a.png"):
-        assert torch.equal(pictures_of(learn, files)[0], x)
+        assert torch.equal(pictures_of(learn, files).x, x)
 
 
 def test_digits_learners_take_files_loaded_ones_too(tmp_path):
@@ -184,8 +194,9 @@ def test_digits_learners_take_files_loaded_ones_too(tmp_path):
     learn.export("learner.pkl")
     said = titles(learn.show_attention(tmp_path / "a.png"))
     assert titles(load_learner(tmp_path / "learner.pkl").show_attention(tmp_path)) == said
-    x, shown, *_ = pictures_of(learn, tmp_path)
-    assert torch.allclose(shown, torch.full((1, 3, 40, 40), 200 / 255), atol=1e-6) and shown.shape == x.shape
+    its = pictures_of(learn, tmp_path)
+    assert its.x.shape == (1, 3, 40, 40) and its.shown[0].getcolors() == [(1600, (200,) * 3)]   # as these data read it
+    assert its.crops.tolist() == [[0, 0, 40, 40]] and its.names == ["a.png"]
     with learn.no_bar(): assert str(learn.predict(tmp_path / "a.png")[0]) == said[0].split()[0]
 
 
@@ -217,14 +228,14 @@ def test_data_without_labels(photos):
     for dls in (only, DataLoaders(*(torch.utils.data.DataLoader(list(torch.rand(6, 3, 20, 20)), 2) for _ in range(2)))):
         learn = Learner(dls, network(3), loss_func=nn.CrossEntropyLoss())
         assert len(titles(learn.show_attention(n=5))) == 5 == len(titles(learn.show_attention(files[:5])))
-        assert pictures_of(learn, n=5)[0].shape == (5, 3, 20, 20)
+        assert pictures_of(learn, n=5).x.shape == (5, 3, 20, 20)
 
 
 def test_each_learner_has_its_own_names_and_a_pool_that_is_not_there_is_told(photos):
     a, b = (Learner(block(photos), fixed([3., 1., 1.])) for _ in range(2))
     b.dls.train.vocab = ["one", "two", "three"]
-    x, *_ = pictures_of(a, n=1)
-    def said(**kwargs): return [ax.texts[-1].get_text().split()[0] for ax in show_heads(dict(a=a, b=b, c=a.model), x, **kwargs).axes]
+    x = pictures_of(a, n=1).x
+    def said(**kwargs): return [ax.texts[-1].get_text().split()[0] for ax in show_heads(dict(a=a, b=b, c=a.model), x, **kwargs).axes if ax.texts]
     assert said() == ["blue", "one", "blue"] and said(vocab=np.array(["x", "y", "z"])) == ["x"] * 3
     with pytest.raises(BadInput, match="^model: there is no attention pool in it"): a.show_attention(pool="1.0")
 
@@ -259,9 +270,9 @@ def test_what_is_no_picture_in_a_folder_is_left_out_and_told(photos, tmp_path, c
 
 def test_pictures_in_memory_are_shown_as_files_are(photos):
     learn, file = Learner(PIPELINES["ours"](photos), network(3)), sorted(get_image_files(photos))[0]
-    x = pictures_of(learn, file)[0]
+    x = pictures_of(learn, file).x
     with Image.open(file) as im:
-        for o in (im, np.asarray(im), [im]): assert torch.equal(pictures_of(learn, o)[0], x)
+        for o in (im, np.asarray(im), [im]): assert torch.equal(pictures_of(learn, o).x, x)
 
 
 def test_many_files_go_through_the_network_in_batches(photos):
@@ -311,15 +322,15 @@ def fixed(values, n=1):
 def labelled(f): return ",\n".join(sorted(several(f)))
 LABELS = dict(   # blocks, label, loss; what the network says; its title, the truth in it, and the page's buttons
     several=((ImageBlock, MultiCategoryBlock), several, None, [3., -3., 1., -1.], "blue 95%,\nodd 73%", labelled,
-             [("blue", "95.3%"), ("odd", "73.1%"), ("blue", "95.3%")]),
+             [("blue", "95.3%"), ("odd", "73.1%")]),
     strict=((ImageBlock, MultiCategoryBlock), several, BCEWithLogitsLossFlat(thresh=.9), [3., -3., 1., -1.], "blue 95%", labelled,
-            [("blue", "95.3%"), ("odd", "73.1%"), ("blue", "95.3%")]),
+            [("blue", "95.3%"), ("odd", "73.1%")]),
     none=((ImageBlock, MultiCategoryBlock), several, None, [-1., -3., -2., -4.], "none", labelled,
-          [("blue", "26.9%"), ("odd", "11.9%"), ("blue", "26.9%")]),
-    number=((ImageBlock, RegressionBlock), number, None, [2.5], "2.5", lambda f: f"{number(f):.3g}", [("output 0", "2.5")] * 2),
+          [("blue", "26.9%"), ("odd", "11.9%")]),
+    number=((ImageBlock, RegressionBlock), number, None, [2.5], "2.5", lambda f: f"{number(f):.3g}", [("output 0", "2.5")]),
     points=((ImageBlock, PointBlock), points, None, [.1, .2, .3, .4], "0.1, 0.2, 0.3, 0.4", None,
-            [("output 0", "0.1"), ("output 1", "0.2"), ("output 0", "0.1")]),
-    binary=((ImageBlock, CategoryBlock), odd, BCEWithLogitsLossFlat(), [1.], "1 73%", odd, [("1", "73.1%"), ("0", "26.9%"), ("0", "26.9%")]))
+            [("output 0", "0.1"), ("output 1", "0.2")]),
+    binary=((ImageBlock, CategoryBlock), odd, BCEWithLogitsLossFlat(), [1.], "1 73%", odd, [("1", "73.1%"), ("0", "26.9%")]))
 
 
 @pytest.mark.parametrize("kind", LABELS)
@@ -336,9 +347,14 @@ def test_titles_and_pages_of_other_labels(photos, kind, tmp_path):
         assert said == (title if right.get(kind, lambda f: False)(f) else f"{title}\n({truth(f)})")
     assert buttons(maps_page(learn, tmp_path / "m.html", files, top=2, classes=[0])) == [offered] * 3
     page = maps_page(learn, tmp_path / "valid.html", n=99).read_text()
-    assert re.findall("<figcaption>(.*?)</figcaption>", page) == [t.replace("\n", " ") for t in titles(learn.show_attention(n=99))]
-    drawn = show_heads({"a": learn}, pictures_of(learn, files)[0]).axes[0].texts
-    assert [t.get_text() for t in drawn] == ["a", title.replace("\n", " ")]
+    texts = [html.unescape(re.sub("<i>.*?</i>", "", text)).strip() for text in re.findall('<p class="said.*?">(.*?)</p>', page, re.S)]
+    wrong, known = '✗ wrong:' in page, titles(learn.show_attention(n=99))
+    assert texts == [t.partition("\n(")[0].replace("\n", " ") for t in known]
+    truths = [t.partition("\n(")[2][:-1].replace("\n", " ") for t in known]
+    assert all(f"<small>is {html.escape(truth)}</small>" in page for truth in truths if truth)
+    assert wrong == (any(truths) and kind not in ("number", "numbers", "points"))
+    drawn = show_heads({"a": learn}, pictures_of(learn, files).x).axes[0].texts
+    assert [t.get_text().removesuffix("\nlooks everywhere") for t in drawn] == ["a", title.replace("\n", " ")]
 
 
 def test_every_loss_is_read_in_its_own_way():
@@ -402,7 +418,7 @@ def test_a_page_of_equal_names_and_more_classes_than_there_are(photos, tmp_path)
     learn = Learner(block(photos), fixed([1., 2., 3.]))
     learn.dls.train.vocab = ["same", "same", "other"]
     page = buttons(maps_page(learn, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=9, classes=["same", 2]))
-    assert [n for n, _ in page[0]] == ["other", "same", "same", "same", "other"]
+    assert [n for n, _ in page[0]] == ["other", "same", "same"]   # each output once
     for bad in ("²", "-1", "3"):
         with pytest.raises(BadInput, match="^classes: "): class_index(bad, ["a", "b"])
 
@@ -507,8 +523,7 @@ def test_any_learner_shows_maps_and_any_page_offers_its_classes(photos, tmp_path
     for learn in (vision_learner(block(photos), resnet18, pretrained=False), Learner(block(photos, get_y=odd), vit),
                   vision_learner(block(photos), "resnet18", pretrained=False), vision_learner(numbers, resnet18, pretrained=False, y_range=(0, 8))):
         assert len(titles(learn.show_attention(n=3))) == 3
-        page = maps_page(learn, tmp_path / "m.html", n=2, top=2).read_text()
-        assert page.count('class="map') == (2 if learn.dls is numbers else 4)
+        assert mapped(maps_page(learn, tmp_path / "m.html", n=2, top=2)) == [1 if learn.dls is numbers else 2]
 
 
 def test_untrained_heads_and_pictures_of_a_few_pixels():
@@ -579,11 +594,10 @@ def test_a_page_never_takes_the_place_of_a_picture(photos, tmp_path):
 
 def test_maps_of_a_query_per_class_stay_with_their_class(photos, tmp_path):
     learn = Learner(block(photos), network(3, ClassQueryPoolHead))
-    page = maps_page(learn, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3).read_text()
-    assert page.count('class="map') == 3
+    assert mapped(maps_page(learn, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3)) == [3]
     def heads(ni, n_out): return nn.Sequential(nn.Conv2d(ni, 48, 1), PEERS["torch-mha"](48, n_out, num_heads=3))
     one = Learner(block(photos), network(3, heads))   # as many heads as classes, by chance
-    page = maps_page(one, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3).read_text()
-    assert page.count('class="map') == 1 and "one map for all" in page
+    page = maps_page(one, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3)
+    assert mapped(page) == [1, 3] and "one map for all" in page.read_text()
     decoder = Learner(block(photos), network(3, partial(PEERS["mldecoder"], dim=32)))
-    assert maps_page(decoder, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3).read_text().count('class="map') == 3
+    assert mapped(maps_page(decoder, tmp_path / "m.html", sorted(get_image_files(photos))[0], top=3)) == [3]

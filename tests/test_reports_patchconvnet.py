@@ -462,7 +462,7 @@ def test_whole_networks_and_half_precision(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\3\4 and no more", b"<html>404</html>"])
 def test_what_is_no_checkpoint(content, tmp_path):
     (tmp_path / "x.pth").write_bytes(content)
-    with pytest.raises(BadInput, match="^file: .*cannot be read as weights"): read_weights(tmp_path / "x.pth")
+    with pytest.raises(BadInput, match="^file: .*(cannot be read as weights|has zero bytes)"): read_weights(tmp_path / "x.pth")
     with pytest.raises(FileNotFoundError, match="^file: there is no"): read_weights(tmp_path / "y.pth")
     for nothing in ({}, dict(epoch=3), dict(model={})):
         with pytest.raises(BadInput, match="no weights in it"): weights_in(nothing)

@@ -1,6 +1,6 @@
 "What names a run: the values that were decided, and nothing else."
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +147,8 @@ def test_the_recipe_blog_takes_the_blogs_version_and_sizes(home, tmp_path, monke
 def test_petals_have_their_rates_by_their_family():
     rates = {family: make_spec(DataId("x", family), "learned", recipe="blog").recipe.lr for family in ("imagenette", "imagewoof", "petals")}
     assert rates == dict(imagenette=2e-3, imagewoof=9e-4, petals=6e-4)
+
+
+def test_what_a_result_got_last_stands_last():
+    names = [f.name for f in fields(Result)]
+    assert names[-4:] == ["folder", "epochs", "classes", "test"]   # of calls by position

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'LARGER_FROM', 'is_path', 'data_name', 'find_pictures', 'blog_version', 'larger_version', 'ReadPicture',
-           'picture_dls', 'empty_dls', 'valid_dl', 'validation_pictures']
+           'picture_dls', 'empty_dls', 'valid_dl', 'labelled_dls', 'validation_pictures']
 
 # %% ../../nbs/37_data.pictures.ipynb #ae9bd211
 import lzma
@@ -15,7 +15,7 @@ import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from .augment import AUGMENTS, STATS, augment_name
-from .cache import printable, short_name, unpack
+from .cache import near_path, printable, short_name, unpack
 from .check import check_pictures, make_pixels, without_broken
 from .digits import digits_dls
 from .listing import LAYOUTS, READABLE, Listing, first_few, list_csv, list_folder
@@ -52,17 +52,20 @@ def data_name(
     "Short name, for tables and folders. Unknown names and missing paths are errors."
     if not is_path(data): return DATASETS.check(data)
     if (path := Path(data).expanduser()).exists(): return short_name(path)
-    raise FileNotFoundError(f"data: there is no file or folder {data}. Known names: {', '.join(DATASETS)}.")
+    raise FileNotFoundError(f"data: there is no file or folder {data}.{near_path(data)} "
+                            f"Known names: {', '.join(DATASETS)}.")
 
 def find_pictures(
     data: str | Path, # Name, folder, archive, CSV, or folder as a known data set is given out
     valid_pct: float = .2, # Share that validates where the data has no split of its own
     split_seed: int = 0, # Of that split, not of a run
     cache: Path | str | None = None, # Where archives are unpacked; None for `attnpool` in fastai's data folder
+    tests: bool = False, # Take the test pictures in the place of those that validate; an error without any
 ) -> Listing:
     "The listing of any data set that consists of files."
     name = data_name(data)
     if not is_path(data) and data not in SOURCES:
+        if tests: raise BadInput(f"test: {data} are made, none of them for a test. Leave --test out.")
         raise BadInput(f"data: {data!r} is a data set without files. For a folder of that name type ./{data}.")
     path = root = Path(data).expanduser() if is_path(data) else fetch(data)
     table = path if path.suffix.lower() == '.csv' else None
@@ -78,12 +81,13 @@ def find_pictures(
         inside = list(root.iterdir())
         if len(inside) == 1 and inside[0].is_dir() and any(record_files(inside[0])): root = inside[0]
     known = official_layout(root) if root.is_dir() else None
+    if known and tests: raise BadInput(f"test: the test pictures of {known[0]} validate already. Leave --test out.")
     if known: return replace(list_official(*known, cache), name=name).checked()
     records = root.is_dir() and any(record_files(root))
     if records: table = unpack_tfrecords(root, cache)
-    if table: listing = list_csv(table, valid_pct, split_seed, 'petals' if records else '')
-    else: listing = list_folder(root, valid_pct, split_seed)
-    return replace(listing, name=name).checked()
+    if table: listing = list_csv(table, valid_pct, split_seed, 'petals' if records else '', tests)
+    else: listing = list_folder(root, valid_pct, split_seed, tests)
+    return replace(listing, name=name).checked('test' if tests else 'validation')
 
 # %% ../../nbs/37_data.pictures.ipynb #d8f13b3f
 LARGER_FROM = 256   # pixels: the blog's first size above its 224 of training
@@ -267,10 +271,28 @@ def valid_dl(
     else: dataset = _listed(dls.listing, 2 * size).valid
     return dls.valid.new(dataset, bs=bs, after_item=AUGMENTS['none'].items(size))
 
+# %% ../../nbs/37_data.pictures.ipynb #4897457c
+def labelled_dls(
+    dls: DataLoaders, # From `picture_dls` or `empty_dls`
+    listing: Listing, # Of the same classes, or of some of them
+) -> DataLoaders: # With `listing` and `every`, as `picture_dls` has them
+    "The pictures of another listing, with their labels."
+    if other := set(listing.classes.values()) - set(dls.vocab):
+        raise BadInput(f"data: {listing.root} has classes that were not trained: {first_few(sorted(other))}. "
+                       f"Expected those of {first_few(dls.vocab)}.")
+    names = [listing.classes[label] for label in listing.labels]
+    read = ReadPicture(2 * dls.size, [listing.root/f for f in listing.files])
+    every = _datasets(read, names, dls.vocab, listing.n_train)
+    made = DataLoaders(dls.train.new(every.train), dls.valid.new(every.valid), device=dls.device)
+    made.about, made.size, made.listing = dls.about, dls.size, listing
+    made.every = listing, every, np.arange(len(names))
+    return made
+
 # %% ../../nbs/37_data.pictures.ipynb #ae8ac715
 def validation_pictures(
     dls: DataLoaders, # With or without labels and `boxes`
     n: int, # How many; all, if there are fewer
+    read: Callable | None = None, # Of a loader and a number, to read that item; None for what the loader does itself
 ) -> tuple[Tensor, Tensor | None, Tensor | None]: # Pictures as the network takes them, labels, boxes `(n, 4)`
     "The first ones where there are boxes; else some from all over the data."
     if n < 1: raise BadInput(f"n: expected 1 picture or more, got {n}.")
@@ -280,5 +302,6 @@ def validation_pictures(
     boxes, dl = getattr(dls, 'boxes', None), dls.valid
     dl.before_iter()   # its transforms are those of validation
     some = np.linspace(0, total - 1, min(n, total)).round().astype(int) if boxes is None else range(min(n, total))
-    x, *y = tuplify(dl.after_batch(to_device(dl.do_batch([dl.do_item(int(i)) for i in some]), dl.device)))
+    items = [read(dl, int(i)) if read else dl.do_item(int(i)) for i in some]
+    x, *y = tuplify(dl.after_batch(to_device(dl.do_batch(items), dl.device)))
     return x.as_subclass(Tensor), y[0] if y else None, None if boxes is None else boxes[:len(x)]

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['uncompiled', 'find_pools', 'attention_maps', 'enlarge', 'class_activation_map', 'grad_cam', 'class_maps',
-           'class_token_maps', 'maps_of']
+           'class_token_maps', 'maps_of', 'Saliency', 'as_saliency', 'saliency', 'is_per_class']
 
 # %% ../../nbs/17_maps.compute.ipynb #c8fde1b1
 import math
 from collections import deque
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -232,3 +233,48 @@ def maps_of(
     if pool is None and not find_pools(model): return class_activation_map(model, x).clamp(min=0)
     maps = attention_maps(model, x, pool)
     return list(maps.values())[-1] if isinstance(maps, dict) else maps
+
+# %% ../../nbs/17_maps.compute.ipynb #0a1e1002
+class Saliency(NamedTuple):
+    "Maps, and what their numbers mean."
+    values: Tensor # `(b, k, h, w)`, float32 or float64
+    unit: str # 'uniform': multiples of uniform weights; 'logit': added to a logit; 'mean': multiples of their mean
+
+def as_saliency(
+    maps: Tensor | Saliency, # `(b, k, h, w)`, as `attention_maps`, `class_activation_map` or `grad_cam` give them
+) -> Saliency: # What has one already stays as it is
+    """Maps with a unit, told by their values: what sums to one is weights, what is negative somewhere parts of logits,
+    the rest multiples of its mean. `saliency` needs no guess. A map of zeros stays as it is."""
+    if isinstance(maps, Saliency): return maps
+    if maps.ndim != 4: raise BadInput(f"maps: expected (b, k, h, w), got {tuple(maps.shape)}.")
+    m = maps.as_subclass(Tensor).detach()
+    m = m if m.dtype == torch.float64 else m.float()
+    if not m.isfinite().all():
+        raise BadInput("maps: some of their values are not finite, as of a network that diverged. Train it with a "
+                       "smaller rate.")
+    if (m < 0).any(): return Saliency(m, 'logit')
+    total = m.sum((2, 3), keepdim=True)
+    values = m * m[0, 0].numel() / total.clamp(min=1e-30) if len(m) else m
+    return Saliency(values, 'uniform' if ((total - 1).abs() < .02).all() else 'mean')
+
+def saliency(
+    model: nn.Module, # Any classifier
+    x: Tensor, # Pictures `(b, 3, H, W)`, normalised as in training
+    target: Tensor | None = None, # Classes to ask for, `(b,)` or `(b, k)`; None for where the head looks
+    pool: str | None = None, # Which pool, if the network has several; None for the last
+) -> Saliency: # `(b, k, h, w)`
+    "Where the head looks; without an attention pool, or for given classes, what speaks for a class."
+    if target is None and (pool or find_pools(model)):
+        return as_saliency(maps_of(model, x, pool))._replace(unit='uniform')
+    try: return as_saliency(class_activation_map(model, x, target))._replace(unit='logit')
+    except BadInput: return as_saliency(grad_cam(model, x, target))._replace(unit='mean')
+
+def is_per_class(
+    model: nn.Module, # Any classifier
+    maps: Saliency, # What it looks at, from `saliency` without a target
+    n_out: int, # Number of its outputs
+) -> bool:
+    "Whether each map is that of a query for one class, so that a class has its own and their mean says little."
+    pools = [*find_pools(model).values()]
+    own = bool(pools) and getattr(pools[-1], 'per_query', False)
+    return own and n_out > 1 and maps.values.shape[1] == n_out

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ..forms import readable
 from ..heads import build_head, get_head, HEADS
+from ..layers import evaluating
+from ..pooling import check_head
 from .body import check_arch, map_width, network_of, timm_net, TimmMap, up_to_map, whole_network
 from .patchconvnet import PatchConvNet
 from .start import expected, find_start, is_start, Start
 from ..pooling.attention import AvgAttnConcatPooling2d
-from ..pooling.start import AvgStartAttnPooling2d
 from ..registry import BadInput
 
 # %% ../../nbs/26_models.surgery.ipynb #c0ffee05
@@ -102,7 +103,7 @@ def _head_of(head):
 def build_network(
     arch: str | Callable, # As for `body_of`
     n_out: int, # Outputs, one per class
-    head: str | Callable, # Name in `HEADS`, `PEERS` or `ABLATIONS`, class or callable `(ni, n_out)`, or ready module
+    head: str | Callable, # Name as for `get_head`, class or callable `(ni, n_out)`, or ready module
     pretrained: bool = False, # Pretrained weights of the body
     n_in: int = 3, # Channels of the pictures
     cut: int | Callable | None = None, # As for `body_of`
@@ -124,7 +125,7 @@ def build_network(
 # %% ../../nbs/26_models.surgery.ipynb #64931d0c
 def with_head(
     arch: str, # timm name
-    head: str | Callable = 'learned', # Name in `HEADS`, `PEERS` or `ABLATIONS`, or class or callable `(ni, n_out)`
+    head: str | Callable = 'learned', # Name as for `get_head`, or class or callable `(ni, n_out)`
     num_classes: int = 1000, # Outputs, one per class
     pretrained: bool = False, # Pretrained weights of the body
     weights=None, # A file of weights, or a run's folder, for the body: see `find_start`
@@ -140,6 +141,14 @@ def with_head(
     return nn.Sequential(body, build_head(head, map_width(body, n_in), num_classes))
 
 # %% ../../nbs/26_models.surgery.ipynb #5cf227b0
+@torch.no_grad()
+def _is_mean(pool, ni):
+    "Whether a pool starts as the average; no random number is drawn to see it."
+    like = next(pool.parameters(), torch.empty(0))
+    x = torch.linspace(-9, 7, 30 * ni, device=like.device).sin().view(2, ni, 3, 5).to(like.dtype)
+    with evaluating(pool): out = pool(x)
+    return out.shape == (2, ni) and torch.allclose(out, x.mean((2, 3)), rtol=0, atol=torch.finfo(x.dtype).eps**.9)
+
 class SwappedPool(nn.Module):
     "What `swap_pool` puts in the place of average pooling: the mean, and how far our pool has taken over."
     def __init__(self,
@@ -151,8 +160,7 @@ class SwappedPool(nn.Module):
         super().__init__()
         self.mean, self.pool, self.ni, self.channels_last = mean, pool, ni, channels_last
         self.beside = isinstance(pool, AvgAttnConcatPooling2d)
-        starts_as_mean = isinstance(pool, AvgStartAttnPooling2d) and not pool.query.any()
-        self.gamma = None if self.beside or starts_as_mean else nn.Parameter(torch.zeros(ni))
+        self.gamma = None if self.beside or _is_mean(pool, ni) else nn.Parameter(torch.zeros(ni))
 
     def forward(self, x: Tensor) -> Tensor:
         "The shape of the average pooling; twice the channels with the concat pool."
@@ -220,12 +228,14 @@ def swap_pool(
     if ni is None:
         raise BadInput(f"ni: the layer after the pool of this {type(model).__name__} does not tell the map's channels. "
                        "Pass ni=...")
-    made = None if isinstance(build, nn.Module) else build(ni, 1, **kwargs)
-    pool = made[0] if isinstance(made, nn.Sequential) else None
-    concat = isinstance(pool, AvgAttnConcatPooling2d)
-    if not hasattr(pool, 'attention_map') or not (pool.c_out == ni or concat):
-        fits = [n for n in HEADS if n not in ('avg', 'classquery')]
-        raise BadInput(f"head: {head!r} has no attention pool that gives a vector of {ni} channels. "
+    made = nn.Identity() if isinstance(build, nn.Module) else build_head(partial(build, **kwargs), ni, 1)
+    pool = next((m for m in [made, *made.children()] if hasattr(m, 'attention_map')), None)
+    if pool is not None: check_head(made, ni, 1, f'{head}')
+    concat, c_out = isinstance(pool, AvgAttnConcatPooling2d), getattr(pool, 'c_out', None)
+    if c_out != ni and not concat:
+        fits = [n for n, its in HEADS.items() if hasattr(getattr(its, 'pool', None), 'attention_map')]
+        its = '' if c_out is None else f': its {type(pool).__name__} gives {c_out}'
+        raise BadInput(f"head: {head!r} has no attention pool that gives a vector of {ni} channels{its}. "
                        f"Use one of {', '.join(fits)}.")
     if concat and not (readable(layer, nn.Linear) and layer.in_features == ni):
         raise BadInput("head: the concat pool doubles the channels and needs the classifier's linear layer, a plain "

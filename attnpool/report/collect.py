@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Sequence
 
@@ -18,14 +19,17 @@ import numpy as np
 import pandas as pd
 
 from ..data import DataId
-from ..data.cache import write_file
+from ..data.cache import near_path, write_file
 from ..data.listing import first_few
 from ..data.reader import is_run
+from ..heads import ABLATIONS, HEADS, PEERS
 from ..models.start import Start
+from ..models.xresnet import ARCHS
 from ..recipe import Recipe
-from ..registry import BadInput
+from ..registry import BadInput, bare_name
 from ..runs.spec import Spec
 from ..runs.store import Result, load_run, read_result
+from ..runs.tested import with_test
 from ..tasks import TASKS, head_options
 
 # %% ../../nbs/60_report.collect.ipynb #b9844329
@@ -125,7 +129,7 @@ def write_runs(
         parts = {'spec.': spec, 'data.': spec.pop('data'), 'start.': spec.pop('start'),
                  'recipe.': _known(spec.pop('recipe')), '': result, 'metrics.': metrics, 'versions.': versions}
         cells = {f'{part}{k}': _cell(v) for part, values in parts.items() for k, v in values.items()}
-        del cells['data.path'], cells['start.path'], cells['files']
+        del cells['data.path'], cells['start.path'], cells['spec.folder'], cells['files']
         history = r.history() if len(r.history()) else pd.DataFrame(dict(epoch=['']))   # diverged in its first
         rows.append(history.assign(**cells))
     table = pd.concat(rows)
@@ -162,7 +166,8 @@ def _runs_of(table):
             result['spec'] |= dict(data=part('data.'), start=part('start.'), recipe=recipe)
             result['metrics'] = part('metrics.')
         elif len(history): result |= history.filter(regex='^(?!epoch$|.*seconds$)').iloc[-1].dropna()
-        counts = {f.name for f in fields(Result) if 'int' in str(f.type) or 'float' in str(f.type)} - {'pictures'}
+        numbers = {f.name for f in fields(Result) if 'int' in str(f.type) or 'float' in str(f.type)}
+        counts = numbers - {'pictures', 'classes'}
         for v in [*result.get('metrics', {}).values(), *(v for k, v in result.items() if k in counts),
                   result['spec'].get('seed', 0)]: float(v)
         yield read_result(result, epochs=history.reset_index(drop=True))
@@ -194,7 +199,8 @@ def collect(
     results, problems, seen, places = [], [], set(), []
     for path in map(Path, paths):
         if not path.exists():
-            raise FileNotFoundError(f"runs: there is no {path}. Pass folders that attnpool bench wrote, or CSV files.")
+            raise FileNotFoundError(f"runs: there is no {path}.{near_path(path)} Pass folders "
+                                    "that attnpool bench wrote, or CSV files.")
         if path.is_file() and is_run(path.parent): path = path.parent   # its own history is no log
         if path.is_file():
             if path.resolve() in seen: continue
@@ -208,7 +214,7 @@ def collect(
         for file in sorted(path.rglob('spec.json')):
             if file.parent.resolve() in seen or set(tunings) & set(file.parents): continue
             seen.add(file.parent.resolve())
-            try: results.append(load_run(file.parent))
+            try: results.append(with_test(load_run(file.parent)))
             except ValueError as e: problems.append(str(e))
             else: places.append(file.parent)
         if not any(path.rglob('spec.json')) and (tables := sorted(path.glob('*.csv'))):
@@ -220,19 +226,26 @@ def collect(
     return _once([(r, place) for r, place, old in both if not old]), problems
 
 # %% ../../nbs/60_report.collect.ipynb #3f1a345a
-def _of_head(spec):
-    "Those of the options that are the head's."
-    try: known = head_options(spec.head) if spec.options else ()
-    except BadInput: known = ()   # a head that is not known here
+def _of_arch(results):
+    "Names of the options that are networks', as far as runs of heads in our tables tell."
+    ours = [r.spec for r in results if _in_tables(r.spec.head)]
+    return {k for spec in ours for k, _ in spec.options if k not in head_options(spec.head)}
+
+def _in_tables(head): return any(head in table for table in (HEADS, PEERS, ABLATIONS))
+
+def _of_head(spec, of_arch=()):
+    "Those of the options that are the head's; of a head that only a file names, which is not loaded, all that may be."
+    theirs = {*of_arch, *(signature(ARCHS[spec.arch]).parameters if spec.arch in ARCHS else ())}
+    known = head_options(spec.head) if _in_tables(spec.head) else {k for k, _ in spec.options} - theirs
     return [o for o in spec.options if o[0] in known]
 
 def group_by_setting(
     results: Sequence[Result] # Of any settings
 ) -> list[list[Result]]: # Groups of one setting each, in order of appearance
     "Results by everything in their spec but the head with its options, seed and rate, and by the numbers of pictures."
-    groups = {}
+    groups, of_arch = {}, _of_arch(results)
     for r in results:
-        others = tuple(o for o in r.spec.options if o not in _of_head(r.spec))
+        others = tuple(o for o in r.spec.options if o not in _of_head(r.spec, of_arch))
         setting = replace(r.spec, head='', seed=0, options=others, recipe=replace(r.spec.recipe, lr=None))
         groups.setdefault((setting, str(r.pictures)), []).append(r)
     return list(groups.values())
@@ -241,7 +254,11 @@ def by_row(
     results: Sequence[Result] # Of one setting
 ) -> dict[str, list[Result]]: # Name of the row: its results, in order of appearance
     "Results by their row in a table: the head with its options, and with its learning rate where it has several."
-    names, rates, rows = [' '.join([r.spec.head, *(f'{k}={v}' for k, v in _of_head(r.spec))]) for r in results], {}, {}
+    versions, of_arch = {}, _of_arch(results)   # of a head of one's own: told apart where there are several
+    for r in results: versions.setdefault(bare_name(r.spec.head), set()).add(r.spec.head)
+    def shown(head): return head if len(versions[bare_name(head)]) > 1 else bare_name(head)
+    names = [' '.join([shown(r.spec.head), *(f'{k}={v}' for k, v in _of_head(r.spec, of_arch))]) for r in results]
+    rates, rows = {}, {}
     for name, r in zip(names, results): rates.setdefault(name, set()).add(r.spec.recipe.lr)
     for name, r in zip(names, results):
         lr = 'found' if r.spec.recipe.lr is None else f'{r.spec.recipe.lr:g}'
@@ -261,7 +278,7 @@ def setting_of(
     if spec['split'] == 'own': del spec['split']   # of the data, as nearly all
     every |= recipe | spec | dict(weights=start['fingerprint'], body_only=start['body_only'] or None,
                                   family=data['family'], fingerprint=data['fingerprint'], pictures=result.pictures)
-    return {k: v for k, v in every.items() if k not in ('head', 'seed', 'lr') and v not in (None, '', [], {})}
+    return {k: v for k, v in every.items() if k not in ('head', 'seed', 'lr', 'folder') and v not in (None, '', [], {})}
 
 def tell_apart(
     groups: Sequence[Sequence[Result]] # From `group_by_setting`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_list', 'read_options', 'expand', 'path_of', 'is_inside', 'check_out', 'check_device', 'LateCommands',
-           'late_options', 'read_specs', 'say', 'fail', 'guarded', 'make_runs']
+           'late_options', 'say', 'fail', 'read_specs', 'guarded', 'make_runs']
 
 # %% ../../nbs/56_runs.options.ipynb #f9717abd
 import codecs
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Callable, Iterable, Sequence, get_args
 
 import typer
 
-from ..registry import BadInput, Registry
+from ..registry import BadInput, EntryPoints, Registry, bare_name
 
 # %% ../../nbs/56_runs.options.ipynb #1d4f7a20
 def read_list(
@@ -117,10 +117,39 @@ def check_device(
         raise BadInput(f"--device: {name!r} is not available here. Use --device cpu or --device auto.") from None
     return name
 
+# %% ../../nbs/56_runs.options.ipynb #5d0b7e02
+def _names_in():
+    "A function that puts the names of tables into a text."
+    from attnpool import data, recipe, tasks
+    from attnpool.models.body import OTHER_ARCHS
+    tables = vars(data) | vars(recipe) | vars(tasks) | dict(OTHER_ARCHS=OTHER_ARCHS)
+    names = {k: ', '.join(t) or 'none' for k, t in tables.items() if isinstance(t, (Registry, EntryPoints))}
+    return lambda text: re.sub('`([A-Z_]+)`', lambda m: names[m[1]], text)
+def _fields(told, but):
+    "Parameters of a function, one for each field of `Recipe`."
+    from fastcore.docments import docments
+    from attnpool.recipe import Recipe
+    docs, made = docments(Recipe), []
+    for field in fields(Recipe):
+        if not field.compare or field.name in but: continue
+        kind = next(iter(get_args(field.type)), field.type)   # float of float | None
+        option = typer.Option(help=f"{told(docs[field.name])}.  [default: the recipe's]")
+        made.append(Parameter(field.name, Parameter.POSITIONAL_OR_KEYWORD, default=None,
+                              annotation=Annotated[kind | None, option]))
+    return made
+
 # %% ../../nbs/56_runs.options.ipynb #3f6b9c42
 class LateCommands(typer.core.TyperGroup):
     "A group whose commands may learn their options when they are called, see `late_options`."
     made = {}   # name of a command: makes its signature
+
+    def format_commands(self,
+        ctx, # Of the group, as click calls it
+        formatter, # click's
+    ):
+        "The list of commands, each with its whole first sentence."
+        told = [(name, self.get_command(ctx, name).get_short_help_str(10**4)) for name in self.list_commands(ctx)]
+        with formatter.section('Commands'): formatter.write_dl(told)
 
     def resolve_command(self,
         ctx, # Of the group, as click calls it
@@ -153,68 +182,6 @@ def late_options(
         return app.command()(f)
     return decorate
 
-def _names_in():
-    "A function that puts the names of tables into a text."
-    from attnpool import data, recipe, tasks
-    tables = vars(data) | vars(recipe) | vars(tasks)
-    names = {k: ', '.join(t) for k, t in tables.items() if isinstance(t, Registry)}
-    return lambda text: re.sub('`([A-Z]+)`', lambda m: names[m[1]], text)
-
-def _fields(told, but):
-    "Parameters of a function, one for each field of `Recipe`."
-    from fastcore.docments import docments
-    from attnpool.recipe import Recipe
-    docs, made = docments(Recipe), []
-    for field in fields(Recipe):
-        if not field.compare or field.name in but: continue
-        kind = next(iter(get_args(field.type)), field.type)   # float of float | None
-        option = typer.Option(help=f"{told(docs[field.name])}.  [default: the recipe's]")
-        made.append(Parameter(field.name, Parameter.POSITIONAL_OR_KEYWORD, default=None,
-                              annotation=Annotated[kind | None, option]))
-    return made
-
-# %% ../../nbs/56_runs.options.ipynb #d83a19fc
-def read_specs(
-    data: str, # Name or path, as for `make_spec`
-    heads: str, # Names separated by commas; 'all' and 'peers' stand for those of `HEADS` and of `PEERS`
-    seeds: str | None, # Whole numbers separated by commas; None for the splits, or else 1,2,3
-    recipe: str, # Name in `RECIPES`
-    options: str = '', # As for `read_options`
-    rates: list[float] | tuple = (), # Learning rates to try; none for those of the recipe
-    splits: int | None = None, # How many splits, drawn by the seeds 1, 2, ...; None for none, in a probe ten
-    **common # Further arguments of `make_spec`
-) -> list: # Of `Spec`: for each seed all heads
-    "What a command was asked to run."
-    from attnpool.data import DataId
-    from attnpool.heads import HEADS, PEERS
-    from attnpool.data.pictures import SOURCES, is_path
-    from attnpool.models.start import find_start
-    from attnpool.recipe import RECIPES
-    from attnpool.models.surgery import body_of
-    from attnpool.runs.spec import data_for, make_spec
-    from attnpool.tasks import head_options, split_options
-    groups = dict(all=HEADS, peers=PEERS)
-    heads = list(dict.fromkeys(head for word in read_list('heads', heads) for head in groups.get(word, [word])))
-    given, known = read_options(options), {head: head_options(head) for head in heads}
-    of_some, rich = set().union(*known.values()), max(heads, key=lambda head: len(known[head]))
-    def mine(head): return {k: v for k, v in given.items() if k in known[head] or k not in of_some}
-    # an unknown option is told with the nearest of all
-    _, of_arch = split_options(rich, common['arch'], mine(rich)) if given else ({}, {})
-    if splits and seeds: raise BadInput(f"--splits: each has its own seed, got --seeds {seeds} too. Leave one out.")
-    train = common.get('train') or RECIPES[RECIPES.check(recipe)].train
-    if train == 'frozen' and not (splits or seeds) and (is_path(data) or data in SOURCES): splits = 10
-    if splits: common['split'] = 'seed'
-    numbers = range(1, splits + 1) if splits else read_list('seeds', seeds or '1,2,3', int)
-    common['start'] = start = find_start(common.get('start'), common['arch'], **of_arch)   # read once for all
-    if len(heads) > 1: common['start'] = start = start.for_all_heads()
-    variants = [common | dict(lr=rate) for rate in rates] or [common]
-    def on(data):
-        return [make_spec(data, head, seed, recipe=recipe, options=mine(head), **variant)
-                for seed in numbers for head in heads for variant in variants]
-    on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
-    if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
-    return on(data_for(data, recipe))
-
 # %% ../../nbs/56_runs.options.ipynb #988cdf53
 def say(
     text, # One or several lines
@@ -230,6 +197,62 @@ def fail(
     if os.environ.get('RANK', '0') == '0': sys.stderr.write(f'attnpool: {" ".join(str(message).split())}\n')
     return 2
 
+# %% ../../nbs/56_runs.options.ipynb #5d0b7e01
+def _say_rates(specs, recipe):
+    "Which heads have no learning rate of their own."
+    from attnpool.recipe import rate_key
+    rates = {bare_name(s.head): s.recipe.lr for s in specs if rate_key(recipe, s.head, s.data.family) == '*'}
+    if rates: say(f'{", ".join(rates)}: no learning rate of their own in the recipe {recipe.name}; '
+                  f'{[*rates.values()][0]:g} is taken, that of heads without one. attnpool lr searches for one.')
+
+# %% ../../nbs/56_runs.options.ipynb #d83a19fc
+def read_specs(
+    data: str, # Name or path, as for `make_spec`
+    heads: str, # As for `get_head`, separated by commas; 'all' and 'peers' stand for those of `HEADS` and of `PEERS`
+    seeds: str | None, # Whole numbers separated by commas; None for the splits, or else 1,2,3
+    recipe: str, # Name in `RECIPES`, or a TOML file
+    options: str = '', # As for `read_options`
+    rates: list[float] | tuple = (), # Learning rates to try; none for those of the recipe
+    splits: int | None = None, # How many splits, drawn by the seeds 1, 2, ...; None for none, in a probe ten
+    save_recipe: Path | None = None, # Where to write the recipe, with what replaces its values; None for nowhere
+    **common # Further arguments of `make_spec`
+) -> list: # Of `Spec`: for each seed all heads
+    "What a command was asked to run."
+    from attnpool.data import DataId
+    from attnpool.heads import HEADS, PEERS
+    from attnpool.data.pictures import SOURCES, is_path
+    from attnpool.distributed import is_first
+    from attnpool.models.start import find_start
+    from attnpool.recipe import Recipe, change_recipe, find_recipe, save_recipe as write_recipe
+    from attnpool.models.surgery import body_of
+    from attnpool.runs.spec import data_for, make_spec
+    from attnpool.tasks import head_options, split_options
+    groups = dict(all=HEADS, peers=PEERS)
+    heads = list(dict.fromkeys(head for word in read_list('heads', heads) for head in groups.get(word, [word])))
+    recipe, given, known = find_recipe(recipe), read_options(options), {head: head_options(head) for head in heads}
+    of_some, rich = set().union(*known.values()), max(heads, key=lambda head: len(known[head]))
+    def mine(head): return {k: v for k, v in given.items() if k in known[head] or k not in of_some}
+    _, of_arch = split_options(rich, common['arch'], mine(rich)) if given else ({}, {})
+    if splits and seeds: raise BadInput(f"--splits: each has its own seed, got --seeds {seeds} too. Leave one out.")
+    train = common.get('train') or recipe.train
+    if train == 'frozen' and not (splits or seeds) and (is_path(data) or data in SOURCES): splits = 10
+    if splits: common['split'] = 'seed'
+    numbers = range(1, splits + 1) if splits else read_list('seeds', seeds or '1,2,3', int)
+    common['start'] = start = find_start(common.get('start'), common['arch'], **of_arch)   # read once for all
+    if len(heads) > 1: common['start'] = start = start.for_all_heads()
+    def on(data):
+        return [make_spec(data, head, seed, recipe=recipe, options=mine(head), **variant)
+                for seed in numbers for head in heads for variant in [common | dict(lr=r) for r in rates] or [common]]
+    on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
+    if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
+    specs = on(data_for(data, recipe))
+    if save_recipe and is_first():
+        check_out(save_recipe, [data], own='# A recipe of attnpool')
+        changes = {f.name: common.get(f.name) for f in fields(Recipe) if f.compare}
+        say(f'Recipe: {write_recipe(change_recipe(recipe, **changes), save_recipe)}')
+    if is_first() and train != 'frozen' and not (rates or common.get('lr')): _say_rates(specs, recipe)
+    return specs
+
 # %% ../../nbs/56_runs.options.ipynb #8398051c
 _PLAIN = str.maketrans({'–': '-', '−': '-', '±': '+/-', '×': 'x', '…': '...', '’': "'", '─': '-', '━': '-',
                         '│': '|', '█': '#'})
@@ -238,7 +261,6 @@ def _plain(error):
     "For what an encoding lacks: the nearest in ASCII."
     text = error.object[error.start:error.end].translate(_PLAIN)
     return text.encode('ascii', 'replace').decode(), error.end
-
 codecs.register_error('attnpool', _plain)
 
 def guarded(

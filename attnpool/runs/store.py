@@ -32,7 +32,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from ..data.augment import STATS, augment_name
-from ..data.cache import write_file
+from ..data.cache import near_path, write_file
 from ..data.listing import (
     Listing, differences, digests, fingerprint, first_few, read_digests, write_digests)
 from ..data.pictures import DATASETS, empty_dls, find_pictures, is_path
@@ -70,6 +70,8 @@ class Result:
     run_seconds: float | None = None # Of the whole run, without what it shares with others
     folder: Path | None = field(default=None, compare=False) # Where it lies
     epochs: pd.DataFrame | None = field(default=None, compare=False) # The history, of a run that was read from a table
+    classes: list[int] | None = None # How many; validation pictures of the smallest and of the largest
+    test: dict = field(default_factory=dict, compare=False) # From `with_test`: metrics, pictures, classes, fingerprint
 
     @property
     def value(self) -> float | None:
@@ -125,7 +127,7 @@ def load_run(
         runs = sorted(f.parent.name for f in folder.glob('*/result.json'))
         what = 'no result.json, so the run did not finish'
         if folder.is_file(): what = 'a file, not the folder of a run. Name the folder that attnpool bench made'
-        elif not folder.exists(): what = 'there is no such folder'
+        elif not folder.exists(): raise BadInput(f"{folder}: there is no such folder.{near_path(folder)}") from None
         elif runs: what = f'a folder of runs, not a run. Name one of those in it: {first_few(runs)}'
         raise BadInput(f"{folder}: {what}.") from None
     except ValueError: raise BadInput(f"{folder}: result.json is torn.") from None
@@ -152,14 +154,15 @@ def write_about(
     spec: Spec, # Of the run
     folder: Path | str, # Its folder
 ):
-    "Write `data.json`: what the network has to know of its data, and where they lay."
+    "Write `data.json`: what the network has to know of its data, and where they and their pictures lay."
     if not hasattr(dls, 'about'): return
+    root = str(dls.listing.root.expanduser().resolve()) if hasattr(dls, 'listing') else ''
     path = str(Path(spec.data.path).expanduser().resolve()) if is_path(spec.data.path) else ''
-    write_file(Path(folder)/'data.json', json.dumps(dls.about | dict(path=path), indent=1))
+    write_file(Path(folder)/'data.json', json.dumps(dls.about | dict(path=path, root=root), indent=1))
 
 def read_about(
     result: Result, # Of a run with a folder
-) -> dict: # Arguments of `empty_dls`, and `path`; of a run of an earlier version some may be missing
+) -> dict: # Arguments of `empty_dls`, `path` and `root`; of a run of an earlier version some may be missing
     "What the network of a run has to know of its data."
     file, table, spec = result.folder/'data.json', result.folder/'pictures.csv', result.spec
     if file.exists(): return json.loads(file.read_text())
@@ -220,7 +223,7 @@ def open_data(
 ) -> DataLoaders: # Without pictures, they can prepare others
     "The data of a run."
     about = read_about(result)
-    lay, typed, alone = about.pop('path', ''), result.spec.data.path, 'mean' in about
+    lay, _, typed, alone = about.pop('path', ''), about.pop('root', ''), result.spec.data.path, 'mean' in about
     if typed not in DATASETS: typed = os.path.join(os.curdir, Path(typed).expanduser())
     path = str(data or next((p for p in (lay, typed) if p and Path(p).exists()), lay or typed))
     spec = replace(result.spec, data=replace(result.spec.data, path=path))
@@ -286,12 +289,19 @@ def write_weights(
     model: nn.Module, # The network; its last child is the head
     folder: Path | str, # Of the run
     body: str = '', # Hash of a body that stands still; '' to write one file
+    spec: Spec | None = None, # Of the run, and
+    dls: DataLoaders | None = None, # its data: of what both say, the file keeps what is needed to open it alone
 ):
     "Write `weights.safetensors`, of the head alone where the body stands still, which is `body.safetensors` then."
     folder, state = Path(folder), {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
     head = [*model._modules][-1] + '.'
     mine = {k: v for k, v in state.items() if not body or k.startswith(head)}
-    write_file(folder/'weights.safetensors', safetensors_bytes(mine))
+    norms = [t for t in dls.train.after_batch.fs if isinstance(t, Normalize)] if spec else []
+    told = spec and dict(
+        task=spec.task, arch=spec.arch, head=spec.head, options=dict(spec.options), data=spec.data.name,
+        size=spec.recipe.size, vocab=[*map(str, getattr(dls, 'vocab', ()))],
+        **{k: getattr(t, k).flatten().tolist() for t in norms for k in ('mean', 'std')}) | getattr(dls, 'about', {})
+    write_file(folder/'weights.safetensors', safetensors_bytes(mine, told and {'attnpool': json.dumps(told)}))
     if not body: return
     kept, rest = folder.parent/'.bodies'/f'{body}.safetensors', {k: v for k, v in state.items() if k not in mine}
     content = None if kept.exists() else safetensors_bytes(rest)

@@ -36,12 +36,12 @@ from ..layers import evaluating
 from ..models.start import Start
 from ..recipe import learner_for
 from ..registry import BadInput
-from .probe import MACHINES, find_rates, forget_shared, shared_by, try_head
+from .probe import MACHINES, doubles_in, find_rates, forget_shared, shared_by, try_head
 from .spec import NewerVersion, Spec
 from .store import (
     Result, circumstances, earlier_data, load_run, open_data, read_run_weights, write_about, write_pictures,
     write_result, write_weights)
-from ..tasks import TASKS, head_of
+from ..tasks import TASKS, head_of, write_looks
 
 # %% ../../nbs/54_runs.train.ipynb #32dae89d
 class RunLog(Callback):
@@ -106,7 +106,7 @@ def _redrawn(spec, dls): return spec.split == 'seed' and dls.listing.drawn
 
 def _make(spec, folder, device, on_epoch, on_maps):
     "Make a run, with the other processes of a launcher if there are any."
-    bs, log = spec.recipe.bs, RunLog(folder/'history.csv', on_epoch)
+    bs, log = spec.loaded().recipe.bs, RunLog(folder/'history.csv', on_epoch)
     if bs % processes():
         raise BadInput(f"bs: {bs} is not a multiple of {processes()}, the number of processes that share each batch.")
     gc.collect()   # the network and the pictures of the run before, which refer to each other
@@ -139,15 +139,13 @@ def _validate(learn, larger, log):
         return {size: dict(zip(names, map(float, learn.validate(dl=dl)))) for size, dl in larger.items()}
 
 # %% ../../nbs/54_runs.train.ipynb #fd645a3f
-def _finish(spec, folder, device, learn, log, sizes, start, body='', **found):
+def _finish(spec, folder, device, learn, log, sizes, start, body='', trained=None, doubles=None, **found):
     "Write what the training left; `result.json` last."
-    dls, task, good = learn.dls, TASKS[spec.task], log.diverged is None
-    seen, arrays = task.look(learn) if good else ({}, {})
-    if arrays:
-        np.savez_compressed(buffer := io.BytesIO(), **arrays)
-        write_file(folder/'maps.npz', buffer.getvalue())
+    dls, task, good, seconds = learn.dls, TASKS[spec.task], log.diverged is None, time.perf_counter() - start
+    seen, classes = write_looks(learn, task, folder, trained) if good else ({}, None)
+    if doubles is None: doubles = doubles_in(dls)
     write_about(dls, spec, folder)
-    write_weights(learn.model, folder, body)
+    write_weights(learn.model, folder, body, spec, dls)
     last = {k: v for k, v in log.rows[-1].items() if k not in ('epoch', 'seconds', 'train_seconds')} if log.rows else {}
     def median(key): return float(np.median([r[key] for r in log.rows]))   # a pause of the machine does not count
     status = 'complete' if good else 'diverged'
@@ -156,8 +154,8 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', **found):
         parameters=sum(p.numel() for p in learn.model.parameters()), pictures=[len(dls.train_ds), len(dls.valid_ds)],
         seconds_per_epoch=round(median('seconds'), 3) if log.rows else None,
         images_per_second=round(len(dls.train) * dls.train.bs / median('train_seconds'), 1) if log.rows else None,
-        redrawn=_redrawn(spec, dls), run_seconds=round(time.perf_counter() - start, 3), **found,
-        **circumstances(device)), folder)
+        redrawn=_redrawn(spec, dls), run_seconds=round(seconds, 3), doubles=doubles, classes=classes,
+        **found, **circumstances(device)), folder)
 
 def _probe(spec, folder, device, log, on_maps):
     "Train a head on the maps of its body, which it shares with the runs before and after."
@@ -174,10 +172,10 @@ def _probe(spec, folder, device, log, on_maps):
         return write_result(failed, folder)
     if larger: _check_sizes(shared, spec)
     recipe, found = find_rates(shared.maps, head, recipe, loss, spec.seed)
-    _fit(head_learner(shared.maps, head, recipe, loss, task.metrics(), [log]), spec, log)
+    _fit(trained := head_learner(shared.maps, head, recipe, loss, task.metrics(), [log]), spec, log)
     learn = learner_for(dls, shared.model, recipe, loss, task.metrics())
     sizes = _validate(learn, larger, log)
-    more = dict(body=shared.body, found=found, doubles=shared.doubles)
+    more = dict(body=shared.body, trained=trained, found=found, doubles=shared.doubles)
     return _finish(spec, folder, device, learn, log, sizes, start, **more)
 
 # %% ../../nbs/54_runs.train.ipynb #4c5d6e7f
@@ -220,19 +218,22 @@ def open_run(
     data: Path | str | None = None, # Where its data lie now; None for where they lay
     check: bool = True, # Whether data that have changed since are an error
     with_data: bool | None = None, # Whether to open its pictures too; None for where they are at hand and the same
+    trust: bool = False, # Whether code may run that the run names and nobody typed, see `check_unasked`
 ) -> Learner: # With the run's data and trained network; without data others can be shown
     "The Learner of a run."
     result, folder = load_run(folder), Path(folder)
-    spec, dls = result.spec, open_data(result, device, data, check, with_data)
+    spec, dls = result.spec.loaded(folder, trust), open_data(result, device, data, check, with_data)
     if result.status == 'failed': raise BadInput(f"folder: {folder} failed, there is nothing to open: {result.reason}")
     recipe = replace(spec.recipe, **{k: v for k, v in result.found.items() if k != 'trials'})
     learn = _learner(replace(spec, start=Start(), recipe=recipe), dls)   # its own weights follow
     if recipe.train == 'frozen': learn.remove_cb(BodyStands)   # all may learn now
     try: learn.model.load_state_dict(read_run_weights(folder, str(dls.device)))
     except RuntimeError as e:
+        version = f"Open it with the version that made it: pip install attnpool=={result.versions.get('attnpool')}."
+        own = 'Put back the source that it was trained with.' if '@' in spec.head + spec.arch else version
         raise BadInput(f"folder: the weights of {folder} do not fit today's {spec.arch} with the head {spec.head} "
-                       f"({str(e).splitlines()[-1].strip()}). Open it with the version that made it: "
-                       f"pip install attnpool=={result.versions.get('attnpool')}.") from None
+                       f"({str(e).splitlines()[-1].strip()}). {own}") from None
+    learn.about = dict(name=folder.resolve().name, head=spec.head, arch=spec.arch, data=spec.data.name, source='run')
     return learn
 
 # %% ../../nbs/54_runs.train.ipynb #9b56d158
@@ -246,7 +247,6 @@ def keep_memory():
 
 # %% ../../nbs/54_runs.train.ipynb #3e799009
 def _shown(name, value): return f'{name} {value:.1%}' if 0 <= value <= 1 else f'{name} {value:.4g}'
-
 def _ended(r):
     "How, and how long it took."
     if r.status == 'failed': return f'failed: {" ".join(r.reason.split())}'
