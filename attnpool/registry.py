@@ -153,8 +153,10 @@ def _load(module, folder):
     importlib.invalidate_caches()
     if not folder: return importlib.import_module(module)
     sys.path.insert(0, folder)
+    kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True   # it would hide a change within the same second
     try: return importlib.import_module(module)
     finally:   # behind all others: what it imports later is found, and nothing is hidden by what lies beside it
+        sys.dont_write_bytecode = kept
         sys.path.remove(folder)
         if mine and folder not in sys.path: sys.path.append(folder)
 

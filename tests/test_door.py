@@ -323,7 +323,7 @@ def uniform(x): return torch.full((len(x), 1, *x.shape[2:]), 1 / x.shape[2:].num
     (made(attention_map=lambda self, x: uniform(x) * 2), "maps that sum to 2 to 2"),
     (made(attention_map=lambda self, x: x[:, :1]), "instead of weights that sum to one"),
     (made(attention_map=lambda self, x: 1 / 0), "the attention_map of its Mine fails: ZeroDivisionError"),
-    (made(attention_map=lambda self, x: uniform(x), more=lambda self: delattr(self, "c_out")), "is found by a c_out beside it, which is missing"),
+    (made(attention_map=lambda self, x: uniform(x), more=lambda self: delattr(self, "c_out")), "has an attention_map but no c_out"),
 ])
 def test_door_says_which_part_of_the_contract_a_head_lacks(head, told):
     state = torch.get_rng_state()

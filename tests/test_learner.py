@@ -203,7 +203,7 @@ def test_our_networks_in_a_plain_learner(dls):
     (lambda dls: vision_learner(dls, resnet18, custom_head=7, **quiet), TypeError, "custom_head: expected a class or callable"),
     (lambda dls: vision_learner(dls, resnet18, custom_head="concta", **quiet), ValueError, "custom_head: 'concta' is unknown. Did you mean 'concat'?"),
     (lambda dls: vision_learner(dls, resnet18, custom_head=LearnedAggregationHead, n_out=-1, **quiet), ValueError, "n_out: expected at least 1"),
-    (lambda dls: vision_learner(dls, lambda pretrained: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), custom_head=LearnedAggregationHead, **quiet),
+    (lambda dls: vision_learner(dls, lambda pretrained: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.ReLU()), custom_head=LearnedAggregationHead, **quiet),
      ValueError, "has no pooling layer at which to cut it. Pass cut="),
     (lambda dls: vision_learner(dls, lambda pretrained: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.AdaptiveAvgPool2d(1)), custom_head=LearnedAggregationHead, **quiet),
      ValueError, "arch: cannot find the width of its map"),
