@@ -31,7 +31,7 @@ def other(field):
 @pytest.fixture
 def asked(monkeypatch):
     "The specs that a command would have made runs of."
-    import attnpool.runs.train as train
+    import attnpool.runs.sweep as train
     specs = []
     monkeypatch.setattr(train, "sweep", lambda todo, *args: specs.extend(todo) or [])
     return specs
