@@ -21,7 +21,7 @@ from fastai.vision.all import (
 from fastcore.docments import docments
 from torch import nn
 
-from .callback.order import Order
+from .callback.order import Order, batches_in_step
 from .callback.precision import ChannelsLast
 from .choices import LOSSES, MIXES, NAMES, OPTIMIZERS, PRECISIONS, SCHEDULES, TABLES, TRAINS, decided
 from .data.augment import AUGMENTS
@@ -160,8 +160,9 @@ def learner_for(
     r, layout = recipe, [ChannelsLast()] if torch.device(dls.device).type in ('cpu', 'cuda') else []
     cbs = [*L(cbs), *layout, *TRAINS[r.train](), *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()]
     if r.repeats > 1 or r.micro_bs:
-        cbs.append(order := Order(r.repeats, r.bs if r.micro_bs else None))
-        order.parts_of(dls.train)   # what is wrong is told now
+        whole = r.bs if r.micro_bs else None
+        batches_in_step(dls.train, whole)   # what is wrong is told now
+        cbs.append(Order(r.repeats, whole))
     opt = OPTIMIZERS[r.opt]
     if getattr(opt, 'func', None) is SparingWrapper: opt = partial(opt, weights=decaying(model))
     learn = Learner(dls, model, loss, opt, r.lr, wd=r.wd, metrics=metrics, cbs=cbs, **kwargs)
