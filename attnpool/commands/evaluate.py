@@ -132,8 +132,10 @@ def _asked(learners, series, data, sizes, crop, precision, skip_broken, out, **h
              for name, (learn, m) in learners.items()]
     note(f'{listing.name}: {len(listing.files):,} pictures of {len(listing.classes):,} classes')
     for q in asked: _note_question(q, note, own_crop)
-    return _with_progress(lambda **on: ask_all(asked, sizes, out, say=note, check=False, **on, **how),
-                          len(listing.files), [s for _ in asked for s in sizes]), lines
+    todo = [size for q in asked for size in sizes if not q.kept(size, out)]
+    if len(todo) < len(asked) * len(sizes): say(f'{len(asked) * len(sizes) - len(todo)} answers are in {out} already.')
+    def ask_them(**on): return ask_all(asked, sizes, out, say=note, check=False, **on, **how)
+    return _with_progress(ask_them, len(listing.files), todo), lines
 
 def _note_question(q, note, own_crop):
     "How its pictures are cut, and among how many classes each is scored."

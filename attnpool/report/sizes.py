@@ -44,11 +44,11 @@ def paired(
     a, b, n = first.ranks < k, second.ranks < k, len(first.ranks)
     only = int((a & ~b).sum()), int((b & ~a).sum())
     p, q = (only[0] + 1) / (n + 2), (only[1] + 1) / (n + 2)   # Bonett and Price, 2012: it holds for few pictures too
-    half = norm.ppf(.975) * ((p + q - (q - p)**2) / (n + 2))**.5
+    half = float(norm.ppf(.975)) * ((p + q - (q - p)**2) / (n + 2))**.5
     test = binomtest(only[0], sum(only)).pvalue if sum(only) else 1.
     return Paired((only[1] - only[0]) / n, max(-1., q - p - half), min(1., q - p + half), float(test), *only)
 
-# %% ../../nbs/635_report.sizes.ipynb #2bca3491
+# %% ../../nbs/635_report.sizes.ipynb #2f2c2979
 def by_series(
     evaluated: Sequence[Evaluated], # What `evaluate` returned
 ) -> dict[str, dict[str, list[Evaluated]]]: # Name of a curve: name of a network: its sizes, in order
@@ -91,7 +91,7 @@ def best_sizes(
         found[its[0].model] = [best.size, *alike]
     return found
 
-# %% ../../nbs/635_report.sizes.ipynb #52de426a
+# %% ../../nbs/635_report.sizes.ipynb #b5d047b6
 def _label(name): return title_text(''.join(c if c.isprintable() else ' ' for c in name).replace('$', r'\$'), 40)
 
 def plot_sizes(
@@ -121,7 +121,7 @@ def plot_sizes(
         ax.legend(frameon=False, **many)
     return fig
 
-# %% ../../nbs/635_report.sizes.ipynb #270a986c
+# %% ../../nbs/635_report.sizes.ipynb #6b1d7875
 _PAGE = '''
 {% for line in lines %}<p>{{ line }}</p>{% endfor %}
 <figure><img alt="Accuracy over the size of the test pictures" src="{{ curve }}"></figure>

@@ -57,6 +57,7 @@ def interval(
     found = binomtest(int(right), int(n)).proportion_ci(method='wilson')
     return float(found.low), float(found.high)
 
+# %% ../../nbs/595_runs.evaluate.ipynb #cf07b324
 @dataclass(frozen=True)
 class Evaluated:
     "What a network said of pictures at one size."
@@ -105,7 +106,7 @@ class Evaluated:
         return {k: about[k] for k in first} | dict(pictures=n) | values | dict(k=self.k) | \
             {k: v for k, v in about.items() if k not in first}
 
-# %% ../../nbs/595_runs.evaluate.ipynb #bfa5bea1
+# %% ../../nbs/595_runs.evaluate.ipynb #b90e3ea5
 def _memory(e): return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
 def check_sizes(
@@ -133,7 +134,13 @@ def check_sizes(
         why = (str(e) or repr(e)).splitlines()[0].removeprefix('x: ').rstrip('.')
         raise BadInput(f"sizes: {name} cannot take pictures of {size} px ({why}). {what}")
 
-# %% ../../nbs/595_runs.evaluate.ipynb #a0cb0c96
+# %% ../../nbs/595_runs.evaluate.ipynb #621f8868
+def _read(file):
+    "Answers that were kept; None where there are none that can be read."
+    try:
+        with np.load(file) as f: return Evaluated(**json.loads(str(f['about'])), ranks=f['ranks'])
+    except Exception: return None   # whatever a torn file leads to
+
 @dataclass(frozen=True)
 class Question:
     "A network and pictures, checked: all but the size."
@@ -152,6 +159,14 @@ class Question:
         same = [self.about[k] for k in ('arch', 'head', 'precision', 'weights', 'fingerprint')]
         what = same, options, asdict(self.pixels), sorted(self.outputs.items()), size
         return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+    def kept(self,
+        size: int, # Side of the pictures, in pixels
+        out: Path | str | None, # Folder of an evaluation; None for none
+    ) -> 'Evaluated | None': # Under the names of today; None where it has to be asked
+        "The answers that a folder keeps."
+        found = out and _read(Path(out)/'ranks'/f'{self.key(size)}.npz')
+        return replace(found, **{k: self.about[k] for k in ('model', 'data', 'series')}) if found else None
 
     def dl(self,
         size: int, # Side of the pictures, in pixels
@@ -191,7 +206,7 @@ def ask(
         outputs=len(vocab), weights=weights_hash(learn.model), fingerprint=mark, version=attnpool.__version__,
         series=series))
 
-# %% ../../nbs/595_runs.evaluate.ipynb #6715f393
+# %% ../../nbs/595_runs.evaluate.ipynb #ec73b127
 def _ranks(question, size, bs, workers, on_batch, say):
     "The ranks of all pictures, with smaller batches where the memory is full."
     model, device = question.learn.model, torch.device(question.learn.dls.device)
@@ -210,12 +225,6 @@ def _ranks(question, size, bs, workers, on_batch, say):
         bs //= 2
         if device.type == 'cuda': torch.cuda.empty_cache()
         say(f'{question.about["model"]} at {size} px: the memory of {device} is full, on with batches of {bs}.')
-
-def _read(file):
-    "Answers that were kept; None where there are none that can be read."
-    try:
-        with np.load(file) as f: return Evaluated(**json.loads(str(f['about'])), ranks=f['ranks'])
-    except Exception: return None   # whatever a torn file leads to
 
 def read_evaluated(
     out: Path | str, # Folder of an evaluation
@@ -240,16 +249,12 @@ def evaluate(
     found = []
     for q in questions:
         for size in sizes:
-            file = out and Path(out)/'ranks'/f'{q.key(size)}.npz'
-            if file and (kept := _read(file)):
-                on_batch(q, size, len(q.listing.files))
-                done = replace(kept, **{k: q.about[k] for k in ('model', 'data', 'series')})
-            else:
+            if not (done := q.kept(size, out)):
                 most, start = bs or max(1, min(256, int(64 * (224 / size)**2))), time.perf_counter()
                 ranks = _ranks(q, size, min(most, len(q.listing.files)), num_workers,
                                lambda n: on_batch(q, size, n), say)
                 done = Evaluated(size=size, seconds=round(time.perf_counter() - start, 3), ranks=ranks, **q.about)
-                if file: _keep(done, file)
+                if out: _keep(done, Path(out)/'ranks'/f'{q.key(size)}.npz')
             found.append(done)
             on_size(done)
     return found

@@ -55,7 +55,7 @@ def find_evaluated(
     if listing.files: return listing
     raise BadInput(f"data: {listing.root} has no pictures to evaluate on.")
 
-# %% ../../nbs/593_runs.shown.ipynb #fa2c6f5c
+# %% ../../nbs/593_runs.shown.ipynb #daacdfc5
 def _trained_on(path, marks):
     "Which pictures trained a run, by name and digest; and how many more of them did by their bytes alone."
     table = Path(path)/'pictures.csv'
@@ -85,7 +85,7 @@ def without_trained(
         'are evaluated.')
     return listing.keep([name not in gone for name in marks])
 
-# %% ../../nbs/593_runs.shown.ipynb #8606eab7
+# %% ../../nbs/593_runs.shown.ipynb #f892f811
 @dataclass(frozen=True)
 class Pixels:
     "How pictures are prepared for a network."
