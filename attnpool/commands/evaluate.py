@@ -92,7 +92,7 @@ def evaluate(
       attnpool evaluate runs/ --sizes 64,96,128,160
     """
     from attnpool.choices import PRECISIONS
-    from attnpool.runs.evaluate import check_sizes
+    from attnpool.runs.evaluate import ask, check_sizes
     from attnpool.runs.open import open_model
     device, how = check_device(device), read_options(options)
     if precision: PRECISIONS.check(precision)
@@ -100,67 +100,58 @@ def evaluate(
     wanted = read_list('sizes', sizes, int) if sizes else []
     check_out(out/'evaluation.html', [data, *models], {'.csv': 'model,data,size', '.png': 'attnpool'}, make=True,
               own='Accuracy over test size', folder=True)
-    learners, series = {}, _series(models)
+    learners, series, curves = {}, {}, _series(models)
     with Console(stderr=True).status('') as status:
         for m in models:
             status.update(f'opening {m}')
             learn = open_model(m, arch, head, vocab, trust, device, with_data=False, **how)
             name = getattr(learn, 'about', {}).get('name', m)
-            learners[m if name in learners else name] = learn, m
-    wanted = wanted or sorted({getattr(learn.dls, 'size', 224) for learn, _ in learners.values()})
-    for name, (learn, _) in learners.items(): check_sizes(name, learn, wanted)
-    found, lines = _asked(learners, series, data, wanted, crop, precision, skip_broken, out,
-                          bs=batch_size, num_workers=workers)
-    _told(found, lines, out)
-
-# %% ../../nbs/694_commands.evaluate.ipynb #a1c389f6
-def _asked(learners, series, data, sizes, crop, precision, skip_broken, out, **how):
-    "The answers, with progress; and what one has to know to read them."
-    from attnpool.data.listing import digests, fingerprint
-    from attnpool.data.reader import is_run
-    from attnpool.runs.evaluate import ask, evaluate as ask_all
-    from attnpool.runs.shown import find_evaluated, own_crop, without_trained
+            learners[name := m if name in learners else name] = learn
+            if m in curves: series[name] = curves[m]
+    wanted = wanted or sorted({getattr(learn.dls, 'size', 224) for learn in learners.values()})
+    for name, learn in learners.items(): check_sizes(name, learn, wanted)
     lines = []
     def note(text):
         say(text)
         lines.append(text)
-    listing = find_evaluated(data, skip_broken)
-    listing.tell()
-    listing = without_trained(listing, {name: m for name, (_, m) in learners.items() if is_run(m)}, note)
-    mark = fingerprint(digests(listing))
-    asked = [ask(name, learn, listing, mark, crop, precision, series.get(m, ''))
-             for name, (learn, m) in learners.items()]
+    questions = ask(learners, data, crop, precision, skip_broken, series, note)
+    _note(questions, note)
+    found = _with_progress(questions, wanted, out, bs=batch_size, num_workers=workers, say=note)
+    _told(found, lines, out)
+
+# %% ../../nbs/694_commands.evaluate.ipynb #065ad7b3
+def _note(questions, note):
+    "Of which pictures, how they are cut, and among how many classes each is scored."
+    from attnpool.runs.shown import own_crop
+    listing = questions[0].listing
     note(f'{listing.name}: {len(listing.files):,} pictures of {len(listing.classes):,} classes')
-    for q in asked: _note_question(q, note, own_crop)
-    todo = [size for q in asked for size in sizes if not q.kept(size, out)]
-    if len(todo) < len(asked) * len(sizes): say(f'{len(asked) * len(sizes) - len(todo)} answers are in {out} already.')
-    def ask_them(**on): return ask_all(asked, sizes, out, say=note, check=False, **on, **how)
-    return _with_progress(ask_them, len(listing.files), todo), lines
+    for q in questions:
+        name, n, shown = q.about['model'], q.about['outputs'], q.about['classes']
+        how = f'short side at size / {q.pixels.crop:g}, bicubic, and the centre' if q.pixels.augment == 'imagenet' \
+            else 'the whole picture squeezed to a square, as in its validation'
+        note(f'{name}: {how}' + (f'; scored among all {n:,} classes that it tells apart' if n > shown else ''))
+        theirs = None if getattr(q.learn, 'about', {}).get('data') else own_crop(q.about['arch'])
+        if theirs and q.pixels.augment == 'imagenet' and abs(theirs - q.pixels.crop) > .001:
+            note(f'{name}: its authors measured at size / {theirs:g}: --crop {theirs:g}')
 
-def _note_question(q, note, own_crop):
-    "How its pictures are cut, and among how many classes each is scored."
-    name, n, shown = q.about['model'], q.about['outputs'], q.about['classes']
-    text = {'squeezed': 'the whole picture squeezed to a square, as in its training'}.get(
-        q.about['crop'], f'short side at size / {q.pixels.crop:g}, bicubic, and the centre')
-    note(f'{name}: {text}' + (f'; scored among all {n:,} classes that it tells apart' if n > shown else ''))
-    theirs = own_crop(q.about['arch']) if not getattr(q.learn, 'about', {}).get('data') else None
-    if theirs and q.pixels.augment == 'imagenet' and abs(theirs - q.pixels.crop) > .001:
-        note(f'{name}: its authors measured at size / {theirs:g}: --crop {theirs:g}')
-
-def _with_progress(ask_all, pictures, sizes):
-    "Ask, with the time left: on a terminal as a bar, elsewhere as lines."
+def _with_progress(questions, sizes, out, **how):
+    "The answers, with the time left: on a terminal as a bar, elsewhere as lines."
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from attnpool.runs.evaluate import evaluate as ask_all
+    n, n_all = len(questions[0].listing.files), len(questions) * len(sizes)
+    todo = [size for q in questions for size in sizes if not q.kept(size, out)]
+    if len(todo) < n_all: say(f'{n_all - len(todo)} of {n_all} answers are in {out} already.')
     console = Console(stderr=True)
     columns = TextColumn('{task.description}', markup=False), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
-        bar = progress.add_task('', total=pictures * sum(s**2 for s in sizes))
+        bar = progress.add_task('', total=n * sum(s**2 for s in todo))
         def on_batch(q, size, n):
             progress.update(bar, advance=n * size**2, description=f"{q.about['model']} at {size} px")
         def on_size(e):
             left = progress.tasks[bar].time_remaining
             say(f'{e.model} at {e.size} px: {100 * e.right() / len(e.ranks):.1f}%' + (
                 f'  {left / 60:.0f} min left' if left and not console.is_terminal else ''))
-        try: return ask_all(on_batch=on_batch, on_size=on_size)
+        try: return ask_all(questions, sizes, out, on_batch=on_batch, on_size=on_size, check=False, **how)
         except KeyboardInterrupt:
             fail('stopped. The sizes that are done are kept; the same command goes on.')
             raise typer.Exit(130)

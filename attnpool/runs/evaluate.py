@@ -12,7 +12,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Mapping, Sequence
 
 import attnpool
 import numpy as np
@@ -29,10 +29,11 @@ from ..data.cache import write_file
 from ..data.evaluation import eval_dl
 from ..data.listing import Listing
 from ..data.pictures import empty_dls, labelled_dls
+from ..data.reader import is_run
 from ..layers import evaluating
 from ..registry import BadInput
 from .classes import match_classes
-from .shown import Pixels, pixels_of
+from .shown import Pixels, find_evaluated, pixels_of, without_trained
 from ..weights import weights_hash
 
 # %% ../../nbs/595_runs.evaluate.ipynb #7fbc4fb9
@@ -184,16 +185,7 @@ class Question:
         empty = empty_dls(size, vocab, p.mean, p.std, p.augment, bs, self.learn.dls.device)
         return labelled_dls(empty, named).valid.new(bs=bs, num_workers=num_workers or 0)
 
-def ask(
-    name: str, # Of the network, for tables
-    learn: Learner, # From `open_model`
-    listing: Listing, # From `find_evaluated`
-    mark: str, # Its fingerprint
-    crop: float | None = None, # As for `pixels_of`
-    precision: str | None = None, # Name in `PRECISIONS`; None for a run's own, and float32 for others
-    series: str = '', # As of `Evaluated`
-) -> Question:
-    "A network and the pictures that it is to be asked about. Classes that it does not know are an error."
+def _question(name, learn, listing, mark, crop, precision, series):
     about, vocab, pixels = getattr(learn, 'about', {}), [*map(str, learn.dls.vocab)], pixels_of(learn, crop)
     try: outputs = match_classes(listing.classes, vocab)
     except BadInput as e: raise BadInput(str(e).replace('the network', name, 1)) from None
@@ -206,7 +198,24 @@ def ask(
         outputs=len(vocab), weights=weights_hash(learn.model), fingerprint=mark, version=attnpool.__version__,
         series=series))
 
-# %% ../../nbs/595_runs.evaluate.ipynb #ec73b127
+def ask(
+    learners: dict[str, Learner], # From `open_model`, by their names in tables
+    data: str | Path, # As for `find_evaluated`
+    crop: float | None = None, # As for `pixels_of`
+    precision: str | None = None, # Name in `PRECISIONS`; None for a run's own, and float32 for others
+    skip_broken: bool = False, # Leave broken pictures out instead of stopping
+    series: Mapping[str, str] | None = None, # Names of curves, by names of networks; None for a curve each
+    say: Callable = print, # Hears how many pictures are left out, and why
+) -> list[Question]: # One for each network, all of the same pictures
+    "Networks and the pictures that they are to be asked about. Classes that one does not know are an error."
+    listing = find_evaluated(data, skip_broken)
+    listing.tell()
+    runs = {name: path for name, l in learners.items() if is_run(path := getattr(l, 'about', {}).get('path') or '')}
+    listing, mark = without_trained(listing, runs, say)
+    return [_question(name, learn, listing, mark, crop, precision, (series or {}).get(name, ''))
+            for name, learn in learners.items()]
+
+# %% ../../nbs/595_runs.evaluate.ipynb #961300bb
 def _ranks(question, size, bs, workers, on_batch, say):
     "The ranks of all pictures, with smaller batches where the memory is full."
     model, device = question.learn.model, torch.device(question.learn.dls.device)
