@@ -25,7 +25,7 @@ from attnpool.models.surgery import body_of, build_network, with_head
 from attnpool.models.xresnet import ARCHS
 from attnpool.registry import BadInput
 from attnpool.report.collect import collect, group_by_setting, tell_apart, write_runs
-from attnpool.runs.options import read_specs
+from attnpool.runs.asked import read_specs
 from attnpool.runs.spec import make_spec, read_spec
 from attnpool.runs.train import open_run, run
 from attnpool.weights import read_weights, weights_hash
