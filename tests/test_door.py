@@ -516,7 +516,7 @@ def test_door_no_table_has_an_empty_name():
 
 def test_door_a_recipe_is_not_written_over_other_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("attnpool.runs.train.sweep", lambda *args: [])
+    monkeypatch.setattr("attnpool.runs.sweep.sweep", lambda *args: [])
     common = "bench", "digits", "--heads", "avg", "--seeds", "1", "--device", "cpu", "--save-recipe"
     assert called(*common, "r.toml", "--mix", "cutmixup", "--lr", ".1") == 0 and called(*common, "r.toml", "--epochs", "3") == 0
     assert read_recipe("r.toml").for_head("slim") == get_recipe("quick", "slim", epochs=3)

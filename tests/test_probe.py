@@ -36,7 +36,8 @@ from attnpool.report.stats import format_table, paired_difference, summarize
 from attnpool.runs.probe import find_rates, forget_shared, inner_split, shared_by
 from attnpool.runs.spec import make_spec
 from attnpool.runs.store import load_run, read_run_weights
-from attnpool.runs.train import open_run, run, sweep
+from attnpool.runs.sweep import sweep
+from attnpool.runs.train import open_run, run
 from attnpool.weights import weights_hash
 
 ARCH, SIZE = "xeca_resnext_tiny", 32

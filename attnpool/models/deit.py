@@ -138,8 +138,8 @@ def variant_of(
     def distance(name):
         options = VARIANTS[name]
         return (options['class_queries'] != found['class_queries'],
-                *(abs(log(options[n] / found[n])) for n in ('embed_dim', 'depth')),
-                options.get('patch_size', 16) != found['patch_size'])
+                options.get('patch_size', 16) != found['patch_size'],
+                *(abs(log(options[n] / found[n])) for n in ('embed_dim', 'depth')))
     name = min(VARIANTS, key=distance)
     own = dict(patch_size=16) | VARIANTS[name]
     more = {n: found[n] for n in ('embed_dim', 'depth', 'patch_size') if found[n] != own[n]}

@@ -23,7 +23,8 @@ from ..data.cache import write_file
 from ..registry import BadInput
 from .spec import Spec
 from .store import Result, load_run
-from .train import keep_memory, run
+from .sweep import keep_memory
+from .train import run
 
 # %% ../../nbs/550_runs.cluster.ipynb #fbfe8208
 class RunJob:

@@ -82,7 +82,7 @@ def check_out(
 ):
     "An error, before the work, for files that cannot be written, that the command reads, or that are another's."
     from attnpool.data.reader import is_picture, is_run
-    from attnpool.runs.train import check_writable
+    from attnpool.data.cache import check_writable
     endings = endings or {}
     if out.suffix in endings:
         raise BadInput(f"--out: {out} is the name of a table beside the page. Name the page: {out.stem}.html.")
@@ -246,7 +246,7 @@ def make_runs(
     **cluster # Arguments of `submit`; none to make them here
 ) -> list: # Of `Result`
     "Make what is not there yet, here or on a cluster."
-    from attnpool.runs.train import check_writable, keep_memory, sweep
+    from attnpool.runs.sweep import keep_memory, sweep
     keep_memory()
     path = specs[0].data.path
     if os.path.isdir(path) and is_inside(out, path):
