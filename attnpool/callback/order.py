@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Order']
 
-# %% ../../nbs/425_callback.order.ipynb #3de3fec8
+# %% ../../nbs/425_callback.order.ipynb #6f3a8975
+import torch
 from fastai.callback.core import CancelBatchException
 from fastai.torch_core import num_distrib
 
@@ -46,15 +47,20 @@ class Order(PutsBack):
         self.learn.dl = self.mine
 
     def before_batch(self):
-        "Between two steps processes do not exchange gradients, and the Recorder has one row."
-        if self.count:
-            for kept in (self.recorder.lrs, self.recorder.losses): kept.pop()
+        "Between two steps processes do not exchange gradients, and the Recorder takes back what it wrote."
+        smooth = self.recorder.smooth_loss
+        if not self.count: self.losses, self.before = [], (smooth.val, smooth.count)
+        else:
+            smooth.val, smooth.count = self.before
+            for rows in (self.recorder.lrs, self.recorder.losses): rows.pop()
         if hasattr(self.model, 'require_backward_grad_sync'):
             self.model.require_backward_grad_sync = self.count + 1 == self.parts
 
     def before_backward(self):
-        "The mean over all."
-        if self.parts > 1: self.learn.loss_grad = self.loss_grad / self.parts
+        "The mean over all, of gradients and, for the Recorder, of losses."
+        if self.parts == 1: return
+        self.losses.append(self.loss.detach())
+        self.learn.loss_grad, self.learn.loss = self.loss_grad / self.parts, torch.stack(self.losses).mean()
 
     def before_step(self):
         "A step after the last batch of a group."
@@ -66,11 +72,6 @@ class Order(PutsBack):
         if self.parts == 1: return
         done = (self.iter + 1) // self.parts / (self.n_iter // self.parts)
         self.learn.pct_train = (self.epoch + done) / self.n_epoch
-
-    def after_fit(self):
-        "The Recorder's places of the epochs, in steps."
-        if hasattr(self.learn, 'recorder'): self.recorder.iters = [i // self.parts for i in self.recorder.iters]
-        super().after_fit()
 
     def put_back(self):
         "Forget the DataLoaders."
