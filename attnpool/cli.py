@@ -50,6 +50,13 @@ def _show(results):
         for line in remarks(its, part) if its else (): say(line)
         if its: Console().print(rich_table(summarize(its)))
 
+def _show_settings(results):
+    from attnpool.report.collect import group_by_setting, tell_apart
+    groups = group_by_setting(results)
+    for (title, _), group in zip(tell_apart(groups), groups):
+        say(title)
+        _show(group)
+
 def _written(results, out, **options):
     from attnpool.report.page import keep_other, write_report
     if kept := keep_other(out, results): say(f'The report of other data that lay there is kept as {kept}')
@@ -67,19 +74,22 @@ _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download
          'or a folder, tar or CSV file of pictures.')
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
           'Also ablations, such as slim-rms (heads.ABLATIONS); installed from other packages: `OTHER_HEADS`; and your '
-          'own, my_heads:Mine, the Mine in a my_heads.py of this folder.')
+          'own, my_heads:Mine, the Mine in a my_heads.py of this folder.  [default: avg,concat,slim,learned; with --start '
+          'RUNS theirs]')
 _ARCH = ('Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18; installed from other '
-         "packages: `OTHER_ARCHS`; or your own, my_nets:net, a function in this folder's my_nets.py.")
+         "packages: `OTHER_ARCHS`; or your own, my_nets:net, a function in this folder's my_nets.py.  "
+         '[default: xeca_resnext_tiny; with --start RUNS theirs]')
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "
-          '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone.  '
-          '[default: from scratch]')
+          '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone. A folder '
+          'of runs: each of them goes on, with its own head, network, options, seed and split, as does a run with the '
+          'recipes fixres and finetune-21k.  [default: from scratch]')
 _RECIPE = 'Recipe: `RECIPES`; or a TOML file. The options after it replace single values.'
 _SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recipe; then go on.'
 _DEVICE = 'cpu, cuda, mps, or auto.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
 _OUT = 'Folder for the runs, the table and the report. What is complete there is not made again.'
-_SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3]'
+_SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3; with --start RUNS theirs]'
 _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn anew, the same for all heads; where the '
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
 _TEST = 'Ask each run once about the test pictures, in test/CLASS; they get a table of their own.'
@@ -92,12 +102,12 @@ _GPUS = 'GPUs of a job, with one process each: the batch grows by their number n
 @late_options(app)
 def bench(
     data: Annotated[str, typer.Argument(help=_DATA, parser=expand)] = 'digits',
-    heads: Annotated[str, typer.Option(help=_HEADS)] = 'avg,concat,slim,learned',
+    heads: Annotated[str | None, typer.Option(help=_HEADS)] = None,
     seeds: Annotated[str | None, typer.Option(help=_SEEDS)] = None,
     splits: Annotated[int | None, typer.Option(help=_SPLITS, min=2)] = None,
     task: Annotated[str, typer.Option(help='Task: `TASKS`.')] = 'classify',
-    arch: Annotated[str, typer.Option(help=_ARCH)] = 'xeca_resnext_tiny',
-    start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN')] = '',
+    arch: Annotated[str | None, typer.Option(help=_ARCH)] = None,
+    start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN|RUNS')] = '',
     options: Annotated[str, typer.Option(help='Options of heads and network: num_heads=2,ffn_expand=1.')] = '',
     recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
     save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
@@ -123,11 +133,13 @@ def bench(
     Examples:
       attnpool bench digits --heads avg,learned,my_heads:Mine --options num_heads=4 --drop-path 0.1
       attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --test
+      attnpool bench photos/ --recipe fixres --start runs/ --size 128    (each run goes on, at a higher resolution)
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
     from attnpool.distributed import is_first, scale_up
     from attnpool.runs.cluster import check_cluster
+    from attnpool.runs.store import load_run
     from attnpool.runs.tested import ask_tests, find_tests, tell_tests_left
     console, device = Console(), check_device(device)
     if cluster: check_cluster(cluster, time_limit)
@@ -145,8 +157,13 @@ def bench(
     if not is_first() or not results: return
     results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
     if tests: results = ask_tests(results, tests, device, say)
-    say(f'{data}, {arch}{f" from {specs[0].start.name}" * bool(specs[0].start)}, recipe {recipe}')   # a title is cut
-    _show(results)
+    first, starts = specs[0], [load_run(path) for path in dict.fromkeys(s.start.path for s in specs if s.start.after)]
+    if starts:
+        results = starts + results
+        _show_settings(results)
+    else:
+        say(f'{data}, {first.arch}{f" from {first.start.name}" * bool(first.start)}, recipe {recipe}')   # a title is cut
+        _show(results)
     say(_written(results, out/'report.html'))
     _check_trained(results)
 
@@ -168,25 +185,22 @@ def report(
 
         attnpool report runs/ --published imagenette
     """
-    from attnpool.report.collect import group_by_setting, tell_apart
     check_out(out, runs, _TABLES, make=True)
     if not (results := _collected(runs)):
         raise BadInput(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
-    text, groups = _written(results, out, data=published), group_by_setting(results)
-    for (title, _), group in zip(tell_apart(groups), groups):
-        say(title)
-        _show(group)
+    text = _written(results, out, data=published)
+    _show_settings(results)
     say(text)
 
 # %% ../nbs/700_cli.ipynb #aa4698c2
 @late_options(app, 'lr')
 def lr(
     data: Annotated[str, typer.Argument(help=_DATA, parser=expand)] = 'digits',
-    heads: Annotated[str, typer.Option(help=_HEADS)] = 'avg,concat,slim,learned',
+    heads: Annotated[str | None, typer.Option(help=_HEADS)] = None,
     rates: Annotated[str, typer.Option(help='Rates to try, separated by commas.')] = '1e-3,2e-3,4e-3,8e-3,16e-3,32e-3',
     seeds: Annotated[str, typer.Option(help='Seeds for tuning: others than those of the comparison.')] = '0,10',
-    arch: Annotated[str, typer.Option(help=_ARCH)] = 'xeca_resnext_tiny',
-    start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN')] = '',
+    arch: Annotated[str | None, typer.Option(help=_ARCH)] = None,
+    start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN|RUNS')] = '',
     recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
     save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
