@@ -158,9 +158,9 @@ def _refuse(parameter, state, own):
 
 def _one_for_each(state, model):
     "A single query as one for each class, where the network has several: what its fine-tuning begins with."
-    query = state.get('pool.query')
-    if query is None or not model.class_queries or len(query) > 1: return state
-    return state | {'pool.query': query.expand(len(model.pool.query), -1)}
+    query, own = state.get('pool.query'), getattr(model.pool, 'query', None)
+    if query is None or own is None or not model.class_queries or len(query) > 1: return state
+    return state | {'pool.query': query.expand(len(own), -1)}
 
 def load_deit(
     model: nn.Module, # A `PatchConvNet`
