@@ -31,7 +31,10 @@ from .maps.compute import is_per_class, saliency
 from .maps.learner import outputs_of, pictures_of
 from .maps.measures import pointing_game
 from .maps.reading import Reading
+from .models.deit import VARIANTS
+from .models.patchconvnet import PatchConvNet
 from .models.xresnet import ARCHS
+from .pooling.paper import PAPER_HEADS
 from .recipe import LOSSES, network_for, small_data_metrics
 from .registry import Registry, unknown
 
@@ -65,11 +68,17 @@ def split_options(
 ) -> tuple[dict, dict]: # Those of the head, those of the network; without what stands at its default
     "Options by whom they are for. Unknown ones are errors; timm's networks find theirs when they are built."
     of_head, of_arch, fixed = head_options(head), options, ('n_out', 'custom_head', 'pretrained', 'c_in', 'stoch_depth')
+    both, its = (), {}
+    if head in PAPER_HEADS and arch in VARIANTS:   # the paper's network: what its two parts have in common is for both
+        both = of_head.keys() & signature(PatchConvNet).parameters
+        its = {k: v for k, v in VARIANTS[arch].items() if k in both}
+        options = of_arch = its | options
     if arch in ARCHS: of_arch = {n: p.default for n, p in signature(ARCHS[arch]).parameters.items() if n not in fixed}
     for name in options:
         if name not in of_head and name not in of_arch: raise unknown('options', name, [*of_head, *of_arch])
-    mine = {k: v for k, v in options.items() if k in of_head and v != of_head[k]}
+    mine = {k: v for k, v in options.items() if k in of_head and not v == of_head[k] == its.get(k, v)}
     theirs = {k: v for k, v in options.items() if k not in of_head and (of_arch is options or v != of_arch[k])}
+    theirs |= {k: v for k, v in mine.items() if k in both}
     return mine, theirs
 
 # %% ../nbs/500_tasks.ipynb #dcfd6e2c

@@ -102,10 +102,11 @@ def shrunk_size(
 
 def load_picture(
     file: Path | str | bytes | Image.Image | np.ndarray, # As for `open_picture`
-    load: int, # Shorter side of larger pictures, in pixels
+    load: int | None, # Shorter side of larger pictures, in pixels; None for as they are
 ) -> Image.Image: # In RGB
     "Decode a picture, and shrink it if it is larger."
     im = open_picture(file)
+    if load is None: return im
     target = shrunk_size(im.size, load)
     return im if im.size == target else im.resize(target, Image.Resampling.BILINEAR, reducing_gap=3.)
 

@@ -22,7 +22,7 @@ from ..data import DataId
 from ..data.cache import near_path, write_file
 from ..data.listing import first_few
 from ..data.reader import is_run
-from ..heads import ABLATIONS, HEADS, PEERS
+from ..heads import ABLATIONS, HEADS, PAPER_HEADS, PEERS
 from ..models.start import Start
 from ..models.xresnet import ARCHS
 from ..recipe import Recipe
@@ -231,7 +231,7 @@ def _of_arch(results):
     ours = [r.spec for r in results if _in_tables(r.spec.head)]
     return {k for spec in ours for k, _ in spec.options if k not in head_options(spec.head)}
 
-def _in_tables(head): return any(head in table for table in (HEADS, PEERS, ABLATIONS))
+def _in_tables(head): return any(head in table for table in (HEADS, PEERS, PAPER_HEADS, ABLATIONS))
 
 def _of_head(spec, of_arch=()):
     "Those of the options that are the head's; of a head that only a file names, which is not loaded, all that may be."

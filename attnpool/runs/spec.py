@@ -133,7 +133,7 @@ def make_spec(
     if folder: _check_parts(head, arch, _pairs(of_head), _pairs(of_arch))
     start = find_start(start, arch, **of_arch)
     if not isinstance(data, DataId): data = data_for(data, recipe)
-    r = check_frozen(get_recipe(recipe, head, data.family, **overrides))
+    r = check_frozen(get_recipe(recipe, head, data.family, arch, **overrides))
     r.check_start(start)
     if r.train == 'frozen': start = start.for_all_heads()   # a probe is a comparison
     if split not in SPLITS: raise unknown('split', split, SPLITS)

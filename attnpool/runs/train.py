@@ -119,14 +119,12 @@ def _redrawn(spec, dls): return spec.split == 'seed' and dls.listing.drawn
 def _make(spec, folder, device, on_epoch, on_maps, checkpoint_seconds, on_checkpoint):
     "Make a run, with the other processes of a launcher if there are any."
     checkpoint = Checkpoint(folder, spec, device, checkpoint_seconds, on_checkpoint)
-    bs, log = spec.loaded().recipe.bs, RunLog(folder/'history.csv', on_epoch, checkpoint)
-    if bs % processes():
-        raise BadInput(f"bs: {bs} is not a multiple of {processes()}, the number of processes that share each batch.")
+    bs, log = spec.loaded().recipe.loader_bs(processes()), RunLog(folder/'history.csv', on_epoch, checkpoint)
     gc.collect()   # the network and the pictures of the run before, which refer to each other
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     if spec.recipe.train == 'frozen': return _probe(spec, folder, device, log, on_maps)
     set_seed(spec.seed)   # before the DataLoaders, which draw the seed of their order when they are made
-    dls = TASKS[spec.task].dls(spec, bs // processes(), device)
+    dls = TASKS[spec.task].dls(spec, bs, device)
     larger = {str(size): valid_dl(dls, size) for size in spec.eval_sizes}   # before the training: errors are told now
     set_seed(spec.seed)
     learn = _learner(spec, dls, log)
