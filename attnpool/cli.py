@@ -16,9 +16,10 @@ from rich.console import Console
 from .commands.maps import maps
 from .cost.commands import complexity, speed
 from .registry import BadInput
-from .runs.options import (
+from .runs.asked import read_specs
+from attnpool.runs.options import (
     LateCommands, check_device, check_out, expand, fail, guarded, late_options, make_runs, path_of, read_list,
-    read_options, read_specs, say)
+    read_options, say)
 
 # %% ../nbs/700_cli.ipynb #36a013b6
 app = typer.Typer(cls=LateCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None,

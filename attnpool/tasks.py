@@ -88,12 +88,8 @@ def head_of(
 ) -> Callable: # `(ni, n_out)`
     "The head of a spec, with its options; with the weights of the run that it begins from, where they fit."
     of_head, _ = split_options(spec.head, spec.arch, dict(spec.options))
-    state = spec.start.head(spec.head, dict(spec.options), vocab) if vocab else {}
-    def build(ni, n_out):
-        head = get_head(spec.head)(ni, n_out, **of_head)
-        if state: head.load_state_dict(state)
-        return head
-    return build
+    make = partial(get_head(spec.head), **of_head)
+    return partial(spec.start.head(spec.head, dict(spec.options), vocab).build, make) if vocab else make
 
 # %% ../nbs/500_tasks.ipynb #77e0538d
 def look_at_validation(

@@ -135,7 +135,7 @@ def make_spec(
     if not isinstance(data, DataId): data = data_for(data, recipe)
     r = check_frozen(get_recipe(recipe, head, data.family, arch, **overrides))
     r.check_start(start)
-    if r.train == 'frozen': start = start.for_all_heads()   # a probe is a comparison
+    if r.train == 'frozen': start = start.for_all_heads(head)   # a probe is a comparison
     if split not in SPLITS: raise unknown('split', split, SPLITS)
     if split == 'seed' and data.name and not data.fingerprint:
         raise BadInput(f"split: {data.name} are made, always with the same split, got {split!r}. Leave --splits out "
