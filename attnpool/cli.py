@@ -96,6 +96,8 @@ _TEST = 'Ask each run once about the test pictures, in test/CLASS; they get a ta
 _FILE = dict(parser=path_of, metavar='PATH')
 _RUNS = _FILE | dict(metavar='RUNS')
 _TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | ', '.runs.csv': 'spec.head'}   # beside a report
+_CHECKPOINT = ('Least time between two checkpoints, from which a run that was stopped goes on; 0 writes one after each '
+               'epoch.')
 _GPUS = 'GPUs of a job, with one process each: the batch grows by their number n, the learning rate by its root.'
 
 # %% ../nbs/700_cli.ipynb #6b9daf66
@@ -119,9 +121,10 @@ def bench(
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     gpus: Annotated[int, typer.Option(help=_GPUS, min=0)] = 0,
-    time_limit: Annotated[int, typer.Option(help='Minutes for a job. What runs out of time starts over.')] = 240,
+    time_limit: Annotated[int, typer.Option(help='Minutes for a job. What takes longer goes on in the next.')] = 240,
     array_size: Annotated[int | None, typer.Option(help='Jobs at a time.  [default: 1, in Slurm 256]', min=1)] = None,
     wait: Annotated[bool, typer.Option(help='Stay until all jobs are done. The same command later goes on.')] = True,
+    checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60,
     **overrides
 ):
     """Compare heads on the same network, data and seeds.
@@ -153,7 +156,8 @@ def bench(
         say(f'As in the blog: trained on {specs[0].data.name}, {also}.')
     job = dict(partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size, wait=wait)
     if is_first(): check_out(out/'report.html', [data], _TABLES, make=True, own='--line: #888', folder=True)
-    results = make_runs(specs, out, device, console, **(dict(cluster=cluster, **job) if cluster else {}))
+    job = dict(cluster=cluster, **job) if cluster else {}
+    results = make_runs(specs, out, device, console, checkpoint_seconds, **job)
     if not is_first() or not results: return
     results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
     if tests: results = ask_tests(results, tests, device, say)
@@ -206,6 +210,7 @@ def lr(
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
     out: Annotated[Path, typer.Option(help='Folder for the runs, not below one to be reported.', **_FILE)] = 'runs-lr',
+    checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60,
     **overrides
 ):
     """Find each head's learning rate in a grid.
@@ -222,7 +227,7 @@ def lr(
     common = dict(arch=arch, start=start, eval_sizes=(), skip_broken=skip_broken) | overrides
     specs = read_specs(data, heads, seeds, recipe, rates=grid, save_recipe=save_recipe, **common)
     check_out(out/'rates.csv', [data], make=True, own='head,', folder=True)
-    best, table = learning_rates(make_runs(specs, out, device, console))
+    best, table = learning_rates(make_runs(specs, out, device, console, checkpoint_seconds))
     say(table.to_string())
     table.to_csv(out/'rates.csv')
     for head, rate in best.items():
