@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .commands.evaluate import evaluate
 from .commands.maps import maps
 from .cost.commands import complexity, speed
 from .registry import BadInput
@@ -258,6 +259,9 @@ def data(
 
 # %% ../nbs/700_cli.ipynb #bf6bdb08
 app.command(short_help='See where a trained network looks: a page of pictures and maps, or measures.')(maps)
+
+# %% ../nbs/700_cli.ipynb #1f4100e4
+late_options(app)(evaluate)
 
 # %% ../nbs/700_cli.ipynb #6271c39f
 app.command(short_help='Measure what pooling costs.')(speed)
