@@ -243,6 +243,7 @@ def make_runs(
     out: Path, # Folder of run folders
     device: str, # As for `check_device`
     console, # rich's, for the progress
+    checkpoint_seconds: float = 60., # As for `run`
     **cluster # Arguments of `submit`; none to make them here
 ) -> list: # Of `Result`
     "Make what is not there yet, here or on a cluster."
@@ -253,11 +254,11 @@ def make_runs(
         console.print(f'{out} lies inside the data, {path}. What is written there is not taken for data.', markup=False,
                       highlight=False, soft_wrap=True)
     try:
-        if not cluster: return sweep(specs, out, check_device(device), console)
+        if not cluster: return sweep(specs, out, check_device(device), console, checkpoint_seconds)
         from attnpool.runs.cluster import submit
-        return submit(specs, out, console=console, **cluster)
+        return submit(specs, out, console=console, checkpoint_seconds=checkpoint_seconds, **cluster)
     except KeyboardInterrupt:
-        fail(f'stopped. The finished runs are kept in {out}; the same command makes the rest.')
+        fail(f'stopped. What is done is kept in {out}; the same command goes on.')
         raise typer.Exit(130)
     except RuntimeError as e:
         if not cluster: raise

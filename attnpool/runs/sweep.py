@@ -23,7 +23,7 @@ from ..data.cache import check_writable
 from ..distributed import is_first, join_processes, on_first_process
 from .probe import forget_shared
 from .spec import NewerVersion, Spec
-from .store import Result, earlier_data, load_run
+from .store import CHECKPOINT, Result, earlier_data, load_run
 from .train import run
 from ..tasks import TASKS
 
@@ -51,7 +51,8 @@ def _found(specs, out, device, say):
         try: results[spec] = on_first_process(load_run, out/spec.name)
         except NewerVersion: raise
         except ValueError as e:
-            if on_first_process((out/spec.name).exists): say(f'{e} It is made again.')
+            if on_first_process((out/spec.name/CHECKPOINT).exists): say(f'{e} It goes on.')
+            elif on_first_process((out/spec.name).exists): say(f'{e} It is made again.')
     results = {s: r for s, r in results.items() if r.status != 'failed'}   # these are tried again
     if results: say(f'{len(results)} of {len(specs)} runs are in {out} already.')
     for text in on_first_process(earlier_data, [s for s in specs if s not in results], out): say(text)
@@ -68,6 +69,7 @@ def sweep(
     out: Path | str = 'runs', # Folder of run folders
     device: str | None = None, # Where to train; None for the GPU where there is one
     console: Console | None = None, # Where progress is shown; None for the standard output
+    checkpoint_seconds: float = 60., # Least time between two checkpoints of a run; 0: after each epoch
 ) -> list[Result]: # In the order of `specs`
     "Make all runs that are not there yet, with progress: which run of how many, epoch, time left."
     console, out, device = console or Console(), Path(out), join_processes(device)
@@ -80,7 +82,7 @@ def sweep(
     columns = SpinnerColumn(), text, BarColumn(), percent, TimeRemainingColumn()
     with forget_shared(), Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
         bar = progress.add_task('', total=sum(s.recipe.epochs for s in todo))
-        queue, elsewhere, done = deque(todo), 0, 0
+        queue, elsewhere = deque(todo), 0
         while queue:
             spec = queue.popleft()
             drawn, short = spec.split == 'seed', spec.recipe.train == 'frozen'   # whose epochs are no news
@@ -97,15 +99,19 @@ def sweep(
                 progress.update(bar, description=text)
                 if not console.is_terminal and 4 * made // total not in told: say(text)
                 told.add(4 * made // total) if made < total else told.clear()
+            def on_checkpoint(text, there):   # epochs that are there are no news for the time that is left
+                progress.update(bar, total=progress.tasks[bar].total - there)
+                say(f'{title}: {text}')
             progress.update(bar, description=f'{title}  0/{spec.recipe.epochs} epochs')
-            try: result = results[spec] = run(spec, out, device, on_epoch, wait=0, on_maps=on_maps)
+            how = dict(on_maps=on_maps, checkpoint_seconds=checkpoint_seconds, on_checkpoint=on_checkpoint)
+            try: result = results[spec] = run(spec, out, device, on_epoch, wait=0, **how)
             except Timeout:   # another process is making it: the others first
                 queue.append(spec)
                 elsewhere += 1
                 if elsewhere == len(queue): say(f'{elsewhere} runs are being made by another process. Waiting.')
                 if elsewhere >= len(queue): time.sleep(1)
                 continue
-            elsewhere, done = 0, done + spec.recipe.epochs
-            progress.update(bar, completed=done)   # a diverged run has fewer epochs
+            elsewhere, left = 0, sum(s.recipe.epochs for s in queue)
+            progress.update(bar, completed=progress.tasks[bar].total - left)   # a diverged run has fewer epochs
             say(f'{title}: {_ended(result)}')
     return [results[s] for s in specs]
