@@ -58,6 +58,23 @@ def _show_settings(results):
         say(title)
         _show(group)
 
+def _show_asked(results, specs, recipe):
+    "What was asked in a table; runs that follow others with those before them."
+    from attnpool.runs.store import load_run
+    first, starts = specs[0], dict.fromkeys(s.start.path for s in specs if s.start.after)
+    results = [load_run(path) for path in starts] + results
+    if starts: _show_settings(results)
+    else:
+        start = f' from {first.start.name}' * bool(first.start)
+        say(f'{first.data.path}, {first.arch}{start}, {recipe}')   # a title is cut
+        _show(results)
+    return results
+
+def _tell_blog(spec):
+    from attnpool.distributed import is_first
+    also = ' and '.join(map(str, spec.eval_sizes))
+    if also and is_first(): say(f'As in the blog: trained on {spec.data.name}, validated at {also} px as well.')
+
 def _written(results, out, **options):
     from attnpool.report.page import keep_other, write_report
     if kept := keep_other(out, results): say(f'The report of other data that lay there is kept as {kept}')
@@ -75,15 +92,15 @@ _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download
          'or a folder, tar or CSV file of pictures.')
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
           'Also ablations, such as slim-rms (heads.ABLATIONS); installed from other packages: `OTHER_HEADS`; and your '
-          'own, my_heads:Mine, the Mine in a my_heads.py of this folder.  [default: avg,concat,slim,learned; with --start '
-          'RUNS theirs]')
+          'own, my_heads:Mine, the Mine in a my_heads.py of this folder.  '
+          '[default: avg,concat,slim,learned; with --start RUNS theirs]')
 _ARCH = ('Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18; installed from other '
          "packages: `OTHER_ARCHS`; or your own, my_nets:net, a function in this folder's my_nets.py.  "
          '[default: xeca_resnext_tiny; with --start RUNS theirs]')
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "
-          '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone. A folder '
-          'of runs: each of them goes on, with its own head, network, options, seed and split, as does a run with the '
-          'recipes fixres and finetune-21k.  [default: from scratch]')
+          '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone. Of a '
+          'folder of RUNS each goes on by itself: with its head, network, options, seed and split; so does a run with '
+          'the recipe fixres or finetune-21k.  [default: from scratch]')
 _RECIPE = 'Recipe: `RECIPES`; or a TOML file. The options after it replace single values.'
 _SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recipe; then go on.'
 _DEVICE = 'cpu, cuda, mps, or auto.'
@@ -143,7 +160,6 @@ def bench(
     """
     from attnpool.distributed import is_first, scale_up
     from attnpool.runs.cluster import check_cluster
-    from attnpool.runs.store import load_run
     from attnpool.runs.tested import ask_tests, find_tests, tell_tests_left
     console, device = Console(), check_device(device)
     if cluster: check_cluster(cluster, time_limit)
@@ -152,23 +168,15 @@ def bench(
     specs = read_specs(data, heads, seeds, recipe, options, splits=splits, save_recipe=save_recipe, **overrides)
     tests = find_tests(specs[0].data.path, skip_broken) if test else tell_tests_left(specs[0].data, say)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
-    if sizes is None and specs[0].eval_sizes and is_first():
-        also = f'validated at {" and ".join(map(str, specs[0].eval_sizes))} px as well'
-        say(f'As in the blog: trained on {specs[0].data.name}, {also}.')
-    job = dict(partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size, wait=wait)
+    if sizes is None: _tell_blog(specs[0])
+    job = dict(cluster=cluster, partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size,
+               wait=wait) if cluster else {}
     if is_first(): check_out(out/'report.html', [data], _TABLES, make=True, own='--line: #888', folder=True)
-    job = dict(cluster=cluster, **job) if cluster else {}
     results = make_runs(specs, out, device, console, checkpoint_seconds, **job)
     if not is_first() or not results: return
     results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
     if tests: results = ask_tests(results, tests, device, say)
-    first, starts = specs[0], [load_run(path) for path in dict.fromkeys(s.start.path for s in specs if s.start.after)]
-    if starts:
-        results = starts + results
-        _show_settings(results)
-    else:
-        say(f'{data}, {first.arch}{f" from {first.start.name}" * bool(first.start)}, recipe {recipe}')   # a title is cut
-        _show(results)
+    results = _show_asked(results, specs, f'recipe {recipe}')
     say(_written(results, out/'report.html'))
     _check_trained(results)
 
