@@ -58,23 +58,6 @@ def _show_settings(results):
         say(title)
         _show(group)
 
-def _show_asked(results, specs, recipe):
-    "What was asked in a table; runs that follow others with those before them."
-    from attnpool.runs.store import load_run
-    first, starts = specs[0], dict.fromkeys(s.start.path for s in specs if s.start.after)
-    results = [load_run(path) for path in starts] + results
-    if starts: _show_settings(results)
-    else:
-        start = f' from {first.start.name}' * bool(first.start)
-        say(f'{first.data.path}, {first.arch}{start}, {recipe}')   # a title is cut
-        _show(results)
-    return results
-
-def _tell_blog(spec):
-    from attnpool.distributed import is_first
-    also = ' and '.join(map(str, spec.eval_sizes))
-    if also and is_first(): say(f'As in the blog: trained on {spec.data.name}, validated at {also} px as well.')
-
 def _written(results, out, **options):
     from attnpool.report.page import keep_other, write_report
     if kept := keep_other(out, results): say(f'The report of other data that lay there is kept as {kept}')
@@ -86,6 +69,24 @@ def _check_trained(results):
     if any(r.status != 'failed' for r in results): return
     fail(f"heads: none could be trained. {'; '.join(dict.fromkeys(f'{r.spec.head}: {r.reason}' for r in results))}")
     raise typer.Exit(1)
+
+# %% ../nbs/700_cli.ipynb #a1c20d4b
+def _show_asked(results, specs, data, recipe):
+    "What was asked in a table; runs that follow others with those before them."
+    from attnpool.runs.store import load_run
+    first, starts = specs[0], dict.fromkeys(s.start.path for s in specs if s.start.after)
+    results = [load_run(path) for path in starts] + results
+    if starts: _show_settings(results)
+    else:
+        start = f' from {first.start.name}' * bool(first.start)
+        say(f'{data}, {first.arch}{start}, recipe {recipe}')   # a title is cut
+        _show(results)
+    return results
+
+def _tell_blog(spec):
+    from attnpool.distributed import is_first
+    also = ' and '.join(map(str, spec.eval_sizes))
+    if also and is_first(): say(f'As in the blog: trained on {spec.data.name}, validated at {also} px as well.')
 
 # %% ../nbs/700_cli.ipynb #d3c54877
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
@@ -176,7 +177,7 @@ def bench(
     if not is_first() or not results: return
     results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
     if tests: results = ask_tests(results, tests, device, say)
-    results = _show_asked(results, specs, f'recipe {recipe}')
+    results = _show_asked(results, specs, data, recipe)
     say(_written(results, out/'report.html'))
     _check_trained(results)
 
