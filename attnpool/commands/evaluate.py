@@ -91,9 +91,11 @@ def evaluate(
       attnpool evaluate resnet50 patchconvnet_s60 imagenetv2-matched-frequency/ --sizes 160,224,288,384
       attnpool evaluate runs/ --sizes 64,96,128,160
     """
+    from attnpool.choices import PRECISIONS
     from attnpool.runs.evaluate import check_sizes
     from attnpool.runs.open import open_model
     device, how = check_device(device), read_options(options)
+    if precision: PRECISIONS.check(precision)
     models, data = _models(words)
     wanted = read_list('sizes', sizes, int) if sizes else []
     check_out(out/'evaluation.html', [data, *models], {'.csv': 'model,data,size', '.png': 'attnpool'}, make=True,

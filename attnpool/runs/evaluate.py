@@ -194,7 +194,7 @@ def ask(
 # %% ../../nbs/595_runs.evaluate.ipynb #6715f393
 def _ranks(question, size, bs, workers, on_batch, say):
     "The ranks of all pictures, with smaller batches where the memory is full."
-    model, device = question.learn.model, question.learn.dls.device
+    model, device = question.learn.model, torch.device(question.learn.dls.device)
     while True:
         dl, kept = question.dl(size, bs, workers), _Ranks(on_batch)
         learn = Learner(DataLoaders(dl, dl, device=device), model, CrossEntropyLossFlat(),
@@ -215,7 +215,7 @@ def _read(file):
     "Answers that were kept; None where there are none that can be read."
     try:
         with np.load(file) as f: return Evaluated(**json.loads(str(f['about'])), ranks=f['ranks'])
-    except (OSError, ValueError, KeyError, TypeError): return None
+    except Exception: return None   # whatever a torn file leads to
 
 def read_evaluated(
     out: Path | str, # Folder of an evaluation
