@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .commands.ablate import ablate
 from .commands.maps import maps
 from .cost.commands import complexity, speed
 from .registry import BadInput
@@ -241,6 +242,7 @@ def data(
 app.command(short_help='See where a trained network looks: a page of pictures and maps, or measures.')(maps)
 
 # %% ../nbs/700_cli.ipynb #6271c39f
+late_options(app)(ablate)
 app.command(short_help='Measure what pooling costs.')(speed)
 app.command(short_help='Count parameters, multiply-adds and memory.')(complexity)
 
