@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .commands.ablate import ablate
 from .commands.evaluate import evaluate
 from .commands.maps import maps
 from .cost.commands import complexity, speed
@@ -273,6 +274,7 @@ app.command(short_help='See where a trained network looks: a page of pictures an
 late_options(app)(evaluate)
 
 # %% ../nbs/700_cli.ipynb #6271c39f
+late_options(app)(ablate)
 app.command(short_help='Measure what pooling costs.')(speed)
 app.command(short_help='Count parameters, multiply-adds and memory.')(complexity)
 

@@ -54,8 +54,8 @@ def _tell_plan(specs, out):
 # %% ../../nbs/696_commands.ablate.ipynb #bb70adbb
 def ablate(
     sweep: Annotated[str, typer.Argument(help=_SWEEP, metavar='TABLE')] = '',
-    data: Annotated[str, typer.Option(help='Data set: `DATASETS`; or a folder, tar or CSV file of pictures.',
-                                      parser=expand)] = 'digits',
+    data: Annotated[str, typer.Option(help='Data set: a folder, tar or CSV file of pictures, or `DATASETS` (digits with '
+                                      '--size 40 --augment own).', parser=expand)] = '',
     rows: Annotated[str, typer.Option(help='Rows, separated by commas, as --list shows them; those that they are '
                                       'compared with come along.  [default: all]')] = '',
     seeds: Annotated[str, typer.Option(help='Seeds, separated by commas, the same for all rows.')] = '1,2,3',
@@ -68,6 +68,8 @@ def ablate(
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     device: Device = 'auto',
     out: Annotated[Path, typer.Option(help=_OUT, **FILE)] = 'runs',
+    checkpoint_seconds: Annotated[float, typer.Option(help='Least time between two checkpoints of a run; 0: after each '
+                                                      'epoch.', min=0)] = 60.,
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     gpus: Annotated[int, typer.Option(help='GPUs of a job, with one process each.', min=0)] = 0,
@@ -97,6 +99,7 @@ def ablate(
     if heads is not None: raise BadInput("heads: the rows name theirs. attnpool bench compares heads.")
     if show: return _list(sweep)
     sweep, console, device = _named(sweep), Console(), check_device(device)
+    if not data: raise BadInput('data: name the pictures, for example --data photos/. --list shows the rows without any.')
     if cluster: check_cluster(cluster, time_limit)
     numbers, names = read_list('seeds', seeds, int), read_list('rows', rows) if rows else ()
     specs = ablation_specs(sweep, data, arch, recipe, numbers, names, read_options(options), skip_broken=skip_broken,
@@ -107,9 +110,10 @@ def ablate(
     page = out/f'ablation-{sweep}.html'
     if is_first(): check_out(page, [data], _TABLES, make=True, own='--line: #888', folder=True)
     if is_first(): tell_tests_left([*specs.values()][0][0].data, say)
-    job = dict(partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size, wait=wait)
+    job = dict(cluster=cluster, partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size,
+               wait=wait)
     todo = [its[i] for i in range(len(numbers)) for its in specs.values()]   # seed by seed
-    made = make_runs(todo, out, device, console, **(dict(cluster=cluster, **job) if cluster else {}))
+    made = make_runs(todo, out, device, console, checkpoint_seconds, **(job if cluster else {}))
     if not is_first() or not made: return
     by_spec = {r.spec: r for r in made}
     _report(sweep, {name: [by_spec[s] for s in its if s in by_spec] for name, its in specs.items()}, page)
