@@ -161,7 +161,7 @@ def learner_for(
     cbs = [*L(cbs), *layout, *TRAINS[r.train](), *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()]
     if r.repeats > 1 or r.micro_bs:
         cbs.append(order := Order(r.repeats, r.bs if r.micro_bs else None))
-        order.parts_of(dls.train)   # what is wrong is told now
+        if dls.train.n != 0: order.parts_of(dls.train)   # what is wrong is told now; a run may be opened without data
     opt = OPTIMIZERS[r.opt]
     if getattr(opt, 'func', None) is SparingWrapper: opt = partial(opt, weights=decaying(model))
     learn = Learner(dls, model, loss, opt, r.lr, wd=r.wd, metrics=metrics, cbs=cbs, **kwargs)

@@ -175,7 +175,7 @@ def test_evaluate_of_runs_on_splits_of_their_own(photos, tmp_path):
 
 
 def test_evaluate_of_a_run_with_imagenets_crop_says_what_its_history_says(photos, tmp_path):
-    r = run(make_spec(photos, "slim", arch="xeca_resnext_tiny", epochs=2, size=24, bs=4, lr=8e-3, augment="imagenet"), tmp_path, "cpu")
+    r = run(make_spec(photos, "slim", arch="xeca_resnext_tiny", epochs=2, size=24, bs=4, lr=8e-3, augment="imagenet", micro_bs=2), tmp_path, "cpu")
     own, = answers(open_model(r.folder, device="cpu", with_data=False), photos, [24])
     assert own.crop == "centre 0.875" and own.row()["top1"] == pytest.approx(r.value)
 

@@ -44,14 +44,20 @@ def _models(words):
     return models, read_about(result).get('path') or result.spec.data.path
 
 def _series(models):
-    "For each run the name of its curve: what it has in common with those of other seeds."
+    "For each run the name of its curve: what it has in common with those of other seeds. Those without a start first."
     from attnpool.data.reader import is_run
     from attnpool.report.collect import by_row, group_by_setting, tell_apart
     from attnpool.runs.store import load_run
-    results = [load_run(m) for m in models if is_run(m)]
-    groups = group_by_setting(results)
-    return {str(r.folder): ', '.join(filter(None, [row, title if len(groups) > 1 else '']))
-            for (title, _), group in zip(tell_apart(groups), groups) for row, its in by_row(group).items() for r in its}
+    results = sorted((load_run(m) for m in models if is_run(m)), key=lambda r: (bool(r.spec.start), r.spec.seed))
+    groups, found = group_by_setting(results), {}
+    for (title, _), group in zip(tell_apart(groups), groups):
+        for row, its in by_row(group).items():
+            recipe, start = its[0].spec.recipe, its[0].spec.start
+            after = (start.after or start.name).partition(' #')[0] if start else ''
+            short = f'{row}, {recipe.name} at {recipe.size} px' + (f' from {after}' if after else '')
+            if short in found.values(): short = f'{row}, {title}'
+            found |= {str(r.folder): short for r in its}
+    return found
 
 # %% ../../nbs/694_commands.evaluate.ipynb #56cf66d1
 _WORDS = (f'Models, then the data. {MODEL} A folder of runs stands for each of them. DATA: a known data set, or a '
@@ -102,6 +108,7 @@ def evaluate(
     check_out(out/'evaluation.html', [data, *models], {'.csv': 'model,data,size', '.png': 'attnpool'}, make=True,
               own='Accuracy over test size', folder=True)
     learners, series, curves = {}, {}, _series(models)
+    models.sort(key=lambda m: [*curves, m].index(m))
     with Console(stderr=True).status('') as status:
         for m in models:
             status.update(f'opening {m}')
@@ -126,6 +133,8 @@ def _note(questions, note):
     from attnpool.runs.shown import own_crop
     listing = questions[0].listing
     note(f'{listing.name}: {len(listing.files):,} pictures of {len(listing.classes):,} classes')
+    if len({q.pixels.augment for q in questions}) > 1:
+        note('Not all are shown the same pixels, as each was validated in its own way: --crop .875 shows all the same.')
     for q in questions:
         name, n, shown = q.about['model'], q.about['outputs'], q.about['classes']
         how = f'short side at size / {q.pixels.crop:g}, bicubic, and the centre' if q.pixels.augment == 'imagenet' \
@@ -151,7 +160,7 @@ def _with_progress(questions, sizes, out, **how):
         def on_size(e):
             left = progress.tasks[bar].time_remaining
             say(f'{e.model} at {e.size} px: {100 * e.right() / len(e.ranks):.1f}%' + (
-                f'  {left / 60:.0f} min left' if left and not console.is_terminal else ''))
+                f'  {left / 60:.0f} min left' if left and left > 30 and not console.is_terminal else ''))
         try: return ask_all(questions, sizes, out, on_batch=on_batch, on_size=on_size, check=False, **how)
         except KeyboardInterrupt:
             fail('stopped. The sizes that are done are kept; the same command goes on.')
@@ -163,10 +172,15 @@ def _told(found, lines, out):
     from attnpool.report.sizes import best_sizes, by_series, curves_table, sizes_table, write_sizes
     curves, best = by_series(found), best_sizes(found)
     several = any(len(models) > 1 for models in curves.values())
-    for text in [sizes_table(found), *([curves_table(found)] if several else [])]:
+    short = sizes_table(found)   # within 80 columns
+    short['model'] = short['model'].where(~short['model'].duplicated(), '')
+    top = [c for c in short if c.startswith('top-')][1:]
+    short[top] = short[top].map(lambda v: v.partition(' [')[0])
+    short = short.rename(columns={c: c.replace(' [95%]', '') for c in top})
+    for text in [short, *([curves_table(found)] if several else [])]:
         shown = Table()
         for i, column in enumerate(text.columns):
-            shown.add_column(str(column), justify='right' if i else 'left', overflow='fold')
+            shown.add_column(str(column), justify='right' if i else 'left', overflow='fold', no_wrap=i > 0)
         for row in text.itertuples(index=False): shown.add_row(*map(str, row))
         Console().print(shown)
     for name, models in curves.items() if len({e.size for e in found}) > 1 else ():

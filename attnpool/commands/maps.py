@@ -60,19 +60,10 @@ def maps(
       attnpool maps learner.pkl my_photos/ --trust
       attnpool maps runs --measure
     """
-    console, device = Console(), check_device(device)
+    device = check_device(device)
     if measure and out.name: out = out.with_suffix('.csv')
     check_out(out, [*models, *filter(None, [data, vocab])], own='head,runs,' if measure else '')
-    if measure:
-        from attnpool.report.collect import collect
-        from attnpool.report.stats import measure_maps, plain_table
-        results, problems = collect(models)
-        for line in problems: fail(f'left out: {line}')
-        done = [r for r in results if r.status == 'complete']
-        table = measure_maps(done, device, console, data=data, check=check, trust=trust)
-        table.to_csv(out, index=False)
-        console.print(plain_table(table))
-        return say(f'Table: {out}')
+    if measure: return _measured(models, out, Console(), device=device, data=data, check=check, trust=trust)
     from attnpool.maps.page import maps_page
     from attnpool.runs.open import is_model, open_model
     models, pictures = ([m for m in dict.fromkeys(models) if is_model(m) is wanted] for wanted in (True, False))
