@@ -54,8 +54,8 @@ def _tell_plan(specs, out):
 # %% ../../nbs/696_commands.ablate.ipynb #bb70adbb
 def ablate(
     sweep: Annotated[str, typer.Argument(help=_SWEEP, metavar='TABLE')] = '',
-    data: Annotated[str, typer.Option(help='Data set: a folder, tar or CSV file of pictures, or `DATASETS` (digits with '
-                                      '--size 40 --augment own).', parser=expand)] = '',
+    data: Annotated[str, typer.Option(help='Data set: a folder, tar or CSV file of pictures, or `DATASETS` (digits '
+                                      'with --size 40 --augment own).', parser=expand)] = '',
     rows: Annotated[str, typer.Option(help='Rows, separated by commas, as --list shows them; those that they are '
                                       'compared with come along.  [default: all]')] = '',
     seeds: Annotated[str, typer.Option(help='Seeds, separated by commas, the same for all rows.')] = '1,2,3',
@@ -99,7 +99,7 @@ def ablate(
     if heads is not None: raise BadInput("heads: the rows name theirs. attnpool bench compares heads.")
     if show: return _list(sweep)
     sweep, console, device = _named(sweep), Console(), check_device(device)
-    if not data: raise BadInput('data: name the pictures, for example --data photos/. --list shows the rows without any.')
+    if not data: raise BadInput('data: name the pictures, for example --data photos/. --list shows the rows alone.')
     if cluster: check_cluster(cluster, time_limit)
     numbers, names = read_list('seeds', seeds, int), read_list('rows', rows) if rows else ()
     specs = ablation_specs(sweep, data, arch, recipe, numbers, names, read_options(options), skip_broken=skip_broken,
@@ -124,7 +124,7 @@ def _report(sweep, results, page):
     from attnpool.report.page import keep_other
     from attnpool.report.stats import plain_table
     for line in ablation_remarks(sweep, results): say(line)
-    text = format_ablation(ablation_table(sweep, results)).drop(columns=['parameters', 's/epoch'])
+    text = format_ablation(ablation_table(sweep, results)).drop(columns=['verdict', 'parameters', 's/epoch'])
     Console().print(plain_table(text))
     if kept := keep_other(page, [r for rs in results.values() for r in rs]):
         say(f'The page of other data that lay there is kept as {kept}')

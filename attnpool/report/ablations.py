@@ -20,8 +20,8 @@ from ..maps.page import html_page
 from ..registry import BadInput
 from .collect import setting_of, write_runs
 from .page import markdown
-from .stats import paired_difference
-from ..runs.ablations import SWEEPS, find_rows
+from .stats import guess_of, paired_difference
+from ..runs.ablations import SWEEPS
 from ..runs.store import Result
 
 # %% ../../nbs/635_report.ablations.ipynb #d8e17cc9
@@ -59,6 +59,8 @@ def _models(table):
     models = [*dict.fromkeys(table.paper_model)]
     return models[0] if len(models) == 1 else f'{models[0]} to {models[-1]}'
 
+def _paper(table): return f'paper, ImageNet-1k, {_models(table)}, 400 epochs'
+
 def _primary(table): return table.columns[table.columns.get_loc('sd') - 1]
 
 def format_ablation(
@@ -90,7 +92,7 @@ def format_ablation(
         f"points{f' vs {others.pop()}' if len(others) == 1 else ''} [95%]": each(points), 'verdict': each(verdict),
         'parameters': table.parameters.map(lambda n: '–' if pd.isna(n) else f'{n / 1e6:.2f} M'),
         's/epoch': table.seconds_per_epoch.map(lambda s: '–' if pd.isna(s) else f'{s:.1f}'),
-        f'paper, ImageNet-1k, {_models(table)}, 400 epochs: top-1 %': each(paper),
+        f'{_paper(table)}: top-1 %': each(paper),
         'paper: points': table.paper_difference.map(lambda d: '–' if pd.isna(d) else f'{100 * d:+.{digits}f}')})
     return text
 
@@ -116,6 +118,12 @@ def ablation_remarks(
     if _models(table) != 'S60':
         told.append(f'Models: {first.arch} stands for S60, the others keep their width and depth in proportion to it; '
                     'weight decay .01 for S, .05 for B, as in the text of the paper.')
+    every = [r for rs in results.values() for r in rs]
+    if not np.isnan(guess := guess_of(every)):
+        bound = guess + 2 * (guess * (1 - guess) / min(r.pictures[1] for r in every if r.classes))**.5
+        low = table[table[_primary(table)] <= bound].row
+        if len(low): told.append(f"Near guessing ({100 * guess:.1f}): {', '.join(low)}. Who learned nothing tells "
+                                 'nothing: train longer.')
     if table.n.max() < 2: told.append('From one seed there is no interval, so nothing tells a difference from chance: '
                                       '--seeds 1,2,3,4,5.')
     return [*told, "The paper's values are single runs; ten seeds of its S60 spread by .11 points. Differences below "
@@ -201,9 +209,11 @@ _PAGE = '''<div class="told">{% for line in remarks %}<p>{{ line }}</p>{% endfor
 itself. Better or worse where that excludes zero. Shaded: as printed in {{ source }}.</p>
 {% if plot %}<figure><img alt="Ours beside the paper's" src="{{ plot }}"></figure>{% endif %}
 <h2>What was decided for all rows</h2><dl>{% for k, v in setting %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl>'''
-_STYLE = '''td:nth-last-child(-n+2), th:nth-last-child(-n+2) { background: #8882; }
-td:nth-last-child(2), th:nth-last-child(2) { border-left: 3px double var(--line); }
-th { white-space: normal; }'''
+_STYLE = '''th, td { padding: .3rem .5rem; }
+tbody td:nth-last-child(-n+2), tr + tr th:nth-last-child(-n+2), tr:first-child th:last-child { background: #8882; }
+tbody td:nth-last-child(2), tr + tr th:nth-last-child(2), tr:first-child th:last-child {
+  border-left: 3px double var(--line); }
+tr:first-child th { text-align: center; white-space: normal; }'''
 
 def _common(results):
     "What all rows have in common."
@@ -221,12 +231,15 @@ def write_ablation(
     path, table, remarks = Path(path), ablation_table(sweep, results), ablation_remarks(sweep, results)
     path.parent.mkdir(parents=True, exist_ok=True)
     text, plot = format_ablation(table), ablation_plot(sweep, table)
+    plain, text = markdown(text), text.drop(columns='s/epoch')
     style = (files('attnpool')/'report/page.css').read_text(encoding='utf-8') + _STYLE
+    whose = [''] + ['ours'] * (len(text.columns) - 3) + [_paper(table)] * 2
+    text.columns = pd.MultiIndex.from_arrays([whose, [*text.columns[:-2], 'top-1 %', 'points']])
     with pd.option_context('display.max_colwidth', None): html = text.to_html(index=False, border=0)
     page = html_page(_TITLES[sweep], _PAGE, style, remarks=remarks, table=html, source=table.paper_source[0],
                      plot=plot and data_uri(plot, 'svg'), setting=_common(results))
     write_file(path.with_suffix('.csv'), table.to_csv(index=False))
-    write_file(path.with_suffix('.md'), '\n\n'.join([f'# {_TITLES[sweep]}', *remarks, markdown(text)]) + '\n')
+    write_file(path.with_suffix('.md'), '\n\n'.join([f'# {_TITLES[sweep]}', *remarks, plain]) + '\n')
     write_runs([r for rs in results.values() for r in rs], path.with_suffix('.runs.csv'))
     write_file(path, page)
     return path

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from ..data import DataId
+from ..models.body import check_arch
 from ..models.deit import VARIANTS
 from ..recipe import Recipe, find_recipe, network_for
 from ..registry import BadInput, Registry, unknown
@@ -103,7 +104,7 @@ def _check_changes(sweep, rows, arch, given, train, overrides):
     fixed = names - {'embed_dim', 'depth', 'num_heads', 'gamma_init'}
     if taken := next((k for k in given if k in fixed), None):
         raise BadInput(f"options: the rows of {sweep} decide {taken}, got {given[taken]!r}. Leave it out.")
-    if arch not in VARIANTS and any(row.options for row in rows):
+    if check_arch(arch) not in VARIANTS and any(row.options for row in rows):
         raise BadInput(f"arch: {sweep} changes {', '.join(sorted(names))} of a PatchConvNet, which {arch} is not. Take "
                        f"{', '.join([*VARIANTS][:5])}, ...; B1 and B2 change the training alone, of any network.")
 
@@ -137,7 +138,7 @@ def ablation_specs(
     def on(data): return {row.name: [one(data, row, seed) for seed in seeds] for row in chosen}
     first = on(DataId(''))   # what cannot be meant is told before the data are read
     if arch in VARIANTS:
-        for specs in first.values(): _check_builds(specs[0])
+        for spec in {(s.head, s.options): s for s, *_ in first.values()}.values(): _check_builds(spec)
     return on(data_for(data, recipe))
 
 # %% ../../nbs/585_runs.ablations.ipynb #ad2d1d00
