@@ -45,10 +45,10 @@ _row('quick', epochs=8, size=40, bs=32, opt='adam', schedule='one_cycle')
 _row('mixed', epochs=8, size=40, bs=32, label_smoothing=.1, mix='cutmixup', precision='bf16')
 _row('blog', epochs=80, size=224, bs=64, label_smoothing=.1, mix='cutmixup-batch')
 _KIND = dict(schedule='paper', label_smoothing=.1, mix='paper')   # of all the paper's trainings
-_PAPER = _KIND | dict(opt='timm-lamb', augment='randaugment')
+_PAPER = _KIND | dict(opt='timm-lamb', augment='imagenet')
 _row('paper', **_PAPER, epochs=400, size=224, bs=2048, lr=3e-3, drop_path=None, repeats=3, micro_bs=128)
 _row('paper-small', **_PAPER, epochs=20, size=128, bs=64, lr=5.3e-4, wd=.01, warmup=1/20)   # 3e-3 * sqrt(64 / 2048)
-_TUNED = _KIND | dict(augment='randaugment', wd=.01, drop_path=None)
+_TUNED = _KIND | dict(augment='imagenet', wd=.01, drop_path=None)
 _row('fixres', **_TUNED, epochs=10, size=384, bs=1024, lr=1e-5, opt='adamw', warmup=1/10, micro_bs=64)
 _row('finetune-21k', **_TUNED, epochs=100, size=224, bs=1024, lr=5e-4, opt='adamw', warmup=5/100, micro_bs=128)
 _row('probe', epochs=8, size=None, bs=64, opt='adamw-groups', schedule='one_cycle', augment='none', train='frozen')
@@ -159,7 +159,9 @@ def learner_for(
     if recipe.lr is None: raise BadInput("lr: give a learning rate; attnpool bench finds those of train frozen itself.")
     r, layout = recipe, [ChannelsLast()] if torch.device(dls.device).type in ('cpu', 'cuda') else []
     cbs = [*L(cbs), *layout, *TRAINS[r.train](), *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()]
-    if r.repeats > 1 or r.micro_bs: cbs.append(Order(r.repeats, r.bs if r.micro_bs else None))
+    if r.repeats > 1 or r.micro_bs:
+        cbs.append(order := Order(r.repeats, r.bs if r.micro_bs else None))
+        order.parts_of(dls.train)   # what is wrong is told now
     opt = OPTIMIZERS[r.opt]
     if getattr(opt, 'func', None) is SparingWrapper: opt = partial(opt, weights=decaying(model))
     learn = Learner(dls, model, loss, opt, r.lr, wd=r.wd, metrics=metrics, cbs=cbs, **kwargs)

@@ -117,7 +117,7 @@ class Recipe:
         if isinstance(self.lr, dict):
             object.__setattr__(self, 'lr', {k: _number('lr', v, float) for k, v in self.lr.items()})
         _check_together(self)
-        self.loader_bs()
+        if self.micro_bs: self.loader_bs()
 
     def check_start(self,
         start, # What the weights begin as, true for any that were trained
@@ -155,5 +155,5 @@ class Recipe:
         if share % micro == 0: return micro
         whole = [k for k in range(1, share + 1) if share % k == 0]
         near = f'{max(k for k in whole if k < micro)} or {min(k for k in whole if k > micro)}'
-        what = f'the batch of {share}' + f', the share of one of {n} processes' * (n > 1)
-        raise BadInput(f"micro_bs: {what}, does not divide into parts of {micro}. Use {near}, or another bs.")
+        what = f'the batch of {share}' + f', the share of one of {n} processes,' * (n > 1)
+        raise BadInput(f"micro_bs: {what} does not divide into parts of {micro}. Use {near}, or another bs.")

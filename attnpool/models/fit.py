@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .body import network_of, up_to_map, whole_network, without_head
+from .deit import from_deit
 from ..registry import BadInput
 from ..weights import fit_by_name, fit_by_order
 
@@ -108,7 +109,14 @@ def nearest_timm(
         if most == 1: break
     return near
 
-# %% ../../nbs/245_models.fit.ipynb #64506db8
+# %% ../../nbs/245_models.fit.ipynb #c35a7c4a
+def _patch(state):
+    "The side of the patches of a vision transformer or of the paper's networks, by their stem; None of others."
+    state = from_deit(state) if any(k.startswith('patch_embed.proj.0.0.') for k in state) else state
+    stem = [v for k, v in state.items() if re.fullmatch(r'stem\.\d+\.weight|patch_embed\.proj\.weight', k)]
+    if not stem or 'blocks.0.norm.weight' not in state and 'patch_embed.proj.weight' not in state: return None
+    return 2**len(stem) if stem[0].shape[-1] == 3 else stem[0].shape[-1]
+
 def misfit(
     path: Path | str, # Of the file
     arch: str | Callable, # Whose weights it should hold
@@ -119,10 +127,15 @@ def misfit(
     "The error for weights of another network, with the name of the nearest."
     has, whole, needed = (sum(not k.endswith('num_batches_tracked') for k in names)
                           for names in (state, *_names(network_of(arch), *(how or (None, {})))[:2]))
-    arch = getattr(arch, '__name__', arch)
+    net, arch = arch, getattr(arch, '__name__', arch)
     off = min(abs(has - whole), abs(has - needed))
     if 0 < off < needed / 10 and len(wrong) > needed / 2:   # but for these, their order could tell
         wrong = [f'it has {has} tensors instead of {whole}, or {needed} up to the map', *wrong]
+    its, mine = _patch(state), _patch(_names(network_of(net), *(how or (None, {})))[0])
+    if its and mine and its != mine and len(wrong) < len(state) / 10:
+        return BadInput(f"start: the weights in {path} are for patches of {its} px, and {arch} has patches of {mine}: "
+                        f"{'; '.join(wrong[:2])}. Give weights for its patches, or build it for theirs, as with "
+                        f"--options patch_size={its}.")
     near = nearest_timm(state) if len(wrong) > len(state) / 10 else ''   # else a variant of it
     what = f'The nearest of timm is {near}: --arch {near}.' if near and near != arch else \
         'Give a file of this network, or the network of the file.'

@@ -24,6 +24,7 @@ from ..data.pictures import SOURCES, blog_version, find_pictures
 from ..frozen import check_frozen
 from ..heads import OTHER_HEADS, get_head
 from ..models.body import OTHER_ARCHS, check_arch
+from ..models.deit import VARIANTS
 from ..models.start import Start, expected, find_start
 from ..models.surgery import body_of
 from ..pooling import check_head
@@ -148,6 +149,7 @@ def make_spec(
         raise BadInput(f"eval_sizes: expected several sides in pixels, such as ({eval_sizes},), got {eval_sizes!r}.")
     skip = bool(skip_broken and data.fingerprint)   # of pictures that are made, none is broken
     sizes, options = tuple(_whole('eval_sizes', s, 1) for s in eval_sizes), _pairs(of_head | of_arch)
+    _check_sides(arch, dict(options), r.size, sizes)
     return _unseen(Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split, folder))
 
 # %% ../../nbs/510_runs.spec.ipynb #5d0b7f01
@@ -188,6 +190,16 @@ def _whole(name, value, least):
     if not least <= number < 2**32 or isinstance(value, Real) and number != value:
         raise BadInput(f"{name}: expected a whole number from {least} on, got {value!r}.")
     return number
+
+def _check_sides(arch, options, size, eval_sizes):
+    "An error for sides that the patches of the paper's networks do not divide, before anything is read."
+    patch = ((VARIANTS.get(arch.partition('.')[0]) or dict(patch_size=1)) | options).get('patch_size', 16)
+    for name, side in [('size', size), *(('eval_sizes', side) for side in eval_sizes)]:
+        if isinstance(patch, int) and patch > 0 and side % patch:
+            low = side // patch * patch
+            near = f'{low} or {low + patch}' if low else patch
+            raise BadInput(f"{name}: {arch} cuts pictures into patches of {patch} px, which do not divide {side}. "
+                           f"The nearest that they do is {near}.")
 
 def _pairs(options):
     "Options in the order of their names, lists as tuples: what is equal is written equally."
