@@ -73,7 +73,7 @@ def _chosen(kind, asked, runs, of):
     "The runs that are of one of the asked; an error for what none of them is of."
     there = [*dict.fromkeys(map(of, runs))]
     if wrong := next((a for a in asked if a not in there and SAME_PARTS.get(a) not in there), None):
-        raise unknown(kind, wrong, there)
+        raise unknown(kind, str(wrong), map(str, there))
     return [r for r in runs if not asked or any(of(r) in (a, SAME_PARTS.get(a)) for a in asked)]
 
 def runs_to_follow(
