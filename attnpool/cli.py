@@ -18,7 +18,7 @@ from .commands.evaluate import evaluate
 from .commands.maps import maps
 from .cost.commands import complexity, speed
 from .registry import BadInput
-from .runs.asked import read_specs
+from .runs.asked import is_followed, read_specs
 from attnpool.runs.options import (
     LateCommands, check_device, check_out, expand, fail, guarded, late_options, make_runs, path_of, read_list,
     read_options, say)
@@ -110,6 +110,7 @@ _SIZES = ("Further picture sizes at which to validate after training, separated 
           "[default: the blog's with its recipe and data]")
 _OUT = 'Folder for the runs, the table and the report. What is complete there is not made again.'
 _SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3; with --start RUNS theirs]'
+_TUNING = 'Seeds for tuning: others than those of the comparison.  [default: 0,10; with --start RUNS theirs]'
 _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn anew, the same for all heads; where the '
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
 _TEST = 'Ask each run once about the test pictures, in test/CLASS; they get a table of their own.'
@@ -213,7 +214,7 @@ def lr(
     data: Annotated[str, typer.Argument(help=_DATA, parser=expand)] = 'digits',
     heads: Annotated[str | None, typer.Option(help=_HEADS)] = None,
     rates: Annotated[str, typer.Option(help='Rates to try, separated by commas.')] = '1e-3,2e-3,4e-3,8e-3,16e-3,32e-3',
-    seeds: Annotated[str, typer.Option(help='Seeds for tuning: others than those of the comparison.')] = '0,10',
+    seeds: Annotated[str | None, typer.Option(help=_TUNING)] = None,
     arch: Annotated[str | None, typer.Option(help=_ARCH)] = None,
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN|RUNS')] = '',
     recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
@@ -233,9 +234,11 @@ def lr(
       attnpool lr digits --heads avg,concat --rates 4e-3,8e-3,16e-3
       attnpool lr photos/ --recipe finetune --arch tf_efficientnet_lite0 --start WEIGHTS.pth
     """
+    from attnpool.recipe import find_recipe
     from attnpool.report.stats import learning_rates
     grid, console, device = read_list('rates', rates, float), Console(), check_device(device)
     common = dict(arch=arch, start=start, eval_sizes=(), skip_broken=skip_broken) | overrides
+    if seeds is None and not is_followed(start, find_recipe(recipe)): seeds = '0,10'
     specs = read_specs(data, heads, seeds, recipe, rates=grid, save_recipe=save_recipe, **common)
     check_out(out/'rates.csv', [data], make=True, own='head,', folder=True)
     best, table = learning_rates(make_runs(specs, out, device, console, checkpoint_seconds))
