@@ -117,7 +117,7 @@ class Recipe:
         if isinstance(self.lr, dict):
             object.__setattr__(self, 'lr', {k: _number('lr', v, float) for k, v in self.lr.items()})
         _check_together(self)
-        self.loader_bs()
+        if self.micro_bs: self.loader_bs()
 
     def check_start(self,
         start, # What the weights begin as, true for any that were trained

@@ -11,6 +11,7 @@ from typing import Callable, NamedTuple
 
 from fastai.data.all import ToTensor, Transform
 from fastai.vision.all import FlipItem, Hue, PILImage, RandomResizedCrop, Saturation, TensorImage, aug_transforms
+from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
@@ -53,6 +54,9 @@ def _crops(size, flip=True):
 def _warps(**turns): return aug_transforms(max_zoom=1, **turns, xtra_tfms=[Hue(), Saturation()])
 
 # %% ../../nbs/350_data.augment.ipynb #c4e1b003
+def _posterize(im, bits, **kwargs):   # newer Pillows refuse 0 bits, which made it black
+    return im if bits >= 8 else ImageOps.posterize(im, bits) if bits else Image.new('RGB', im.size)
+
 class RandAugment(Transform):
     "timm's bicubic crop of 8% to 100% of the area, flip and RandAugment, in training."
     split_idx = 0
@@ -63,6 +67,8 @@ class RandAugment(Transform):
         super().__init__()
         *self.changes, _ = create_transform(size, True, auto_augment=config, color_jitter=None, interpolation='bicubic',
                                             separate=True)   # the last one would make a tensor
+        for op in (op for part in self.changes for t in part.transforms for op in getattr(t, 'ops', ())):
+            if 'Posterize' in op.name: op.aug_fn = _posterize
 
     def encodes(self, x: PILImage):
         for change in self.changes: x = change(x)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .body import network_of, up_to_map, whole_network, without_head
+from .deit import from_deit
 from ..registry import BadInput
 from ..weights import fit_by_name, fit_by_order
 
@@ -108,7 +109,16 @@ def nearest_timm(
         if most == 1: break
     return near
 
-# %% ../../nbs/245_models.fit.ipynb #64506db8
+# %% ../../nbs/245_models.fit.ipynb #c35a7c4a
+def _patch(state):
+    "The side of the patches of a vision transformer or of the paper's networks, by their stem; None of others."
+    state = {re.sub(r'^0\.(model\.)?', '', k): v for k, v in state.items()}   # of a body with a head
+    if 'patch_embed.proj.0.0.weight' in state: state = from_deit(state)
+    embed = state.get('patch_embed.proj.weight', state.get('stem.0.weight') if 'blocks.0.gamma_1' in state else None)
+    if embed is None or embed.ndim != 4: return None
+    convs = sum(bool(re.fullmatch(r'stem\.\d+\.weight', k)) for k in state)
+    return 2**convs if convs and 'stem.0.bias' not in state else embed.shape[-1]
+
 def misfit(
     path: Path | str, # Of the file
     arch: str | Callable, # Whose weights it should hold
@@ -119,10 +129,15 @@ def misfit(
     "The error for weights of another network, with the name of the nearest."
     has, whole, needed = (sum(not k.endswith('num_batches_tracked') for k in names)
                           for names in (state, *_names(network_of(arch), *(how or (None, {})))[:2]))
-    arch = getattr(arch, '__name__', arch)
+    net, arch = arch, getattr(arch, '__name__', arch)
     off = min(abs(has - whole), abs(has - needed))
     if 0 < off < needed / 10 and len(wrong) > needed / 2:   # but for these, their order could tell
         wrong = [f'it has {has} tensors instead of {whole}, or {needed} up to the map', *wrong]
+    its, mine = _patch(state), _patch(_names(network_of(net), *(how or (None, {})))[0])
+    if its and mine and its != mine and all(re.match(r'[\w.]*(stem|patch_embed|pos_embed)\b', w) for w in wrong):
+        return BadInput(f"start: the weights in {path} are for patches of {its} px, and {arch} has patches of {mine}: "
+                        f"{'; '.join(wrong[:2])}. Give weights for its patches, or build it for theirs, as with "
+                        f"--options patch_size={its}.")
     near = nearest_timm(state) if len(wrong) > len(state) / 10 else ''   # else a variant of it
     what = f'The nearest of timm is {near}: --arch {near}.' if near and near != arch else \
         'Give a file of this network, or the network of the file.'

@@ -19,6 +19,7 @@ from filelock import Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from ..choices import decided
 from ..data.cache import check_writable
 from ..distributed import is_first, join_processes, on_first_process
 from .probe import forget_shared
@@ -43,6 +44,18 @@ def _ended(r):
     if r.status == 'failed': return f'failed: {" ".join(r.reason.split())}'
     end = _shown(r.primary, r.value) if r.status == 'complete' else f'diverged in epoch {r.diverged_epoch + 1}'
     return f'{end}, ' + (f'{r.run_seconds:.1f} s' if r.found else f'{r.seconds_per_epoch or 0:.1f} s per epoch')
+
+def _titles(specs):
+    "The head of each run, with what tells it from others of that head beside the seed."
+    heads, out = {}, {}
+    for s in specs: heads.setdefault(s.head, {})[s] = dict(s.options) | decided(s.recipe)
+    for head, its in heads.items():
+        common = set.intersection(*({(k, repr(v)) for k, v in values.items()} for values in its.values()))
+        for s, values in its.items():
+            more = {k: v for k, v in values.items() if (k, repr(v)) not in common}
+            told = (f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k, v in more.items())
+            out[s] = ' '.join([head, *told])
+    return out
 
 def _found(specs, out, device, say):
     "The results that are there already, by spec; says so, and what was made otherwise than it would be here."
@@ -77,7 +90,7 @@ def sweep(
     def say(text): console.print(text, markup=False, highlight=False, soft_wrap=True)
     on_first_process(check_writable, out)
     results = _found(specs, out, device, say)
-    todo = [s for s in dict.fromkeys(specs) if s not in results]
+    todo, titles = [s for s in dict.fromkeys(specs) if s not in results], _titles(specs)
     text, percent = TextColumn('{task.description}', markup=False), TextColumn('{task.percentage:>3.0f}%')
     columns = SpinnerColumn(), text, BarColumn(), percent, TimeRemainingColumn()
     with forget_shared(), Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
@@ -86,7 +99,8 @@ def sweep(
         while queue:
             spec = queue.popleft()
             drawn, short = spec.split == 'seed', spec.recipe.train == 'frozen'   # whose epochs are no news
-            title = f"run {len(todo) - len(queue)}/{len(todo)}  {spec.head} {'split' if drawn else 'seed'} {spec.seed}"
+            which = f"{titles[spec]} {'split' if drawn else 'seed'} {spec.seed}"
+            title = f"run {len(todo) - len(queue)}/{len(todo)}  {which}"
             def on_epoch(row):
                 primary = TASKS[spec.task].primary
                 text = f"{title}  {row['epoch'] + 1}/{spec.recipe.epochs} epochs"
