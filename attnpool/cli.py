@@ -263,6 +263,7 @@ def data(
     Examples:
       attnpool data digits
       attnpool data photos/    (with photos/train/CLASS/*.jpg and photos/val/CLASS/*.jpg, or only photos/CLASS/*.jpg)
+      attnpool data imagenet/  (train/ and val/ of WordNet ids; val/ alone and ImageNet-V2 are for attnpool evaluate)
     """
     from attnpool.data import describe
     from attnpool.data.pictures import data_name
