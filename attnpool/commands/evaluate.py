@@ -63,21 +63,22 @@ _CROP = ('Show all models the same centre crop, of the short side at SIZE / CROP
 _PRECISION = "float32, bf16, fp16 or auto.  [default: a run's own, for others float32]"
 _OUT = 'Folder for the answers, the table, the figure and the page. What is there is not asked again.'
 
+# %% ../../nbs/694_commands.evaluate.ipynb #5f0158a4
 def evaluate(
     words: Annotated[list[str], typer.Argument(help=_WORDS, parser=expand, metavar='MODEL... [DATA]')],
     sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     crop: Annotated[float | None, typer.Option(help=_CROP)] = None,
-    arch: ArchOf = None,
-    head: HeadOf = None,
-    vocab: VocabOf = None,
-    options: OptionsOf = '',
-    trust: Trust = False,
+    arch: ArchOf = None, # As for `open_model`
+    head: HeadOf = None, # As for `open_model`
+    vocab: VocabOf = None, # As for `open_model`
+    options: OptionsOf = '', # As for `read_options`
+    trust: Trust = False, # As for `open_model`
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     batch_size: Annotated[int | None, typer.Option(help='Pictures at a time.  [default: 64 at 224 px]', min=1)] = None,
     workers: Annotated[int | None, typer.Option(help='Processes that load pictures.  [default: none on a CPU, one '
                                                 'per core for a GPU]', min=0)] = None,
     precision: Annotated[str | None, typer.Option(help=_PRECISION)] = None,
-    device: Device = 'auto',
+    device: Device = 'auto', # As for `check_device`
     out: Annotated[Path, typer.Option(help=_OUT, **FILE)] = 'evaluation',
 ):
     """Measure how often trained networks are right, at several sizes of pictures.
@@ -119,7 +120,7 @@ def evaluate(
     found = _with_progress(questions, wanted, out, bs=batch_size, num_workers=workers, say=note)
     _told(found, lines, out)
 
-# %% ../../nbs/694_commands.evaluate.ipynb #065ad7b3
+# %% ../../nbs/694_commands.evaluate.ipynb #e81e45da
 def _note(questions, note):
     "Of which pictures, how they are cut, and among how many classes each is scored."
     from attnpool.runs.shown import own_crop
@@ -157,16 +158,22 @@ def _with_progress(questions, sizes, out, **how):
             raise typer.Exit(130)
 
 def _told(found, lines, out):
-    "The table in the terminal, and the files."
+    "The tables in the terminal, and the files."
     from rich.table import Table
-    from attnpool.report.sizes import best_sizes, sizes_table, write_sizes
-    text, shown = sizes_table(found), Table()
-    for i, column in enumerate(text.columns): shown.add_column(column, justify='right' if i else 'left')
-    for row in text.itertuples(index=False): shown.add_row(*map(str, row))
-    Console().print(shown)
-    if len({e.size for e in found}) > 1:
-        for name, (best, *alike) in best_sizes(found).items():
+    from attnpool.report.sizes import best_sizes, by_series, curves_table, sizes_table, write_sizes
+    curves, best = by_series(found), best_sizes(found)
+    several = any(len(models) > 1 for models in curves.values())
+    for text in [sizes_table(found), *([curves_table(found)] if several else [])]:
+        shown = Table()
+        for i, column in enumerate(text.columns):
+            shown.add_column(str(column), justify='right' if i else 'left', overflow='fold')
+        for row in text.itertuples(index=False): shown.add_row(*map(str, row))
+        Console().print(shown)
+    for name, models in curves.items() if len({e.size for e in found}) > 1 else ():
+        if len(models) > 1: say(f"{name}: best at {', '.join(str(best[m][0]) for m in models)} px, by seed")
+        else:
+            first, *alike = best[[*models][0]]
             also = f'; {", ".join(map(str, alike))} px cannot be told from it' if alike else ''
-            say(f'{name}: best at {best} px{also}')
+            say(f'{name}: best at {first} px{also}')
     page = write_sizes(found, out, lines)
     say(f'Page:   {page.resolve().as_uri()}\nFigure: {page.with_suffix(".png")}\nTable:  {page.with_suffix(".csv")}')

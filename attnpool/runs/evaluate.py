@@ -28,7 +28,7 @@ from ..choices import PRECISIONS
 from ..data.cache import write_file
 from ..data.evaluation import eval_dl
 from ..data.listing import Listing
-from ..data.pictures import empty_dls, labelled_dls
+from ..data.pictures import empty_dls, labelled_dls, loading_on
 from ..data.reader import is_run
 from ..layers import evaluating
 from ..registry import BadInput
@@ -176,15 +176,17 @@ class Question:
     ) -> TfmdDL: # Of pictures and numbers of outputs, in the order of the listing
         "The pictures as the network is shown them."
         p, l, vocab = self.pixels, self.listing, [*map(str, self.learn.dls.vocab)]
+        device, num_workers = loading_on(self.learn.dls.device, num_workers)
         if p.augment == 'imagenet':
             labels = {i: label for label, i in self.outputs.items()}
             names = [labels.get(i, '') for i in range(len(vocab))]
-            return eval_dl(l, names, size, p.mean, p.std, p.crop, bs, self.learn.dls.device, num_workers)
+            return eval_dl(l, names, size, p.mean, p.std, p.crop, bs, device, num_workers)
         named = replace(l, files=[*l.files[:1], *l.files], n_train=1, family='',   # fastai looks at a first one
                         labels=[vocab[self.outputs[label]] for label in [*l.labels[:1], *l.labels]])
-        empty = empty_dls(size, vocab, p.mean, p.std, p.augment, bs, self.learn.dls.device)
-        return labelled_dls(empty, named).valid.new(bs=bs, num_workers=num_workers or 0)
+        empty = empty_dls(size, vocab, p.mean, p.std, p.augment, bs, device)
+        return labelled_dls(empty, named).valid.new(bs=bs, num_workers=num_workers)
 
+# %% ../../nbs/595_runs.evaluate.ipynb #d6fdd6fe
 def _question(name, learn, listing, mark, crop, precision, series):
     about, vocab, pixels = getattr(learn, 'about', {}), [*map(str, learn.dls.vocab)], pixels_of(learn, crop)
     try: outputs = match_classes(listing.classes, vocab)
@@ -215,7 +217,7 @@ def ask(
     return [_question(name, learn, listing, mark, crop, precision, (series or {}).get(name, ''))
             for name, learn in learners.items()]
 
-# %% ../../nbs/595_runs.evaluate.ipynb #961300bb
+# %% ../../nbs/595_runs.evaluate.ipynb #ec73b127
 def _ranks(question, size, bs, workers, on_batch, say):
     "The ranks of all pictures, with smaller batches where the memory is full."
     model, device = question.learn.model, torch.device(question.learn.dls.device)

@@ -54,7 +54,9 @@ def finished_runs(
 ) -> list[Result]: # In the order of their names
     "The finished runs below a folder. An error where there is none, with what there is instead."
     folder, done, others = Path(folder).expanduser(), [], []
+    tunings = {file.parent for file in folder.rglob('rates.csv')} - {folder}   # of attnpool lr
     for file in sorted(folder.rglob('spec.json')):
+        if tunings & set(file.parents): continue
         try: result = load_run(file.parent)
         except BadInput as e: others.append(str(e).removeprefix(f'{file.parent}: ').rstrip('.')); continue
         if result.status == 'complete': done.append(result)

@@ -1,11 +1,15 @@
 """Kill a run at random moments, make it again, and compare it with one that was left alone.
 
     python docs/results/kill_and_resume.py [KILLS [PROCESSES]]
+    python docs/results/kill_and_resume.py cost
 
-Each row of the table is a run of its own: killed by SIGKILL after so many seconds, made again by the same call. `after`
-is the epoch that it went on after; `equal` says whether its `history.csv` equals that of the run that was left alone, but
-for the columns of seconds, and its weights to the last bit. Every library is loaded once and the runs are forks of this
-process, so that the moments fall into the training, not into Python's start. Then: what a checkpoint costs.
+Each row of the table is a run of its own: killed by SIGKILL after so many seconds, made again by the same call. `after` is
+the epoch that it went on after, 0 where it began anew; `equal` says whether its `history.csv` equals that of the run that
+was left alone, but for the columns of seconds, and its weights to the last bit. All libraries are loaded once, and the runs
+are forks of this process, so that the moments fall into the training, not into Python's start. The recipe has what is hard
+to go on with: repeated pictures, steps of several batches, random changes of pictures, mixing, stochastic depth, bf16.
+
+`cost` measures what a checkpoint costs, and which share of the time that is at the default.
 """
 import os
 import random
@@ -14,24 +18,38 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 
 warnings.filterwarnings('ignore')
 import pandas as pd
+import skimage.data
 import torch
+from PIL import Image
 from attnpool.data.digits import digits_dls
 from attnpool.recipe import recipe_learner
 from attnpool.runs.checkpoint import Checkpoint
 from attnpool.runs.spec import make_spec
 from attnpool.runs.train import RunLog, run
 
-RECIPE = dict(epochs=5, size=24, bs=120, micro_bs=60, repeats=3, opt='timm-lamb', lr=5e-3, schedule='paper', mix='paper',
-              label_smoothing=.1, precision='bf16', drop_path=.1)
+RECIPE = dict(recipe='paper-small', arch='patchconvnet_tiny', head='paper', epochs=6, size=24, bs=16, micro_bs=4, repeats=3,
+              lr=3e-3, drop_path=.1, augment='blog', precision='bf16')
+
+
+def photos(folder):
+    "Crops of two photos, which come with scikit-image: a folder of each."
+    for name in ('chelsea', 'coffee'):
+        photo, rng = Image.fromarray(getattr(skimage.data, name)()), random.Random(0)
+        (here := Path(folder, 'photos', name)).mkdir(parents=True)
+        for i in range(30):
+            x, y = rng.randrange(photo.width - 60), rng.randrange(photo.height - 60)
+            photo.crop((x, y, x + 60, y + 60)).resize((32, 32)).save(here/f'{i}.png')
+    return Path(folder, 'photos')
 
 
 def forked(spec, out, processes, killed_after=None):
-    "Make the run in processes of its own; what it said of going on."
+    "Make the run in processes of its own; its seconds, and the epochs that it went on after."
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
@@ -47,7 +65,8 @@ def forked(spec, out, processes, killed_after=None):
                                    MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
             run(spec, out, 'cpu', checkpoint_seconds=0, on_checkpoint=lambda text, done: said.write_text(str(done)))
             os._exit(0)
-        finally: os._exit(1)   # with its traceback on the standard error
+        except BaseException: traceback.print_exc()
+        finally: os._exit(1)
     if killed_after is not None:
         time.sleep(killed_after)
         for child in children: os.kill(child, signal.SIGKILL)
@@ -62,10 +81,11 @@ def left(spec, out):
     return history.to_csv(), (out/spec.name/'weights.safetensors').read_bytes()
 
 
-def kill(kills, processes):
+def kill(kills=20, processes=1):
     "The table of kills."
-    spec, moments = make_spec('digits', 'learned', **RECIPE), random.Random(0)
+    moments = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
+        spec = make_spec(photos(folder), **RECIPE)
         seconds, _ = forked(spec, alone := Path(folder, 'alone'), processes)
         whole, equal = left(spec, alone), 0
         print(f'{processes} process{"es" * (processes > 1)}, left alone: {seconds:.1f} s\nkill  at s  after  equal')
@@ -76,6 +96,7 @@ def kill(kills, processes):
             equal += (same := left(spec, out) == whole)
             print(f'{i + 1:4}  {at:4.1f}  {after:5}  {same}', flush=True)
     print(f'{equal} of {kills} equal')
+    return equal == kills
 
 
 def cost():
@@ -100,5 +121,5 @@ def cost():
 
 
 if __name__ == '__main__':
-    kill(*map(int, (sys.argv[1:] + ['20', '1'][len(sys.argv) - 1:])[:2]))
-    cost()
+    if sys.argv[1:] == ['cost']: cost()
+    else: sys.exit(not kill(*map(int, sys.argv[1:])))
