@@ -159,7 +159,9 @@ def learner_for(
     if recipe.lr is None: raise BadInput("lr: give a learning rate; attnpool bench finds those of train frozen itself.")
     r, layout = recipe, [ChannelsLast()] if torch.device(dls.device).type in ('cpu', 'cuda') else []
     cbs = [*L(cbs), *layout, *TRAINS[r.train](), *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()]
-    if r.repeats > 1 or r.micro_bs: cbs.append(Order(r.repeats, r.bs if r.micro_bs else None))
+    if r.repeats > 1 or r.micro_bs:
+        cbs.append(order := Order(r.repeats, r.bs if r.micro_bs else None))
+        order.parts_of(dls.train)   # what is wrong is told now
     opt = OPTIMIZERS[r.opt]
     if getattr(opt, 'func', None) is SparingWrapper: opt = partial(opt, weights=decaying(model))
     learn = Learner(dls, model, loss, opt, r.lr, wd=r.wd, metrics=metrics, cbs=cbs, **kwargs)

@@ -155,5 +155,5 @@ class Recipe:
         if share % micro == 0: return micro
         whole = [k for k in range(1, share + 1) if share % k == 0]
         near = f'{max(k for k in whole if k < micro)} or {min(k for k in whole if k > micro)}'
-        what = f'the batch of {share}' + f', the share of one of {n} processes' * (n > 1)
-        raise BadInput(f"micro_bs: {what}, does not divide into parts of {micro}. Use {near}, or another bs.")
+        what = f'the batch of {share}' + f', the share of one of {n} processes,' * (n > 1)
+        raise BadInput(f"micro_bs: {what} does not divide into parts of {micro}. Use {near}, or another bs.")

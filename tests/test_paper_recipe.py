@@ -6,17 +6,14 @@ import pickle
 import random
 import subprocess
 import sys
-from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fastai.callback.fp16 import MixedPrecision as FastaiMixedPrecision
-from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL, set_seed
+from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, PILImage, TfmdDL, set_seed
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -24,23 +21,18 @@ from timm.optim import Lamb, param_groups_weight_decay
 from torch import nn
 
 from attnpool.callback.order import Order
-from attnpool.data.batches import repeated, repeated_dl
+from attnpool.data.batches import repeated
 from attnpool.data.digits import digits_dls
-from attnpool.distributed import scale_up, shard
+from attnpool.distributed import distributed, join_processes, processes, scale_up, shard
 from attnpool.frozen import check_frozen
-from attnpool.heads import HEADS
-from attnpool.models.body import network_of
 from attnpool.models.surgery import build_network
-from attnpool.optimizers import SparingWrapper, decaying
+from attnpool.optimizers import decaying
 from attnpool.recipe import (
-    OPTIMIZERS, RECIPES, SCHEDULES, change_recipe, get_recipe, learner_for, read_recipe, recipe_learner, save_recipe)
+    LOSSES, OPTIMIZERS, RECIPES, change_recipe, get_recipe, learner_for, read_recipe, recipe_learner, save_recipe)
 from attnpool.registry import BadInput
 from attnpool.settings import Recipe, values_of
 
 ROOT = Path(__file__).parent.parent
-
-
-def quiet(learn): return learn.no_bar(), learn.no_logging()
 
 
 def fitted(learn, *args, **kwargs):
@@ -151,15 +143,15 @@ class Rates(Callback):
 
 @pytest.mark.parametrize("micro_bs", [None, 8])
 def test_the_papers_rate_of_every_step_is_the_closed_form(micro_bs):
-    dls = digits_dls(20, micro_bs or 16, n_train=40, n_valid=8)   # 2 steps in an epoch
+    dls = digits_dls(20, micro_bs or 16, n_train=40, n_valid=2)   # 2 steps in an epoch; a tenth of the paper's epochs
     model, rates = nn.Sequential(nn.Flatten(), nn.Linear(3 * 20 * 20, 10)), Rates()
-    recipe = get_recipe("paper", bs=16, size=20, micro_bs=micro_bs, repeats=1, mix="none", drop_path=0., wd=.01, precision="float32")
+    recipe = get_recipe("paper", epochs=40, bs=16, size=20, micro_bs=micro_bs, repeats=1, mix="none", drop_path=0., wd=.01, precision="float32")
     recipe = replace(recipe, micro_bs=micro_bs)
     learn = fitted(learner_for(dls, model, recipe, CrossEntropyLossFlat(), [], cbs=rates))
-    assert rates.seen == learn.recorder.lrs and len(rates.seen) == len(learn.recorder.losses) == 800
-    assert np.allclose(learn.recorder.lrs, [closed_form(i / 2) for i in range(800)], rtol=1e-9, atol=1e-15)
-    assert learn.recorder.lrs[0] == pytest.approx(1e-6) and max(learn.recorder.lrs) == pytest.approx(3e-3, rel=1e-3)
-    assert list(learn.recorder.iters) == [2 * (e + 1) for e in range(400)]
+    assert rates.seen == learn.recorder.lrs and len(rates.seen) == len(learn.recorder.losses) == 80
+    assert np.allclose(learn.recorder.lrs, [closed_form(i / 2, 40, .5) for i in range(80)], rtol=1e-9, atol=1e-15)
+    assert learn.recorder.lrs[0] == pytest.approx(1e-6) and max(learn.recorder.lrs) == pytest.approx(3e-3, rel=5e-3)
+    assert list(learn.recorder.iters) == [2 * (e + 1) for e in range(40)]
 
 
 def test_the_papers_schedule_is_timms():
@@ -286,6 +278,57 @@ def test_repeats_are_augmented_anew(mix, tmp_path):
     assert len(pictures) == 18 and len({p.numpy().tobytes() for p in pictures}) == 18
 
 
+# What is done to the pictures
+
+def test_the_papers_mix_is_timms_in_pictures_and_in_loss():
+    from timm.data.mixup import mixup_target
+    from timm.loss import SoftTargetCrossEntropy
+    shares, cuts = [], 0
+    class Check(Callback):
+        order, run_valid = 9, False   # after the mix
+        def before_batch(self):
+            nonlocal cuts
+            mixer = self.learn.cut_mix_up
+            x, lam = originals.pop(), mixer.lam[0].item()
+            shares.append(lam)
+            assert (mixer.lam == lam).all() and torch.equal(mixer.yb1[0], self.y.flip(0))
+            plain = torch.allclose(self.x, lam * x + (1 - lam) * x.flip(0), atol=1e-6)
+            if plain and 0 < lam < 1: return
+            assert ((self.x == x) | (self.x == x.flip(0))).all() and ((self.x != x).any(1).float().mean((1, 2)) <= 1 - lam + 1e-6).all()
+            cuts += 1
+        def after_loss(self):
+            y = mixup_target(self.y.as_subclass(torch.Tensor), 10, shares[-1], .1)
+            losses.append((self.loss.item(), SoftTargetCrossEntropy()(self.pred.as_subclass(torch.Tensor), y).item()))
+    originals, losses = [], []
+    class Before(Callback):
+        order, run_valid = -5, False
+        def before_batch(self): originals.append(self.x.clone())
+    dls = digits_dls(20, 8, n_train=80, n_valid=8)
+    recipe = Recipe(4, 20, 8, lr=1e-3, opt="adam", mix="paper", label_smoothing=.1, precision="float32")
+    fitted(learner_for(dls, net(3 * 20 * 20, 10), recipe, LOSSES["cross_entropy"](recipe), [], cbs=[Check(), Before()]))
+    assert len(losses) == 40 and np.allclose(*zip(*losses), rtol=1e-5) and 8 < cuts < 32
+    assert min(shares) < .3 and max(shares) > .7   # not the larger of the two
+
+
+def test_the_papers_randaugment_is_timms_pixel_for_pixel():
+    from PIL import Image
+    from skimage import data
+    from timm.data import create_transform
+
+    from attnpool.data.augment import AUGMENTS
+    for name, config in {"imagenet": "rand-m9-mstd0.5-inc1", "imagenet-m7": "rand-m7-mstd0.5-inc1"}.items():
+        theirs, ours = create_transform(48, True, auto_augment=config, color_jitter=None, interpolation="bicubic", normalize=False), AUGMENTS[name].items(48)[0]
+        photo, same = Image.fromarray(data.chelsea()), 0
+        for seed in range(60):
+            set_seed(seed)
+            try: wanted = np.asarray(theirs(photo)).transpose(1, 2, 0)
+            except ValueError: continue   # of newer Pillows, which posterise to no fewer bits than 1
+            set_seed(seed)
+            assert np.array_equal(np.asarray(ours(PILImage.create(photo), split_idx=0)), wanted)
+            same += 1
+        assert same > 40
+
+
 # Batches larger than the memory
 
 class Doubled(nn.Module):
@@ -299,7 +342,7 @@ class Gradients(Callback):
     "Keeps what the optimizer sees."
     order = 12   # after the scaler
     def before_fit(self): self.steps = []
-    def before_step(self): self.steps.append([p.grad.clone() for p in self.model.parameters()])
+    def before_step(self): self.steps.append([p.grad.clone() for p in self.model.parameters() if p.grad is not None])
 
 
 def in_parts(model, micro_bs, cbs=(), **settings):
@@ -325,3 +368,119 @@ def test_paper_batches_in_parts_have_the_gradient_of_the_whole(micro_bs, repeats
     assert max(map(farthest, parts, whole)) < 1e-12 and farthest(a.model.parameters(), b.model.parameters()) < 1e-12
     assert len(a.recorder.lrs) == 4 and np.allclose(a.recorder.lrs, b.recorder.lrs, rtol=1e-12)
     assert np.allclose(a.recorder.values, b.recorder.values, rtol=1e-6) and list(a.recorder.iters) == list(b.recorder.iters)
+
+
+@pytest.mark.parametrize("settings", [dict(precision="bf16"), dict(precision="fp16"), dict(train="head"), dict(mix="paper"), dict(mix="cutmixup")], ids=str)
+def test_paper_batches_in_parts_work_with_what_else_there_is(settings):
+    "With mixed precision the optimizer sees the sum, without the scaler's factor; with train head the body stands."
+    model = column()
+    settings = dict(wd=0.) | settings
+    (a, parts), (b, whole) = in_parts(model, 2, **settings), in_parts(model, None, **settings)
+    assert len(parts) == len(whole) == 4 and len(a.recorder.lrs) == 4
+    if "mix" in settings: return   # one λ for each part: other pictures
+    assert len(parts[0]) == len(whole[0]) > 8
+    for s, t in zip(parts[0], whole[0]): assert torch.allclose(s, t, atol=2e-2 * t.abs().max().item() + 1e-7)
+    if "train" in settings: assert farthest(a.model.stem.parameters(), model.stem.parameters()) == 0
+
+
+def test_a_paper_batch_that_was_stopped_within_a_step_leaves_nothing():
+    class Stop(Callback):
+        order, at = 70, 2
+        def before_batch(self):
+            if self.training and self.iter == self.at: raise KeyboardInterrupt
+    dls = numbered(20, 2)
+    recipe = Recipe(1, 4, 8, lr=1e-2, opt="sgd", wd=0., micro_bs=2, precision="float32")
+    learn = learner_for(dls, net(), recipe, CrossEntropyLossFlat(), [], cbs=(stop := Stop()))
+    with pytest.raises(KeyboardInterrupt): fitted(learn)
+    assert any(p.grad is not None and p.grad.abs().sum() for p in learn.model.parameters())   # of half a step
+    learn.remove_cb(stop)
+    learn.add_cb(keep := Gradients())
+    set_seed(1)
+    other = learner_for(dls, deepcopy(learn.model), recipe, CrossEntropyLossFlat(), [], cbs=(clean := Gradients()))
+    other.model.zero_grad()
+    state = dls.train.rng.getstate()
+    fitted(learn)
+    dls.train.rng.setstate(state)
+    fitted(other)
+    assert max(map(farthest, keep.steps, clean.steps)) == 0 and len(keep.steps) == 2
+
+
+class Exchanges(Callback):
+    order = 12
+    def before_fit(self): self.seen = []
+    def before_backward(self): self.seen.append(getattr(self.learn.model, "require_backward_grad_sync", None))
+
+
+def shared_training(micro_bs):
+    "In this process, or together with the others: weights, pictures, exchanges, rates, loss."
+    join_processes("cpu")
+    recipe = Recipe(2, 4, 12, lr=1e-2, opt="timm-lamb", wd=.05, schedule="cosine", repeats=3, micro_bs=micro_bs, precision="float32")
+    set_seed(4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 3)).double()
+    dls = numbered(30, recipe.loader_bs(processes()))
+    learn = learner_for(dls, Doubled(model), recipe, CrossEntropyLossFlat(), [], cbs=[watch := Watch(), sync := Exchanges()])
+    set_seed(5)
+    with distributed(learn): fitted(learn)
+    return [p.tolist() for p in model.parameters()], numbers(watch), sync.seen, list(map(float, learn.recorder.lrs)), learn.recorder.values[-1][0]
+
+
+def test_repeated_paper_batches_in_parts_are_the_same_in_two_processes(tmp_path):
+    "Two processes with two parts each, against one with six: the same steps, copies in turn to the one and the other."
+    (tmp_path / "train.py").write_text("import json, os, sys\nfrom test_paper_recipe import shared_training\n"
+                                       "open(f'{sys.argv[1]}/{os.environ[\"RANK\"]}.json', 'w').write(json.dumps(shared_training(3)))\n")
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "train.py"), str(tmp_path)],
+                          capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (w2, mine, sync2, lrs2, loss2), (_, theirs, *_) = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
+    w1, seen, sync1, lrs1, loss1 = shared_training(2)
+    assert max(np.abs(np.array(a) - b).max() for a, b in zip(w1, w2)) < 1e-12
+    assert lrs1 == pytest.approx(lrs2, rel=1e-12) and len(lrs1) == 4 and loss1 == pytest.approx(loss2, rel=1e-6)
+    assert sync2 == [False, True] * 4 and sync1 == [None] * 24
+    order = sum(seen, [])
+    assert all(len(set(order[i:i + 3])) == 1 for i in range(0, len(order), 3))
+    assert (sum(mine, []), sum(theirs, [])) == (order[::2], order[1::2])
+
+
+@pytest.mark.parametrize("f, words", [
+    (lambda: Recipe(1, 64, 64, micro_bs=24), "micro_bs: the batch of 64 does not divide into parts of 24. Use 16 or 32, or another bs"),
+    (lambda: change_recipe("paper", micro_bs=1000), "micro_bs: the batch of 2048 does not divide into parts of 1000. Use 512 or 1024"),
+    (lambda: RECIPES["paper"].loader_bs(3), "bs: 2048 is not a multiple of 3, the number of processes that share each batch"),
+    (lambda: Recipe(1, 64, 96, micro_bs=32).loader_bs(2), "micro_bs: the batch of 48, the share of one of 2 processes, does not divide into parts of 32. Use 24 or 48"),
+    (lambda: change_recipe("paper", micro_bs=0), "micro_bs: expected a number above 0, got 0"),
+    (lambda: change_recipe("paper", repeats=1.5), "repeats: expected a whole number, got 1.5"),
+    (lambda: change_recipe("paper", drop_path=1.2), r"drop_path: expected a share in \[0, 1\), got 1.2"),
+    (lambda: check_frozen(change_recipe("probe", repeats=3)), "repeats: with train frozen .* got 3. Leave repeats out"),
+    (lambda: check_frozen(change_recipe("probe", micro_bs=8)), "micro_bs: with train frozen .* got 8. Leave micro_bs out"),
+    (lambda: fitted(learner_for(numbered(20, 5), net(), Recipe(1, 4, 8, lr=1e-2, micro_bs=4), CrossEntropyLossFlat(), [])),
+     "bs: 8 is not a multiple of 5, which the DataLoaders give at a time. Make them with bs=micro_bs"),
+    (lambda: fitted(learner_for(numbered(20, 4), net(), Recipe(1, 4, 32, lr=1e-2, micro_bs=4), CrossEntropyLossFlat(), [])),
+     r"bs: expected 1 to 20, the number of training pictures, got 32. Use a smaller bs \(--bs 5\)"),
+    (lambda: get_recipe("paper", opt="timm-lam"), "opt: 'timm-lam' is unknown. Did you mean 'timm-lamb'?"),
+])
+def test_paper_settings_that_cannot_be_meant(f, words):
+    with pytest.raises(BadInput, match=words): f()
+
+
+def test_a_paper_batch_is_that_of_any_number_of_processes():
+    r = get_recipe("paper", "avg", arch="patchconvnet_s60")
+    assert [r.loader_bs(n) for n in (1, 8, 16, 64)] == [128, 128, 128, 32] and scale_up(r, 8) is r
+    whole = replace(r, micro_bs=None)
+    assert scale_up(whole, 4) == replace(whole, bs=4 * 2048, lr=2 * 3e-3) and whole.loader_bs(8) == 256
+
+
+def test_recipe_learner_takes_a_paper_batch_larger_than_its_loaders(dls):
+    learn = recipe_learner(dls, "xeca_resnext_tiny", "avg", "quick", bs=32, micro_bs=16, epochs=1, lr=1e-3, metrics=[])
+    assert len(fitted(learn).recorder.lrs) == 1   # 48 pictures
+    with pytest.raises(BadInput, match="bs: the DataLoaders decide it, got 32"): recipe_learner(dls, recipe="quick", bs=32)
+
+
+def test_a_paper_recipe_goes_through_lr_find_and_export(dls, tmp_path):
+    learn = learner_for(dls, column(), Recipe(1, 64, 32, lr=1e-3, opt="timm-lamb", repeats=3, micro_bs=16, precision="float32"), CrossEntropyLossFlat(), [])
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=40, show_plot=False)
+    fitted(learn)
+    learn.path = tmp_path
+    learn.save("kept"), learn.load("kept")
+    fitted(learn)
+    twin = pickle.loads(pickle.dumps(learn.opt))
+    assert [len(g["params"]) for g in twin.opt.param_groups] == [len(g["params"]) for g in learn.opt.opt.param_groups] and len(twin.weights) == len(learn.opt.weights)

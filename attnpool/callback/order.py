@@ -24,19 +24,25 @@ class Order(PutsBack):
     ):
         self.repeats, self.bs, self.parts = repeats, bs, 1
 
+    def parts_of(self,
+        dl, # fastai's DataLoader of the training pictures
+    ) -> int: # Batches of all processes in a step
+        "Checked: an epoch has at least one step."
+        if not dl.bs or dl.n is None: raise BadInput("dls: to put pictures into an order takes a length and a batch size.")
+        if not self.bs: return 1
+        at_once = max(num_distrib(), 1) * dl.bs
+        if self.bs % at_once:
+            raise BadInput(f"bs: {self.bs} is not a multiple of {at_once}, which the DataLoaders give at a time. "
+                           "Make them with bs=micro_bs, or leave micro_bs out.")
+        if self.bs > dl.n:
+            raise BadInput(f"bs: expected 1 to {dl.n:,}, the number of training pictures, got {self.bs}. "
+                           f"Use a smaller bs (--bs {max(1, dl.n // 4)}).")
+        return self.bs // at_once
+
     def before_fit(self):
         "How many batches make a step."
         super().before_fit()
-        dl, n = self.dls.train, max(num_distrib(), 1)
-        if not dl.bs or dl.n is None: raise BadInput("dls: to be put into an order, they need a length and a batch size.")
-        if self.bs:
-            self.parts, rest = divmod(self.bs, n * dl.bs)
-            if rest or not self.parts:
-                raise BadInput(f"bs: {self.bs} is not a multiple of {n * dl.bs}, which the DataLoaders give at a time. "
-                               "Make them with bs=micro_bs, or leave micro_bs out.")
-            if self.bs > dl.n:
-                raise BadInput(f"bs: expected 1 to {dl.n:,}, the number of training pictures, got {self.bs}. "
-                               f"Use a smaller bs (--bs {max(1, dl.n // 4)}).")
+        self.parts = self.parts_of(self.dls.train)
 
     def before_train(self):
         "The pictures in their order."

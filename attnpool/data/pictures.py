@@ -23,11 +23,11 @@ from torch import Tensor
 
 from .augment import AUGMENTS, STATS, augment_name
 from .cache import printable
-from .check import check_pictures, make_pixels, without_broken
+from .check import check_pictures, decoded_gb, make_pixels, without_broken
 from .digits import digits_dls
 from .find import DATASETS, LARGER_FROM, blog_version, data_name, find_pictures, is_path, larger_version
 from .listing import READABLE, Listing, first_few
-from .reader import load_picture, open_picture
+from .reader import BrokenPicture, load_picture, open_picture
 from .transfer import SOURCES
 from ..registry import BadInput
 
@@ -37,24 +37,34 @@ class ReadPicture(Transform):
     input_types = int, str, Path, bytes, Image.Image, np.ndarray   # for `dls.test_dl`
     def __init__(self,
         load: int | None, # Shorter side of larger pictures when loaded, in pixels; None for as they are
-        files: Sequence[Path | str] = (), # Those of the data
+        files: Sequence[Path | str | bytes] = (), # Those of the data
         pixels: Sequence[np.ndarray] | None = None, # The same, decoded, each `(h, w, 3)`; None to decode each time
         root: Path | str = '', # Folder that the files are named from
+        coarse: tuple[int, int | None] = (0, None), # How many of the first train, and what is enough for those: a
+        # shorter side in pixels, as for `load_picture`; None for no less than there is
+        sampled: bool = False, # Whether only a sample of them was checked, so that broken ones may come
     ):
         super().__init__()
         self.load, self.files, self.pixels, self.root = load, files, pixels, Path(root)
+        self.coarse, self.sampled = coarse, sampled
 
     def file(self,
         i: int # Number of a picture of the data
     ) -> Path:
         "Where it lies."
-        return self.root/self.files[i]
+        return self.root/os.fsdecode(self.files[i])
 
     def encodes(self,
         o, # Number, or picture
     ):
         if not isinstance(o, (int, np.integer)): return PILImage.create(load_picture(o, self.load))
-        return PILImage.create(load_picture(self.file(o), self.load) if self.pixels is None else self.pixels[o])
+        if self.pixels is not None: return PILImage.create(self.pixels[o])
+        n, enough = self.coarse
+        try: return PILImage.create(load_picture(self.file(o), self.load, enough if o < n else None))
+        except BrokenPicture as e:
+            if not self.sampled: raise
+            raise BrokenPicture(f"{e} Only a sample was checked before: --check all names every broken picture, and "
+                                "--skip-broken leaves them out.", e.why) from None
 
 def _open(listing, pixels, i):   # it and the next are in Learners that earlier versions exported
     return PILImage.create(pixels[i] if pixels else open_picture(listing.root/listing.files[i]))
@@ -86,8 +96,9 @@ def _datasets(read, names, vocab, n_train):
     return _Datasets(np.arange(n), [read, [_ReadLabel(vocab, names), Categorize(vocab, sort=False)]],
                      splits=(np.arange(n_train), np.arange(n_train, n)))
 
-def _listed(listing, load, pixels=None):
-    read, classes = ReadPicture(load, listing.files, pixels, listing.root), listing.classes
+def _listed(listing, load, pixels=None, enough=None, sampled=False):
+    files, classes = np.array([*map(os.fsencode, listing.files)]), listing.classes   # one object, which workers share
+    read = ReadPicture(load, files, pixels, listing.root, (listing.n_train, enough), sampled)
     return _datasets(read, [classes[l] for l in listing.labels], classes.values(), listing.n_train)
 
 # %% ../../nbs/370_data.pictures.ipynb #86d34ec0
@@ -130,21 +141,25 @@ def picture_dls(
     augment_name(augment)
     whole = find_pictures(data, valid_pct, split_seed, cache)
     whole.tell()
-    whole, sizes = without_broken(whole, check := check_pictures(whole, cache), skip_broken)
+    check, name = check_pictures(whole, cache), augment_name(augment, whole.family)
+    least = AUGMENTS[name].load(size)
+    if check.looked and decoded_gb(check.sizes, least) <= cache_gb: check = check_pictures(whole, cache, every=True)
+    whole, sizes = without_broken(whole, check, skip_broken)
     listing, numbers = (whole, np.arange(len(sizes))) if split is None else whole.split(split)
     if bs is None: bs = min(64, listing.n_train)
     if not 1 <= bs <= listing.n_train:
         raise BadInput(f"bs: expected 1 to {listing.n_train:,}, the number of training pictures, got {bs}. Use bs="
                        f"{max(1, listing.n_train // 4)} (--bs {max(1, listing.n_train // 4)}).")
-    name = augment_name(augment, listing.family)
-    least, most = AUGMENTS[name].load(size), int(sizes.min(1).max())
-    load = min(least or most, most)   # one file for all sizes at which nothing is shrunk
-    pixels = make_pixels(whole, sizes, load, Path(f'{check.path}-{load}'), cache_gb)
+    most, enough = int(sizes.min(1).max()), None if least else 4 * size   # so that the smallest crop shrinks as well
+    load = least or most if check.looked else min(least or most, most)   # one file for all sizes that shrink nothing
+    coarse = bool(enough) and most >= 2 * enough
+    pixels = None if check.looked or coarse else make_pixels(whole, sizes, load, Path(f'{check.path}-{load}'), cache_gb)
     mean, std = stats or STATS.get(listing.family, (check.mean, np.maximum(check.std, 1e-3).tolist()))
     about = dict(size=size, vocab=list(listing.classes.values()), mean=mean, std=std,
                  augment=name)
-    every, some = _listed(whole, least, pixels), pixels and pixels.some(numbers)
-    dls = _loaders(every if split is None else _listed(listing, least, some), about, bs, device, num_workers)
+    some, how = pixels and pixels.some(numbers), dict(enough=enough if coarse else None, sampled=bool(check.looked))
+    every = _listed(whole, least, pixels, **how)
+    dls = _loaders(every if split is None else _listed(listing, least, some, **how), about, bs, device, num_workers)
     dls.listing, dls.family, dls.larger = listing, listing.family, partial(larger_version, data, cache)
     dls.load, dls.every = load, (whole, every, numbers)   # the pictures of all splits, and which of them these are
     return dls
@@ -216,7 +231,8 @@ def labelled_dls(
     if other := set(listing.classes.values()) - set(dls.vocab):
         raise BadInput(f"data: {listing.root} has classes that were not trained: {first_few(sorted(other))}. "
                        f"Expected those of {first_few(dls.vocab)}.")
-    names = [listing.classes[label] for label in listing.labels]
+    classes = listing.classes
+    names = [classes[label] for label in listing.labels]
     read = ReadPicture(AUGMENTS[dls.about['augment']].load(dls.size), listing.files, root=listing.root)
     every = _datasets(read, names, dls.vocab, listing.n_train)
     made = DataLoaders(dls.train.new(every.train), dls.valid.new(every.valid), device=dls.device)
