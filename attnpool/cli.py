@@ -108,6 +108,7 @@ _SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recip
 _DEVICE = 'cpu, cuda, mps, or auto.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
+_CHECK = 'all: look at every picture before, not at a sample of each class where there are more than 50,000.'
 _OUT = 'Folder for the runs, the table and the report. What is complete there is not made again.'
 _SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3; with --start RUNS theirs]'
 _TUNING = 'Seeds for tuning: others than those of the comparison.  [default: 0,10; with --start RUNS theirs]'
@@ -135,6 +136,7 @@ def bench(
     recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
     save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
+    check: Annotated[str | None, typer.Option(help=_CHECK, metavar='all')] = None,
     test: Annotated[bool, typer.Option('--test', help=_TEST)] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
@@ -161,7 +163,9 @@ def bench(
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
-    from attnpool.distributed import is_first, scale_up
+    from attnpool.data.check import check_pictures, every_picture
+    from attnpool.data.find import find_pictures
+    from attnpool.distributed import is_first, on_first_process, scale_up
     from attnpool.runs.cluster import check_cluster
     from attnpool.runs.tested import ask_tests, find_tests, tell_tests_left
     console, device = Console(), check_device(device)
@@ -169,6 +173,8 @@ def bench(
     sizes = read_list('eval-sizes', eval_sizes, int) if eval_sizes else None if eval_sizes is None else ()
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
     specs = read_specs(data, heads, seeds, recipe, options, splits=splits, save_recipe=save_recipe, **overrides)
+    if every_picture(check) and specs[0].data.fingerprint:
+        on_first_process(lambda: check_pictures(find_pictures(specs[0].data.path), every=True) and None)   # it is kept
     tests = find_tests(specs[0].data.path, skip_broken) if test else tell_tests_left(specs[0].data, say)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
     if sizes is None: _tell_blog(specs[0])
@@ -254,6 +260,7 @@ def data(
     data: Annotated[str, typer.Argument(help=_DATA, parser=expand)],
     out: Annotated[Path | None, typer.Option(help='PNG of a training batch.  [default: NAME.png]', **_FILE)] = None,
     size: Annotated[int, typer.Option(help='Side of the pictures in it, in pixels.', min=1)] = 128,
+    check: Annotated[str | None, typer.Option(help=_CHECK, metavar='all')] = None,
 ):
     """Describe and check a data set.
 
@@ -263,12 +270,14 @@ def data(
     Examples:
       attnpool data digits
       attnpool data photos/    (with photos/train/CLASS/*.jpg and photos/val/CLASS/*.jpg, or only photos/CLASS/*.jpg)
+      attnpool data imagenet/  (train/ and val/ of WordNet ids; val/ alone and ImageNet-V2 are for attnpool evaluate)
     """
     from attnpool.data import describe
+    from attnpool.data.check import every_picture
     from attnpool.data.pictures import data_name
     out = out or Path(f'{data_name(data)}.png')
     check_out(out, [data])
-    typer.echo(describe(data, out, size).text)
+    typer.echo(describe(data, out, size, every=every_picture(check)).text)
 
 # %% ../nbs/700_cli.ipynb #bf6bdb08
 app.command(short_help='See where a trained network looks: a page of pictures and maps, or measures.')(maps)

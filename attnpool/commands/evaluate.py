@@ -63,21 +63,22 @@ _CROP = ('Show all models the same centre crop, of the short side at SIZE / CROP
 _PRECISION = "float32, bf16, fp16 or auto.  [default: a run's own, for others float32]"
 _OUT = 'Folder for the answers, the table, the figure and the page. What is there is not asked again.'
 
+# %% ../../nbs/694_commands.evaluate.ipynb #5f0158a4
 def evaluate(
     words: Annotated[list[str], typer.Argument(help=_WORDS, parser=expand, metavar='MODEL... [DATA]')],
     sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     crop: Annotated[float | None, typer.Option(help=_CROP)] = None,
-    arch: ArchOf = None,
-    head: HeadOf = None,
-    vocab: VocabOf = None,
-    options: OptionsOf = '',
-    trust: Trust = False,
+    arch: ArchOf = None, # As for `open_model`
+    head: HeadOf = None, # As for `open_model`
+    vocab: VocabOf = None, # As for `open_model`
+    options: OptionsOf = '', # As for `read_options`
+    trust: Trust = False, # As for `open_model`
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     batch_size: Annotated[int | None, typer.Option(help='Pictures at a time.  [default: 64 at 224 px]', min=1)] = None,
     workers: Annotated[int | None, typer.Option(help='Processes that load pictures.  [default: none on a CPU, one '
                                                 'per core for a GPU]', min=0)] = None,
     precision: Annotated[str | None, typer.Option(help=_PRECISION)] = None,
-    device: Device = 'auto',
+    device: Device = 'auto', # As for `check_device`
     out: Annotated[Path, typer.Option(help=_OUT, **FILE)] = 'evaluation',
 ):
     """Measure how often trained networks are right, at several sizes of pictures.
@@ -92,7 +93,7 @@ def evaluate(
       attnpool evaluate runs/ --sizes 64,96,128,160
     """
     from attnpool.choices import PRECISIONS
-    from attnpool.runs.evaluate import check_sizes
+    from attnpool.runs.evaluate import ask, check_sizes
     from attnpool.runs.open import open_model
     device, how = check_device(device), read_options(options)
     if precision: PRECISIONS.check(precision)
@@ -100,80 +101,79 @@ def evaluate(
     wanted = read_list('sizes', sizes, int) if sizes else []
     check_out(out/'evaluation.html', [data, *models], {'.csv': 'model,data,size', '.png': 'attnpool'}, make=True,
               own='Accuracy over test size', folder=True)
-    learners, series = {}, _series(models)
+    learners, series, curves = {}, {}, _series(models)
     with Console(stderr=True).status('') as status:
         for m in models:
             status.update(f'opening {m}')
             learn = open_model(m, arch, head, vocab, trust, device, with_data=False, **how)
             name = getattr(learn, 'about', {}).get('name', m)
-            learners[m if name in learners else name] = learn, m
-    wanted = wanted or sorted({getattr(learn.dls, 'size', 224) for learn, _ in learners.values()})
-    for name, (learn, _) in learners.items(): check_sizes(name, learn, wanted)
-    found, lines = _asked(learners, series, data, wanted, crop, precision, skip_broken, out,
-                          bs=batch_size, num_workers=workers)
-    _told(found, lines, out)
-
-# %% ../../nbs/694_commands.evaluate.ipynb #a1c389f6
-def _asked(learners, series, data, sizes, crop, precision, skip_broken, out, **how):
-    "The answers, with progress; and what one has to know to read them."
-    from attnpool.data.listing import digests, fingerprint
-    from attnpool.data.reader import is_run
-    from attnpool.runs.evaluate import ask, evaluate as ask_all
-    from attnpool.runs.shown import find_evaluated, own_crop, without_trained
+            learners[name := m if name in learners else name] = learn
+            if m in curves: series[name] = curves[m]
+    wanted = wanted or sorted({getattr(learn.dls, 'size', 224) for learn in learners.values()})
+    for name, learn in learners.items(): check_sizes(name, learn, wanted)
     lines = []
     def note(text):
         say(text)
         lines.append(text)
-    listing = find_evaluated(data, skip_broken)
-    listing.tell()
-    listing = without_trained(listing, {name: m for name, (_, m) in learners.items() if is_run(m)}, note)
-    mark = fingerprint(digests(listing))
-    asked = [ask(name, learn, listing, mark, crop, precision, series.get(m, ''))
-             for name, (learn, m) in learners.items()]
+    questions = ask(learners, data, crop, precision, skip_broken, series, note)
+    _note(questions, note)
+    found = _with_progress(questions, wanted, out, bs=batch_size, num_workers=workers, say=note)
+    _told(found, lines, out)
+
+# %% ../../nbs/694_commands.evaluate.ipynb #e81e45da
+def _note(questions, note):
+    "Of which pictures, how they are cut, and among how many classes each is scored."
+    from attnpool.runs.shown import own_crop
+    listing = questions[0].listing
     note(f'{listing.name}: {len(listing.files):,} pictures of {len(listing.classes):,} classes')
-    for q in asked: _note_question(q, note, own_crop)
-    return _with_progress(lambda **on: ask_all(asked, sizes, out, say=note, check=False, **on, **how),
-                          len(listing.files), [s for _ in asked for s in sizes]), lines
+    for q in questions:
+        name, n, shown = q.about['model'], q.about['outputs'], q.about['classes']
+        how = f'short side at size / {q.pixels.crop:g}, bicubic, and the centre' if q.pixels.augment == 'imagenet' \
+            else 'the whole picture squeezed to a square, as in its validation'
+        note(f'{name}: {how}' + (f'; scored among all {n:,} classes that it tells apart' if n > shown else ''))
+        theirs = None if getattr(q.learn, 'about', {}).get('data') else own_crop(q.about['arch'])
+        if theirs and q.pixels.augment == 'imagenet' and abs(theirs - q.pixels.crop) > .001:
+            note(f'{name}: its authors measured at size / {theirs:g}: --crop {theirs:g}')
 
-def _note_question(q, note, own_crop):
-    "How its pictures are cut, and among how many classes each is scored."
-    name, n, shown = q.about['model'], q.about['outputs'], q.about['classes']
-    text = {'squeezed': 'the whole picture squeezed to a square, as in its training'}.get(
-        q.about['crop'], f'short side at size / {q.pixels.crop:g}, bicubic, and the centre')
-    note(f'{name}: {text}' + (f'; scored among all {n:,} classes that it tells apart' if n > shown else ''))
-    theirs = own_crop(q.about['arch']) if not getattr(q.learn, 'about', {}).get('data') else None
-    if theirs and q.pixels.augment == 'imagenet' and abs(theirs - q.pixels.crop) > .001:
-        note(f'{name}: its authors measured at size / {theirs:g}: --crop {theirs:g}')
-
-def _with_progress(ask_all, pictures, sizes):
-    "Ask, with the time left: on a terminal as a bar, elsewhere as lines."
+def _with_progress(questions, sizes, out, **how):
+    "The answers, with the time left: on a terminal as a bar, elsewhere as lines."
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from attnpool.runs.evaluate import evaluate as ask_all
+    n, n_all = len(questions[0].listing.files), len(questions) * len(sizes)
+    todo = [size for q in questions for size in sizes if not q.kept(size, out)]
+    if len(todo) < n_all: say(f'{n_all - len(todo)} of {n_all} answers are in {out} already.')
     console = Console(stderr=True)
     columns = TextColumn('{task.description}', markup=False), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
-        bar = progress.add_task('', total=pictures * sum(s**2 for s in sizes))
+        bar = progress.add_task('', total=n * sum(s**2 for s in todo))
         def on_batch(q, size, n):
             progress.update(bar, advance=n * size**2, description=f"{q.about['model']} at {size} px")
         def on_size(e):
             left = progress.tasks[bar].time_remaining
             say(f'{e.model} at {e.size} px: {100 * e.right() / len(e.ranks):.1f}%' + (
                 f'  {left / 60:.0f} min left' if left and not console.is_terminal else ''))
-        try: return ask_all(on_batch=on_batch, on_size=on_size)
+        try: return ask_all(questions, sizes, out, on_batch=on_batch, on_size=on_size, check=False, **how)
         except KeyboardInterrupt:
             fail('stopped. The sizes that are done are kept; the same command goes on.')
             raise typer.Exit(130)
 
 def _told(found, lines, out):
-    "The table in the terminal, and the files."
+    "The tables in the terminal, and the files."
     from rich.table import Table
-    from attnpool.report.sizes import best_sizes, sizes_table, write_sizes
-    text, shown = sizes_table(found), Table()
-    for i, column in enumerate(text.columns): shown.add_column(column, justify='right' if i else 'left')
-    for row in text.itertuples(index=False): shown.add_row(*map(str, row))
-    Console().print(shown)
-    if len({e.size for e in found}) > 1:
-        for name, (best, *alike) in best_sizes(found).items():
+    from attnpool.report.sizes import best_sizes, by_series, curves_table, sizes_table, write_sizes
+    curves, best = by_series(found), best_sizes(found)
+    several = any(len(models) > 1 for models in curves.values())
+    for text in [sizes_table(found), *([curves_table(found)] if several else [])]:
+        shown = Table()
+        for i, column in enumerate(text.columns):
+            shown.add_column(str(column), justify='right' if i else 'left', overflow='fold')
+        for row in text.itertuples(index=False): shown.add_row(*map(str, row))
+        Console().print(shown)
+    for name, models in curves.items() if len({e.size for e in found}) > 1 else ():
+        if len(models) > 1: say(f"{name}: best at {', '.join(str(best[m][0]) for m in models)} px, by seed")
+        else:
+            first, *alike = best[[*models][0]]
             also = f'; {", ".join(map(str, alike))} px cannot be told from it' if alike else ''
-            say(f'{name}: best at {best} px{also}')
+            say(f'{name}: best at {first} px{also}')
     page = write_sizes(found, out, lines)
     say(f'Page:   {page.resolve().as_uri()}\nFigure: {page.with_suffix(".png")}\nTable:  {page.with_suffix(".csv")}')

@@ -26,25 +26,25 @@ Trust = Annotated[bool, typer.Option('--trust', help='Run code that comes with a
                                     'network that only the model names.')]
 Device = Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')]
 
-# %% ../../nbs/692_commands.maps.ipynb #726508a6
 _MODELS = f'Models, then pictures or folders of them. {MODEL} With --measure: run folders or folders of runs.'
 
+# %% ../../nbs/692_commands.maps.ipynb #726508a6
 def maps(
     models: Annotated[list[Path], typer.Argument(help=_MODELS, **FILE | dict(metavar='MODEL... [PHOTO]...'))],
     top: Annotated[int, typer.Option(help='Likeliest classes to offer for each picture.')] = 3,
     classes: Annotated[str, typer.Option(help='Further classes, by name or index, separated by commas.')] = '',
     n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.', min=1)] = 8,
     pixels: Annotated[int, typer.Option(help='Width to which larger pictures are reduced.', min=32)] = 640,
-    arch: ArchOf = None,
-    head: HeadOf = None,
-    vocab: VocabOf = None,
+    arch: ArchOf = None, # As for `open_model`
+    head: HeadOf = None, # As for `open_model`
+    vocab: VocabOf = None, # As for `open_model`
     size: Annotated[int | None, typer.Option(help='Side of the pictures for weights, in pixels.')] = None,
-    options: OptionsOf = '',
-    trust: Trust = False,
+    options: OptionsOf = '', # As for `read_options`
+    trust: Trust = False, # As for `open_model`
     measure: Annotated[bool, typer.Option('--measure', help="Measure the runs' maps of validation pictures.")] = False,
     data: Annotated[str | None, typer.Option(help='Where the pictures are now.', parser=expand, metavar='PATH')] = None,
     check: Annotated[bool, typer.Option(help='Stop if pictures have changed since the run.')] = True,
-    device: Device = 'auto',
+    device: Device = 'auto', # As for `check_device`
     out: Annotated[Path, typer.Option(help='The page; with --measure, a table, as .csv.', **FILE)] = 'maps.html',
 ):
     """See where a trained network looks: a page of pictures and maps, or measures.

@@ -12,7 +12,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Mapping, Sequence
 
 import attnpool
 import numpy as np
@@ -28,11 +28,12 @@ from ..choices import PRECISIONS
 from ..data.cache import write_file
 from ..data.evaluation import eval_dl
 from ..data.listing import Listing
-from ..data.pictures import empty_dls, labelled_dls
+from ..data.pictures import empty_dls, labelled_dls, loading_on
+from ..data.reader import is_run
 from ..layers import evaluating
 from ..registry import BadInput
 from .classes import match_classes
-from .shown import Pixels, pixels_of
+from .shown import Pixels, find_evaluated, pixels_of, without_trained
 from ..weights import weights_hash
 
 # %% ../../nbs/595_runs.evaluate.ipynb #7fbc4fb9
@@ -57,6 +58,7 @@ def interval(
     found = binomtest(int(right), int(n)).proportion_ci(method='wilson')
     return float(found.low), float(found.high)
 
+# %% ../../nbs/595_runs.evaluate.ipynb #cf07b324
 @dataclass(frozen=True)
 class Evaluated:
     "What a network said of pictures at one size."
@@ -105,7 +107,7 @@ class Evaluated:
         return {k: about[k] for k in first} | dict(pictures=n) | values | dict(k=self.k) | \
             {k: v for k, v in about.items() if k not in first}
 
-# %% ../../nbs/595_runs.evaluate.ipynb #bfa5bea1
+# %% ../../nbs/595_runs.evaluate.ipynb #b90e3ea5
 def _memory(e): return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
 def check_sizes(
@@ -133,7 +135,13 @@ def check_sizes(
         why = (str(e) or repr(e)).splitlines()[0].removeprefix('x: ').rstrip('.')
         raise BadInput(f"sizes: {name} cannot take pictures of {size} px ({why}). {what}")
 
-# %% ../../nbs/595_runs.evaluate.ipynb #a0cb0c96
+# %% ../../nbs/595_runs.evaluate.ipynb #621f8868
+def _read(file):
+    "Answers that were kept; None where there are none that can be read."
+    try:
+        with np.load(file) as f: return Evaluated(**json.loads(str(f['about'])), ranks=f['ranks'])
+    except Exception: return None   # whatever a torn file leads to
+
 @dataclass(frozen=True)
 class Question:
     "A network and pictures, checked: all but the size."
@@ -153,6 +161,14 @@ class Question:
         what = same, options, asdict(self.pixels), sorted(self.outputs.items()), size
         return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
+    def kept(self,
+        size: int, # Side of the pictures, in pixels
+        out: Path | str | None, # Folder of an evaluation; None for none
+    ) -> 'Evaluated | None': # Under the names of today; None where it has to be asked
+        "The answers that a folder keeps."
+        found = out and _read(Path(out)/'ranks'/f'{self.key(size)}.npz')
+        return replace(found, **{k: self.about[k] for k in ('model', 'data', 'series')}) if found else None
+
     def dl(self,
         size: int, # Side of the pictures, in pixels
         bs: int, # Batch size
@@ -160,25 +176,18 @@ class Question:
     ) -> TfmdDL: # Of pictures and numbers of outputs, in the order of the listing
         "The pictures as the network is shown them."
         p, l, vocab = self.pixels, self.listing, [*map(str, self.learn.dls.vocab)]
+        device, num_workers = loading_on(self.learn.dls.device, num_workers)
         if p.augment == 'imagenet':
             labels = {i: label for label, i in self.outputs.items()}
             names = [labels.get(i, '') for i in range(len(vocab))]
-            return eval_dl(l, names, size, p.mean, p.std, p.crop, bs, self.learn.dls.device, num_workers)
+            return eval_dl(l, names, size, p.mean, p.std, p.crop, bs, device, num_workers)
         named = replace(l, files=[*l.files[:1], *l.files], n_train=1, family='',   # fastai looks at a first one
                         labels=[vocab[self.outputs[label]] for label in [*l.labels[:1], *l.labels]])
-        empty = empty_dls(size, vocab, p.mean, p.std, p.augment, bs, self.learn.dls.device)
-        return labelled_dls(empty, named).valid.new(bs=bs, num_workers=num_workers or 0)
+        empty = empty_dls(size, vocab, p.mean, p.std, p.augment, bs, device)
+        return labelled_dls(empty, named).valid.new(bs=bs, num_workers=num_workers)
 
-def ask(
-    name: str, # Of the network, for tables
-    learn: Learner, # From `open_model`
-    listing: Listing, # From `find_evaluated`
-    mark: str, # Its fingerprint
-    crop: float | None = None, # As for `pixels_of`
-    precision: str | None = None, # Name in `PRECISIONS`; None for a run's own, and float32 for others
-    series: str = '', # As of `Evaluated`
-) -> Question:
-    "A network and the pictures that it is to be asked about. Classes that it does not know are an error."
+# %% ../../nbs/595_runs.evaluate.ipynb #d6fdd6fe
+def _question(name, learn, listing, mark, crop, precision, series):
     about, vocab, pixels = getattr(learn, 'about', {}), [*map(str, learn.dls.vocab)], pixels_of(learn, crop)
     try: outputs = match_classes(listing.classes, vocab)
     except BadInput as e: raise BadInput(str(e).replace('the network', name, 1)) from None
@@ -191,7 +200,24 @@ def ask(
         outputs=len(vocab), weights=weights_hash(learn.model), fingerprint=mark, version=attnpool.__version__,
         series=series))
 
-# %% ../../nbs/595_runs.evaluate.ipynb #6715f393
+def ask(
+    learners: dict[str, Learner], # From `open_model`, by their names in tables
+    data: str | Path, # As for `find_evaluated`
+    crop: float | None = None, # As for `pixels_of`
+    precision: str | None = None, # Name in `PRECISIONS`; None for a run's own, and float32 for others
+    skip_broken: bool = False, # Leave broken pictures out instead of stopping
+    series: Mapping[str, str] | None = None, # Names of curves, by names of networks; None for a curve each
+    say: Callable = print, # Hears how many pictures are left out, and why
+) -> list[Question]: # One for each network, all of the same pictures
+    "Networks and the pictures that they are to be asked about. Classes that one does not know are an error."
+    listing = find_evaluated(data, skip_broken)
+    listing.tell()
+    runs = {name: path for name, l in learners.items() if is_run(path := getattr(l, 'about', {}).get('path') or '')}
+    listing, mark = without_trained(listing, runs, say)
+    return [_question(name, learn, listing, mark, crop, precision, (series or {}).get(name, ''))
+            for name, learn in learners.items()]
+
+# %% ../../nbs/595_runs.evaluate.ipynb #ec73b127
 def _ranks(question, size, bs, workers, on_batch, say):
     "The ranks of all pictures, with smaller batches where the memory is full."
     model, device = question.learn.model, torch.device(question.learn.dls.device)
@@ -210,12 +236,6 @@ def _ranks(question, size, bs, workers, on_batch, say):
         bs //= 2
         if device.type == 'cuda': torch.cuda.empty_cache()
         say(f'{question.about["model"]} at {size} px: the memory of {device} is full, on with batches of {bs}.')
-
-def _read(file):
-    "Answers that were kept; None where there are none that can be read."
-    try:
-        with np.load(file) as f: return Evaluated(**json.loads(str(f['about'])), ranks=f['ranks'])
-    except Exception: return None   # whatever a torn file leads to
 
 def read_evaluated(
     out: Path | str, # Folder of an evaluation
@@ -240,16 +260,12 @@ def evaluate(
     found = []
     for q in questions:
         for size in sizes:
-            file = out and Path(out)/'ranks'/f'{q.key(size)}.npz'
-            if file and (kept := _read(file)):
-                on_batch(q, size, len(q.listing.files))
-                done = replace(kept, **{k: q.about[k] for k in ('model', 'data', 'series')})
-            else:
+            if not (done := q.kept(size, out)):
                 most, start = bs or max(1, min(256, int(64 * (224 / size)**2))), time.perf_counter()
                 ranks = _ranks(q, size, min(most, len(q.listing.files)), num_workers,
                                lambda n: on_batch(q, size, n), say)
                 done = Evaluated(size=size, seconds=round(time.perf_counter() - start, 3), ranks=ranks, **q.about)
-                if file: _keep(done, file)
+                if out: _keep(done, Path(out)/'ranks'/f'{q.key(size)}.npz')
             found.append(done)
             on_size(done)
     return found

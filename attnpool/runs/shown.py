@@ -18,7 +18,7 @@ from fastai.vision.all import Learner, Normalize
 from ..data.cache import first_few, unpack
 from ..data.check import check_pictures
 from ..data.find import data_name, find_pictures, is_path
-from ..data.listing import Listing, digests, list_folder, read_digests
+from ..data.listing import Listing, digests, fingerprint, list_folder, read_digests
 from ..data.petals import record_files
 from ..data.reader import TRAIN, VALID, folder_roles, is_run, unwrapped
 from ..data.transfer import official_layout
@@ -55,7 +55,7 @@ def find_evaluated(
     if listing.files: return listing
     raise BadInput(f"data: {listing.root} has no pictures to evaluate on.")
 
-# %% ../../nbs/593_runs.shown.ipynb #fa2c6f5c
+# %% ../../nbs/593_runs.shown.ipynb #daacdfc5
 def _trained_on(path, marks):
     "Which pictures trained a run, by name and digest; and how many more of them did by their bytes alone."
     table = Path(path)/'pictures.csv'
@@ -70,22 +70,25 @@ def without_trained(
     listing: Listing, # From `find_evaluated`
     runs: dict[str, Path | str], # Folders of the runs among the networks, by name
     say: Callable = print, # Hears what is left out
-) -> Listing:
+) -> tuple[Listing, str]: # What is left, and its fingerprint
     "The pictures without those that trained one of the runs."
-    about = digests(listing)
-    marks, gone = {name: mark for name, (_, _, mark) in about.items()}, set()
+    about, trained = digests(listing), {}
+    marks = {name: mark for name, (_, _, mark) in about.items()}
     for name, path in runs.items():
-        names, alike = _trained_on(path, marks)
-        gone |= names
+        trained[name], alike = _trained_on(path, marks)
         if alike: say(f'{name}: {alike:,} of the pictures are, byte for byte, among those that trained it.')
-    if not gone: return listing
-    if len(gone) == len(marks): raise BadInput(f"data: all {len(gone):,} pictures of {listing.name} trained {name}. "
-                                               "Give others.")
-    say(f'{len(gone):,} of {len(marks):,} pictures trained {" or ".join(runs)}: left out, {len(marks) - len(gone):,} '
-        'are evaluated.')
-    return listing.keep([name not in gone for name in marks])
+    gone, left = set().union(*trained.values()), len(marks) - len(set().union(*trained.values()))
+    if not left:
+        apart = ' together, as each has pictures of its own. Give one run at a time, or' if all(
+            len(names) < len(marks) for names in trained.values()) else '. Give'
+        raise BadInput(f"data: all {len(gone):,} pictures of {listing.name} trained {first_few(runs, 3)}{apart} other "
+                       "pictures.")
+    if gone: say(f'{len(gone):,} of {len(marks):,} pictures trained {first_few(runs, 3)}: left out, {left:,} are '
+                 'evaluated.')
+    return listing.keep([name not in gone for name in about]), fingerprint(
+        {name: values for name, values in about.items() if name not in gone})
 
-# %% ../../nbs/593_runs.shown.ipynb #8606eab7
+# %% ../../nbs/593_runs.shown.ipynb #f892f811
 @dataclass(frozen=True)
 class Pixels:
     "How pictures are prepared for a network."

@@ -255,5 +255,6 @@ def open_run(
         own = 'Put back the source that it was trained with.' if '@' in spec.head + spec.arch else version
         raise BadInput(f"folder: the weights of {folder} do not fit today's {spec.arch} with the head {spec.head} "
                        f"({str(e).splitlines()[-1].strip()}). {own}") from None
-    learn.about = dict(name=folder.resolve().name, head=spec.head, arch=spec.arch, data=spec.data.name, source='run')
+    learn.about = dict(name=folder.resolve().name, head=spec.head, arch=spec.arch, data=spec.data.name, source='run',
+                       path=str(folder.resolve()))
     return learn
