@@ -54,7 +54,7 @@ MIXES['none'] = lambda: []
 MIXES['cutmixup'] = lambda: [CutMixUpAugment()]                        # each sample by itself
 MIXES['cutmixup-batch'] = lambda: [CutMixUpAugment(element=False)]     # once for each batch, as the blog did
 MIXES['mixup'], MIXES['cutmix'] = lambda: [CutMixUp(cutmix_ratio=0)], lambda: [CutMixUp(mixup_ratio=0)]
-MIXES['paper'] = lambda: [CutMixUp(mix_alpha=.8, cut_alpha=1., element=False)]
+MIXES['paper'] = lambda: [CutMixUp(mix_alpha=.8, cut_alpha=1., element=False, mirrored=True)]
 
 # %% ../nbs/440_choices.ipynb #6b1d2ef3
 PRECISIONS = Registry('precision')   # callbacks for a device

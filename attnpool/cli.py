@@ -18,7 +18,7 @@ from .commands.evaluate import evaluate
 from .commands.maps import maps
 from .cost.commands import complexity, speed
 from .registry import BadInput
-from .runs.asked import read_specs
+from .runs.asked import is_followed, read_specs
 from attnpool.runs.options import (
     LateCommands, check_device, check_out, expand, fail, guarded, late_options, make_runs, path_of, read_list,
     read_options, say)
@@ -108,8 +108,10 @@ _SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recip
 _DEVICE = 'cpu, cuda, mps, or auto.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
+_CHECK = 'all: look at every picture before, not at a sample of each class where there are more than 50,000.'
 _OUT = 'Folder for the runs, the table and the report. What is complete there is not made again.'
 _SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3; with --start RUNS theirs]'
+_TUNING = 'Seeds for tuning: others than those of the comparison.  [default: 0,10; with --start RUNS theirs]'
 _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn anew, the same for all heads; where the '
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
 _TEST = 'Ask each run once about the test pictures, in test/CLASS; they get a table of their own.'
@@ -134,6 +136,7 @@ def bench(
     recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
     save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
+    check: Annotated[str | None, typer.Option(help=_CHECK, metavar='all')] = None,
     test: Annotated[bool, typer.Option('--test', help=_TEST)] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
@@ -160,7 +163,9 @@ def bench(
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
-    from attnpool.distributed import is_first, scale_up
+    from attnpool.data.check import check_pictures, every_picture
+    from attnpool.data.find import find_pictures
+    from attnpool.distributed import is_first, on_first_process, scale_up
     from attnpool.runs.cluster import check_cluster
     from attnpool.runs.tested import ask_tests, find_tests, tell_tests_left
     console, device = Console(), check_device(device)
@@ -168,6 +173,8 @@ def bench(
     sizes = read_list('eval-sizes', eval_sizes, int) if eval_sizes else None if eval_sizes is None else ()
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
     specs = read_specs(data, heads, seeds, recipe, options, splits=splits, save_recipe=save_recipe, **overrides)
+    if every_picture(check) and specs[0].data.fingerprint:
+        on_first_process(lambda: check_pictures(find_pictures(specs[0].data.path), every=True) and None)   # it is kept
     tests = find_tests(specs[0].data.path, skip_broken) if test else tell_tests_left(specs[0].data, say)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
     if sizes is None: _tell_blog(specs[0])
@@ -213,7 +220,7 @@ def lr(
     data: Annotated[str, typer.Argument(help=_DATA, parser=expand)] = 'digits',
     heads: Annotated[str | None, typer.Option(help=_HEADS)] = None,
     rates: Annotated[str, typer.Option(help='Rates to try, separated by commas.')] = '1e-3,2e-3,4e-3,8e-3,16e-3,32e-3',
-    seeds: Annotated[str, typer.Option(help='Seeds for tuning: others than those of the comparison.')] = '0,10',
+    seeds: Annotated[str | None, typer.Option(help=_TUNING)] = None,
     arch: Annotated[str | None, typer.Option(help=_ARCH)] = None,
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN|RUNS')] = '',
     recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
@@ -233,9 +240,11 @@ def lr(
       attnpool lr digits --heads avg,concat --rates 4e-3,8e-3,16e-3
       attnpool lr photos/ --recipe finetune --arch tf_efficientnet_lite0 --start WEIGHTS.pth
     """
+    from attnpool.recipe import find_recipe
     from attnpool.report.stats import learning_rates
     grid, console, device = read_list('rates', rates, float), Console(), check_device(device)
     common = dict(arch=arch, start=start, eval_sizes=(), skip_broken=skip_broken) | overrides
+    if seeds is None and not is_followed(start, find_recipe(recipe)): seeds = '0,10'
     specs = read_specs(data, heads, seeds, recipe, rates=grid, save_recipe=save_recipe, **common)
     check_out(out/'rates.csv', [data], make=True, own='head,', folder=True)
     best, table = learning_rates(make_runs(specs, out, device, console, checkpoint_seconds))
@@ -251,6 +260,7 @@ def data(
     data: Annotated[str, typer.Argument(help=_DATA, parser=expand)],
     out: Annotated[Path | None, typer.Option(help='PNG of a training batch.  [default: NAME.png]', **_FILE)] = None,
     size: Annotated[int, typer.Option(help='Side of the pictures in it, in pixels.', min=1)] = 128,
+    check: Annotated[str | None, typer.Option(help=_CHECK, metavar='all')] = None,
 ):
     """Describe and check a data set.
 
@@ -263,10 +273,11 @@ def data(
       attnpool data imagenet/  (train/ and val/ of WordNet ids; val/ alone and ImageNet-V2 are for attnpool evaluate)
     """
     from attnpool.data import describe
+    from attnpool.data.check import every_picture
     from attnpool.data.pictures import data_name
     out = out or Path(f'{data_name(data)}.png')
     check_out(out, [data])
-    typer.echo(describe(data, out, size).text)
+    typer.echo(describe(data, out, size, every=every_picture(check)).text)
 
 # %% ../nbs/700_cli.ipynb #bf6bdb08
 app.command(short_help='See where a trained network looks: a page of pictures and maps, or measures.')(maps)

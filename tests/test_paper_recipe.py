@@ -6,17 +6,14 @@ import pickle
 import random
 import subprocess
 import sys
-from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fastai.callback.fp16 import MixedPrecision as FastaiMixedPrecision
-from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL, set_seed
+from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, PILImage, TfmdDL, set_seed
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -24,23 +21,18 @@ from timm.optim import Lamb, param_groups_weight_decay
 from torch import nn
 
 from attnpool.callback.order import Order
-from attnpool.data.batches import repeated, repeated_dl
+from attnpool.data.batches import repeated
 from attnpool.data.digits import digits_dls
 from attnpool.distributed import distributed, join_processes, processes, scale_up, shard
 from attnpool.frozen import check_frozen
-from attnpool.heads import HEADS
-from attnpool.models.body import network_of
 from attnpool.models.surgery import build_network
-from attnpool.optimizers import SparingWrapper, decaying
+from attnpool.optimizers import decaying
 from attnpool.recipe import (
-    OPTIMIZERS, RECIPES, SCHEDULES, change_recipe, get_recipe, learner_for, read_recipe, recipe_learner, save_recipe)
+    LOSSES, OPTIMIZERS, RECIPES, change_recipe, get_recipe, learner_for, read_recipe, recipe_learner, save_recipe)
 from attnpool.registry import BadInput
 from attnpool.settings import Recipe, values_of
 
 ROOT = Path(__file__).parent.parent
-
-
-def quiet(learn): return learn.no_bar(), learn.no_logging()
 
 
 def fitted(learn, *args, **kwargs):
@@ -284,6 +276,57 @@ def test_repeats_are_augmented_anew(mix, tmp_path):
     fitted(learn)
     pictures = torch.cat([x for x, _ in watch.seen])
     assert len(pictures) == 18 and len({p.numpy().tobytes() for p in pictures}) == 18
+
+
+# What is done to the pictures
+
+def test_the_papers_mix_is_timms_in_pictures_and_in_loss():
+    from timm.data.mixup import mixup_target
+    from timm.loss import SoftTargetCrossEntropy
+    shares, cuts = [], 0
+    class Check(Callback):
+        order, run_valid = 9, False   # after the mix
+        def before_batch(self):
+            nonlocal cuts
+            mixer = self.learn.cut_mix_up
+            x, lam = originals.pop(), mixer.lam[0].item()
+            shares.append(lam)
+            assert (mixer.lam == lam).all() and torch.equal(mixer.yb1[0], self.y.flip(0))
+            plain = torch.allclose(self.x, lam * x + (1 - lam) * x.flip(0), atol=1e-6)
+            if plain and 0 < lam < 1: return
+            assert ((self.x == x) | (self.x == x.flip(0))).all() and ((self.x != x).any(1).float().mean((1, 2)) <= 1 - lam + 1e-6).all()
+            cuts += 1
+        def after_loss(self):
+            y = mixup_target(self.y.as_subclass(torch.Tensor), 10, shares[-1], .1)
+            losses.append((self.loss.item(), SoftTargetCrossEntropy()(self.pred.as_subclass(torch.Tensor), y).item()))
+    originals, losses = [], []
+    class Before(Callback):
+        order, run_valid = -5, False
+        def before_batch(self): originals.append(self.x.clone())
+    dls = digits_dls(20, 8, n_train=80, n_valid=8)
+    recipe = Recipe(4, 20, 8, lr=1e-3, opt="adam", mix="paper", label_smoothing=.1, precision="float32")
+    fitted(learner_for(dls, net(3 * 20 * 20, 10), recipe, LOSSES["cross_entropy"](recipe), [], cbs=[Check(), Before()]))
+    assert len(losses) == 40 and np.allclose(*zip(*losses), rtol=1e-5) and 8 < cuts < 32
+    assert min(shares) < .3 and max(shares) > .7   # not the larger of the two
+
+
+def test_the_papers_randaugment_is_timms_pixel_for_pixel():
+    from PIL import Image
+    from skimage import data
+    from timm.data import create_transform
+
+    from attnpool.data.augment import AUGMENTS
+    for name, config in {"imagenet": "rand-m9-mstd0.5-inc1", "imagenet-m7": "rand-m7-mstd0.5-inc1"}.items():
+        theirs, ours = create_transform(48, True, auto_augment=config, color_jitter=None, interpolation="bicubic", normalize=False), AUGMENTS[name].items(48)[0]
+        photo, same = Image.fromarray(data.chelsea()), 0
+        for seed in range(60):
+            set_seed(seed)
+            try: wanted = np.asarray(theirs(photo)).transpose(1, 2, 0)
+            except ValueError: continue   # of newer Pillows, which posterise to no fewer bits than 1
+            set_seed(seed)
+            assert np.array_equal(np.asarray(ours(PILImage.create(photo), split_idx=0)), wanted)
+            same += 1
+        assert same > 40
 
 
 # Batches larger than the memory

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .maps import FILE, Device
+from .maps import FILE
 from ..registry import BadInput
 from ..runs.options import check_device, check_out, expand, fail, make_runs, read_list, read_options, say
 
@@ -21,7 +21,11 @@ _SWEEP = ('Which: table5, parts of the network; B1, learning rate and weight dec
           'depth; B3, LayerNorm and BatchNorm in seven networks.')
 _ARCH = ('Network in the place of S60, of the family: patchconvnet_tiny for two cores, ..., patchconvnet_s60; B1 and '
          'B2 take any.')
+_DATA = 'Data set: a folder, tar or CSV file of pictures, or `DATASETS` (digits with --size 40 --augment own).'
+_ROWS = 'Rows, separated by commas, as --list shows them; those that they are compared with come along.  [default: all]'
 _OPTIONS = 'Options of network and head for all rows: embed_dim=64,depth=4; num_heads is for the row multi-head.'
+_CHECKPOINT = 'Least time between two checkpoints of a run, in seconds; 0: after each epoch.'
+_RECIPE = 'Recipe: `RECIPES`; or a TOML file. The options after it replace single values.'
 _OUT = 'Folder for the runs, the table and the page. What is complete there is not made again.'
 _TABLES = {'.csv': 'row,head,options,', '.md': '# Table', '.runs.csv': 'spec.head'}   # beside the page
 
@@ -51,25 +55,36 @@ def _tell_plan(specs, out):
     Console().print(plain_table(table))
     say(text)
 
-# %% ../../nbs/696_commands.ablate.ipynb #bb70adbb
+# %% ../../nbs/696_commands.ablate.ipynb #1b42290d
+def _report(sweep, specs, made, page):
+    "The table, and where it is written."
+    from attnpool.report.ablations import ablation_remarks, ablation_table, format_ablation, write_ablation
+    from attnpool.report.page import keep_other
+    from attnpool.report.stats import plain_table
+    results = {name: [made[s] for s in its if s in made] for name, its in specs.items()}
+    for line in ablation_remarks(sweep, results): say(line)
+    text = format_ablation(ablation_table(sweep, results)).drop(columns=['verdict', 'parameters', 's/epoch'])
+    Console().print(plain_table(text))
+    if kept := keep_other(page, [r for rs in results.values() for r in rs]):
+        say(f'The page of other data that lay there is kept as {kept}')
+    write_ablation(sweep, results, page)
+    say(f'Page:  {page.resolve().as_uri()}\nTable: {page.with_suffix(".csv")}, {page.with_suffix(".md")}')
+
+# %% ../../nbs/696_commands.ablate.ipynb #d0184d5f
 def ablate(
     sweep: Annotated[str, typer.Argument(help=_SWEEP, metavar='TABLE')] = '',
-    data: Annotated[str, typer.Option(help='Data set: a folder, tar or CSV file of pictures, or `DATASETS` (digits with '
-                                      '--size 40 --augment own).', parser=expand)] = '',
-    rows: Annotated[str, typer.Option(help='Rows, separated by commas, as --list shows them; those that they are '
-                                      'compared with come along.  [default: all]')] = '',
+    data: Annotated[str, typer.Option(help=_DATA, parser=expand)] = '',
+    rows: Annotated[str, typer.Option(help=_ROWS)] = '',
     seeds: Annotated[str, typer.Option(help='Seeds, separated by commas, the same for all rows.')] = '1,2,3',
     arch: Annotated[str, typer.Option(help=_ARCH)] = 'patchconvnet_tiny',
     options: Annotated[str, typer.Option(help=_OPTIONS)] = '',
-    recipe: Annotated[str, typer.Option(help='Recipe: `RECIPES`; or a TOML file. The options after it replace single '
-                                        'values.', parser=expand, metavar='NAME|FILE')] = 'paper-small',
+    recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'paper-small',
     show: Annotated[bool, typer.Option('--list', help='Show the rows and the values printed; make nothing.')] = False,
     dry_run: Annotated[bool, typer.Option('--dry-run', help='Show runs and steps of training; make nothing.')] = False,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
-    device: Device = 'auto',
+    device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
     out: Annotated[Path, typer.Option(help=_OUT, **FILE)] = 'runs',
-    checkpoint_seconds: Annotated[float, typer.Option(help='Least time between two checkpoints of a run; 0: after each '
-                                                      'epoch.', min=0)] = 60.,
+    checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60.,
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     gpus: Annotated[int, typer.Option(help='GPUs of a job, with one process each.', min=0)] = 0,
@@ -81,9 +96,8 @@ def ablate(
 ):
     """Make one of the paper's ablations on your data, beside the paper's numbers.
 
-    Shows a table (mean, paired difference to the row that the paper compares with, and the paper's own values in
-    columns apart) and writes it to OUT as ablation-TABLE.html, with a figure. Printed rates, for batches of 2048, are
-    taken times the root of the ratio of the batch sizes.
+    Shows a table (mean, paired difference to the row that the paper compares with; the paper's own values apart) and
+    writes it to OUT as ablation-TABLE.html. Printed rates are for batches of 2048; they go by the root of the batch.
 
     \b
     Examples:
@@ -99,34 +113,19 @@ def ablate(
     if heads is not None: raise BadInput("heads: the rows name theirs. attnpool bench compares heads.")
     if show: return _list(sweep)
     sweep, console, device = _named(sweep), Console(), check_device(device)
-    if not data: raise BadInput('data: name the pictures, for example --data photos/. --list shows the rows without any.')
+    if not data: raise BadInput('data: name the pictures, for example --data photos/. --list shows the rows alone.')
     if cluster: check_cluster(cluster, time_limit)
     numbers, names = read_list('seeds', seeds, int), read_list('rows', rows) if rows else ()
-    specs = ablation_specs(sweep, data, arch, recipe, numbers, names, read_options(options), skip_broken=skip_broken,
-                           **overrides)
+    overrides |= dict(options=read_options(options), skip_broken=skip_broken)
+    specs = ablation_specs(sweep, data, arch, recipe, numbers, names, **overrides)
     def sized(spec): return scale_up(spec, max(gpus, 1) if cluster else None)   # for all processes of a run
     specs = {name: [sized(s) for s in its] for name, its in specs.items()}
     if dry_run: return _tell_plan(specs, out) if is_first() else None
-    page = out/f'ablation-{sweep}.html'
-    if is_first(): check_out(page, [data], _TABLES, make=True, own='--line: #888', folder=True)
-    if is_first(): tell_tests_left([*specs.values()][0][0].data, say)
+    page, todo = out/f'ablation-{sweep}.html', [its[i] for i in range(len(numbers)) for its in specs.values()]
+    if is_first():
+        check_out(page, [data], _TABLES, make=True, own='--line: #888', folder=True)
+        tell_tests_left(todo[0].data, say)
     job = dict(cluster=cluster, partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size,
                wait=wait)
-    todo = [its[i] for i in range(len(numbers)) for its in specs.values()]   # seed by seed
     made = make_runs(todo, out, device, console, checkpoint_seconds, **(job if cluster else {}))
-    if not is_first() or not made: return
-    by_spec = {r.spec: r for r in made}
-    _report(sweep, {name: [by_spec[s] for s in its if s in by_spec] for name, its in specs.items()}, page)
-
-def _report(sweep, results, page):
-    "The table, and where it is written."
-    from attnpool.report.ablations import ablation_remarks, ablation_table, format_ablation, write_ablation
-    from attnpool.report.page import keep_other
-    from attnpool.report.stats import plain_table
-    for line in ablation_remarks(sweep, results): say(line)
-    text = format_ablation(ablation_table(sweep, results)).drop(columns=['parameters', 's/epoch'])
-    Console().print(plain_table(text))
-    if kept := keep_other(page, [r for rs in results.values() for r in rs]):
-        say(f'The page of other data that lay there is kept as {kept}')
-    write_ablation(sweep, results, page)
-    say(f'Page:  {page.resolve().as_uri()}\nTable: {page.with_suffix(".csv")}, {page.with_suffix(".md")}')
+    if is_first() and made: _report(sweep, specs, {r.spec: r for r in made}, page)

@@ -169,7 +169,8 @@ def list_folder(
                        f"network about it: attnpool evaluate MODEL {root}.")
     files, labels, left_out = labelled_files(root, unwrapped(train) if train else root)
     if not files:
-        other = f', but {len(left_out):,} other files ({first_few(map(os.path.basename, left_out), 3)})' if left_out else ''
+        few = first_few(map(os.path.basename, left_out), 3)
+        other = f', but {len(left_out):,} other files ({few})' if left_out else ''
         raise BadInput(f"data: {root} holds no pictures{other}. {LAYOUTS}")
     if tests: check_tests(root, valid and valid.name, test and test.name, test and set(unwrapped(test).glob('*/*')))
     if tests: valid = test

@@ -112,10 +112,12 @@ def nearest_timm(
 # %% ../../nbs/245_models.fit.ipynb #c35a7c4a
 def _patch(state):
     "The side of the patches of a vision transformer or of the paper's networks, by their stem; None of others."
-    state = from_deit(state) if any(k.startswith('patch_embed.proj.0.0.') for k in state) else state
-    stem = [v for k, v in state.items() if re.fullmatch(r'stem\.\d+\.weight|patch_embed\.proj\.weight', k)]
-    if not stem or 'blocks.0.norm.weight' not in state and 'patch_embed.proj.weight' not in state: return None
-    return 2**len(stem) if stem[0].shape[-1] == 3 else stem[0].shape[-1]
+    state = {re.sub(r'^0\.(model\.)?', '', k): v for k, v in state.items()}   # of a body with a head
+    if 'patch_embed.proj.0.0.weight' in state: state = from_deit(state)
+    embed = state.get('patch_embed.proj.weight', state.get('stem.0.weight') if 'blocks.0.gamma_1' in state else None)
+    if embed is None or embed.ndim != 4: return None
+    convs = sum(bool(re.fullmatch(r'stem\.\d+\.weight', k)) for k in state)
+    return 2**convs if convs and 'stem.0.bias' not in state else embed.shape[-1]
 
 def misfit(
     path: Path | str, # Of the file
@@ -132,7 +134,7 @@ def misfit(
     if 0 < off < needed / 10 and len(wrong) > needed / 2:   # but for these, their order could tell
         wrong = [f'it has {has} tensors instead of {whole}, or {needed} up to the map', *wrong]
     its, mine = _patch(state), _patch(_names(network_of(net), *(how or (None, {})))[0])
-    if its and mine and its != mine and len(wrong) < len(state) / 10:
+    if its and mine and its != mine and all(re.match(r'[\w.]*(stem|patch_embed|pos_embed)\b', w) for w in wrong):
         return BadInput(f"start: the weights in {path} are for patches of {its} px, and {arch} has patches of {mine}: "
                         f"{'; '.join(wrong[:2])}. Give weights for its patches, or build it for theirs, as with "
                         f"--options patch_size={its}.")

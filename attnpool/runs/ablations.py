@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from ..data import DataId
+from ..models.body import check_arch
 from ..models.deit import VARIANTS
 from ..recipe import Recipe, find_recipe, network_for
 from ..registry import BadInput, Registry, unknown
@@ -55,7 +56,7 @@ def _read():
 SWEEPS = Registry('ablation')   # name: rows, in the paper's order
 SWEEPS.update({name: tuple(rows) for name, rows in _read().items()})
 
-# %% ../../nbs/585_runs.ablations.ipynb #a9ffbf53
+# %% ../../nbs/585_runs.ablations.ipynb #0072f487
 _WIDTH, _DEPTH, _BATCH = 384, 60, 2048   # of S60
 
 def row_options(
@@ -77,7 +78,7 @@ def row_settings(
     "The settings of a row, with its rate for that batch size."
     return {k: v * math.sqrt(bs / _BATCH) if k == 'lr' else v for k, v in row.settings}
 
-# %% ../../nbs/585_runs.ablations.ipynb #f14787a4
+# %% ../../nbs/585_runs.ablations.ipynb #b8736572
 def find_rows(
     sweep: str, # Name in `SWEEPS`
     names: Sequence[str] = (), # Names of rows; none for all
@@ -89,6 +90,7 @@ def find_rows(
     wanted = {n for name in names or rows for n in (name, rows[name].versus)}
     return [row for name, row in rows.items() if name in wanted]
 
+# %% ../../nbs/585_runs.ablations.ipynb #2af35f5a
 def _check_changes(sweep, rows, arch, given, train, overrides):
     "An error for what the rows decide, and for a network that is not of the family."
     every = SWEEPS[sweep]
@@ -103,7 +105,7 @@ def _check_changes(sweep, rows, arch, given, train, overrides):
     fixed = names - {'embed_dim', 'depth', 'num_heads', 'gamma_init'}
     if taken := next((k for k in given if k in fixed), None):
         raise BadInput(f"options: the rows of {sweep} decide {taken}, got {given[taken]!r}. Leave it out.")
-    if arch not in VARIANTS and any(row.options for row in rows):
+    if check_arch(arch) not in VARIANTS and any(row.options for row in rows):
         raise BadInput(f"arch: {sweep} changes {', '.join(sorted(names))} of a PatchConvNet, which {arch} is not. Take "
                        f"{', '.join([*VARIANTS][:5])}, ...; B1 and B2 change the training alone, of any network.")
 
@@ -137,10 +139,10 @@ def ablation_specs(
     def on(data): return {row.name: [one(data, row, seed) for seed in seeds] for row in chosen}
     first = on(DataId(''))   # what cannot be meant is told before the data are read
     if arch in VARIANTS:
-        for specs in first.values(): _check_builds(specs[0])
+        for spec in {(s.head, s.options): s for s, *_ in first.values()}.values(): _check_builds(spec)
     return on(data_for(data, recipe))
 
-# %% ../../nbs/585_runs.ablations.ipynb #ad2d1d00
+# %% ../../nbs/585_runs.ablations.ipynb #702d3c0b
 def plan(
     specs: dict[str, list[Spec]], # From `ablation_specs`
     out: Path | str, # Folder of run folders, there or not

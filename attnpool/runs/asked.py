@@ -84,7 +84,7 @@ def read_specs(
     from attnpool.runs.spec import data_for, make_spec
     groups, recipe = dict(all=HEADS, peers=PEERS), find_recipe(recipe)
     given, follows = read_options(options), is_followed(common.get('start'), recipe)
-    heads = None if heads is None and follows else read_list('heads', heads or HEADS_USUAL)
+    heads = None if follows and heads in (None, 'all') else read_list('heads', heads or HEADS_USUAL)
     heads = heads and list(dict.fromkeys(head for word in heads for head in groups.get(word, [word])))
     if splits and seeds: raise BadInput(f"--splits: each has its own seed, got --seeds {seeds} too. Leave one out.")
     if follows:

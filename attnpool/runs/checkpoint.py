@@ -111,7 +111,7 @@ def put_training_state(
 
 # %% ../../nbs/525_runs.checkpoint.ipynb #202171b7
 _PARTS = 'made', 'state', 'history', 'seconds'   # of the header
-_SHARE = 50   # writing takes at most a fiftieth of the time
+_SHARE = 100   # writing takes at most a hundredth of the time
 
 class Checkpoint:
     "The file from which a run goes on that was stopped; the last one replaces the one before."

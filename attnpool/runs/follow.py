@@ -54,7 +54,9 @@ def finished_runs(
 ) -> list[Result]: # In the order of their names
     "The finished runs below a folder. An error where there is none, with what there is instead."
     folder, done, others = Path(folder).expanduser(), [], []
+    tunings = {file.parent for file in folder.rglob('rates.csv')} - {folder}   # of attnpool lr
     for file in sorted(folder.rglob('spec.json')):
+        if tunings & set(file.parents): continue
         try: result = load_run(file.parent)
         except BadInput as e: others.append(str(e).removeprefix(f'{file.parent}: ').rstrip('.')); continue
         if result.status == 'complete': done.append(result)
@@ -73,7 +75,7 @@ def _chosen(kind, asked, runs, of):
     "The runs that are of one of the asked; an error for what none of them is of."
     there = [*dict.fromkeys(map(of, runs))]
     if wrong := next((a for a in asked if a not in there and SAME_PARTS.get(a) not in there), None):
-        raise unknown(kind, wrong, there)
+        raise unknown(kind, str(wrong), map(str, there))
     return [r for r in runs if not asked or any(of(r) in (a, SAME_PARTS.get(a)) for a in asked)]
 
 def runs_to_follow(

@@ -13,7 +13,7 @@ import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache, partial
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -132,6 +132,7 @@ def make_spec(
     recipe, (head, arch, folder) = find_recipe(recipe), _own_parts(head, arch)
     of_head, of_arch = split_options(head, arch, options or {})
     if folder: _check_parts(head, arch, _pairs(of_head), _pairs(of_arch))
+    _check_sides(arch, of_arch, overrides.get('size') or recipe.size, eval_sizes)
     start = find_start(start, arch, **of_arch)
     if not isinstance(data, DataId): data = data_for(data, recipe)
     r = check_frozen(get_recipe(recipe, head, data.family, arch, **overrides))
@@ -149,7 +150,6 @@ def make_spec(
         raise BadInput(f"eval_sizes: expected several sides in pixels, such as ({eval_sizes},), got {eval_sizes!r}.")
     skip = bool(skip_broken and data.fingerprint)   # of pictures that are made, none is broken
     sizes, options = tuple(_whole('eval_sizes', s, 1) for s in eval_sizes), _pairs(of_head | of_arch)
-    _check_sides(arch, dict(options), r.size, sizes)
     return _unseen(Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split, folder))
 
 # %% ../../nbs/510_runs.spec.ipynb #5d0b7f01
@@ -193,13 +193,14 @@ def _whole(name, value, least):
 
 def _check_sides(arch, options, size, eval_sizes):
     "An error for sides that the patches of the paper's networks do not divide, before anything is read."
-    patch = ((VARIANTS.get(arch.partition('.')[0]) or dict(patch_size=1)) | options).get('patch_size', 16)
-    for name, side in [('size', size), *(('eval_sizes', side) for side in eval_sizes)]:
-        if isinstance(patch, int) and patch > 0 and side % patch:
+    own = VARIANTS.get(arch.partition('.')[0])
+    patch = 1 if own is None else (dict(patch_size=16) | own | options)['patch_size']
+    sizes = eval_sizes if isinstance(eval_sizes, (list, tuple)) else ()
+    for name, side in [('size', size), *(('eval_sizes', side) for side in sizes)]:
+        if all(isinstance(n, Integral) and n > 0 for n in (side, patch)) and side % patch:
             low = side // patch * patch
-            near = f'{low} or {low + patch}' if low else patch
-            raise BadInput(f"{name}: {arch} cuts pictures into patches of {patch} px, which do not divide {side}. "
-                           f"The nearest that they do is {near}.")
+            raise BadInput(f"{name}: {arch} cuts pictures into patches of {patch}x{patch} pixels, which do not divide "
+                           f"{side}. Use {f'{low} or ' * bool(low)}{low + patch}.")
 
 def _pairs(options):
     "Options in the order of their names, lists as tuples: what is equal is written equally."
