@@ -93,8 +93,8 @@ def _tell_blog(spec):
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
          'or a folder, tar or CSV file of pictures.')
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
-          'Also ablations, such as slim-rms (heads.ABLATIONS); installed from other packages: `OTHER_HEADS`; and your '
-          'own, my_heads:Mine, the Mine in a my_heads.py of this folder.  '
+          "The paper's: `PAPER_HEADS`. Also ablations, such as slim-rms (heads.ABLATIONS); installed from other "
+          'packages: `OTHER_HEADS`; and your own, my_heads:Mine, the Mine in a my_heads.py of this folder.  '
           '[default: avg,concat,slim,learned; with --start RUNS theirs]')
 _ARCH = ('Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18; installed from other '
          "packages: `OTHER_ARCHS`; or your own, my_nets:net, a function in this folder's my_nets.py.  "
