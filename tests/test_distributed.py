@@ -21,6 +21,8 @@ from attnpool.runs import train as runs
 from attnpool.data.digits import digits_dls
 from attnpool.runs.spec import make_spec
 from attnpool.runs.store import load_run
+from attnpool.runs.tested import read_predictions
+from attnpool.runs.train import open_run
 from attnpool.distributed import (
     Distributed, distributed, is_first, join_processes, on_first_process, processes, scale_up, shard, shard_dl, _sync_norms)
 from attnpool.layers import TokenBatchNorm
@@ -275,13 +277,13 @@ def test_the_papers_recipe_on_two_processes_from_pictures_to_report(tmp_path):
     result = load_run(folder)
     r = result.spec.recipe
     assert result.status == "complete" and result.processes == 2 and result.pictures == [48, 10] and list(result.sizes) == ["40"]
-    assert (r.bs, r.micro_bs, r.repeats, r.augment, r.opt) == (32, 4, 3, "imagenet", "timm-lamb")
+    assert (r.bs, r.micro_bs, r.repeats, r.augment, r.opt) == (16, 4, 3, "imagenet", "timm-lamb")
     history = result.history()
     assert len(history) == 2 and np.isfinite(history[["train_loss", "valid_loss"]]).all(axis=None) and history.valid_loss.nunique() == 2
-    with torch.no_grad():   # one process gets the same from the weights: every validation picture counted once, through the same crop
-        from attnpool.runs.train import open_run
-        learn = open_run(folder, "cpu", data=tmp_path / "photos")
-        with learn.no_bar(): loss, right, *_ = learn.validate()
+    learn = open_run(folder, "cpu", data=tmp_path / "photos")   # one process gets the same from the weights, through the same crop
+    with learn.no_bar(): loss, right, *_ = learn.validate()
     assert result.value == pytest.approx(right) and result.metrics["valid_loss"] == pytest.approx(loss, rel=1e-4)
+    said = read_predictions(result)
+    assert len(said) == 10 and (said.label == said.said).mean() == pytest.approx(right) and said.loss.mean() == pytest.approx(loss, rel=1e-4)
     again = torchrun(*command, extra=env)
     assert again.returncode == 0 and "1 of 1 runs are in" in again.stdout
