@@ -13,12 +13,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .commands.ablate import ablate
+from .commands.evaluate import evaluate
 from .commands.maps import maps
 from .cost.commands import complexity, speed
 from .registry import BadInput
-from .runs.options import (
+from .runs.asked import is_followed, read_specs
+from attnpool.runs.options import (
     LateCommands, check_device, check_out, expand, fail, guarded, late_options, make_runs, path_of, read_list,
-    read_options, read_specs, say)
+    read_options, say)
 
 # %% ../nbs/700_cli.ipynb #36a013b6
 app = typer.Typer(cls=LateCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -49,6 +52,13 @@ def _show(results):
         for line in remarks(its, part) if its else (): say(line)
         if its: Console().print(rich_table(summarize(its)))
 
+def _show_settings(results):
+    from attnpool.report.collect import group_by_setting, tell_apart
+    groups = group_by_setting(results)
+    for (title, _), group in zip(tell_apart(groups), groups):
+        say(title)
+        _show(group)
+
 def _written(results, out, **options):
     from attnpool.report.page import keep_other, write_report
     if kept := keep_other(out, results): say(f'The report of other data that lay there is kept as {kept}')
@@ -61,46 +71,72 @@ def _check_trained(results):
     fail(f"heads: none could be trained. {'; '.join(dict.fromkeys(f'{r.spec.head}: {r.reason}' for r in results))}")
     raise typer.Exit(1)
 
+# %% ../nbs/700_cli.ipynb #a1c20d4b
+def _show_asked(results, specs, data, recipe):
+    "What was asked in a table; runs that follow others with those before them."
+    from attnpool.runs.store import load_run
+    first, starts = specs[0], dict.fromkeys(s.start.path for s in specs if s.start.after)
+    results = [load_run(path) for path in starts] + results
+    if starts: _show_settings(results)
+    else:
+        start = f' from {first.start.name}' * bool(first.start)
+        say(f'{data}, {first.arch}{start}, recipe {recipe}')   # a title is cut
+        _show(results)
+    return results
+
+def _tell_blog(spec):
+    from attnpool.distributed import is_first
+    also = ' and '.join(map(str, spec.eval_sizes))
+    if also and is_first(): say(f'As in the blog: trained on {spec.data.name}, validated at {also} px as well.')
+
 # %% ../nbs/700_cli.ipynb #d3c54877
 _DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
          'or a folder, tar or CSV file of pictures.')
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
-          'Also ablations, such as slim-rms (heads.ABLATIONS); installed from other packages: `OTHER_HEADS`; and your '
-          'own, my_heads:Mine, the Mine in a my_heads.py of this folder.')
+          "The paper's: `PAPER_HEADS`. Also ablations, such as slim-rms (heads.ABLATIONS); installed from other "
+          'packages: `OTHER_HEADS`; and your own, my_heads:Mine, the Mine in a my_heads.py of this folder.  '
+          '[default: avg,concat,slim,learned; with --start RUNS theirs]')
 _ARCH = ('Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18; installed from other '
-         "packages: `OTHER_ARCHS`; or your own, my_nets:net, a function in this folder's my_nets.py.")
+         "packages: `OTHER_ARCHS`; or your own, my_nets:net, a function in this folder's my_nets.py.  "
+         '[default: xeca_resnext_tiny; with --start RUNS theirs]')
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "
-          '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone.  '
-          '[default: from scratch]')
+          '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone. Of a '
+          'folder of RUNS each goes on by itself: with its head, network, options, seed and split; so does a run with '
+          'the recipe fixres or finetune-21k.  [default: from scratch]')
 _RECIPE = 'Recipe: `RECIPES`; or a TOML file. The options after it replace single values.'
 _SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recipe; then go on.'
 _DEVICE = 'cpu, cuda, mps, or auto.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
+_CHECK = 'all: look at every picture before, not at a sample of each class where there are more than 50,000.'
 _OUT = 'Folder for the runs, the table and the report. What is complete there is not made again.'
-_SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3]'
+_SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3; with --start RUNS theirs]'
+_TUNING = 'Seeds for tuning: others than those of the comparison.  [default: 0,10; with --start RUNS theirs]'
 _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn anew, the same for all heads; where the '
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
 _TEST = 'Ask each run once about the test pictures, in test/CLASS; they get a table of their own.'
 _FILE = dict(parser=path_of, metavar='PATH')
 _RUNS = _FILE | dict(metavar='RUNS')
 _TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | ', '.runs.csv': 'spec.head'}   # beside a report
+_CHECKPOINT = ('Least time between two checkpoints, from which a run that was stopped goes on; 0 writes one after each '
+               'epoch.')
 _GPUS = 'GPUs of a job, with one process each: the batch grows by their number n, the learning rate by its root.'
 
 # %% ../nbs/700_cli.ipynb #6b9daf66
 @late_options(app)
 def bench(
     data: Annotated[str, typer.Argument(help=_DATA, parser=expand)] = 'digits',
-    heads: Annotated[str, typer.Option(help=_HEADS)] = 'avg,concat,slim,learned',
+    heads: Annotated[str | None, typer.Option(help=_HEADS)] = None,
     seeds: Annotated[str | None, typer.Option(help=_SEEDS)] = None,
     splits: Annotated[int | None, typer.Option(help=_SPLITS, min=2)] = None,
     task: Annotated[str, typer.Option(help='Task: `TASKS`.')] = 'classify',
-    arch: Annotated[str, typer.Option(help=_ARCH)] = 'xeca_resnext_tiny',
-    start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN')] = '',
+    arch: Annotated[str | None, typer.Option(help=_ARCH)] = None,
+    start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN|RUNS')] = '',
     options: Annotated[str, typer.Option(help='Options of heads and network: num_heads=2,ffn_expand=1.')] = '',
     recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
     save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
+    check: Annotated[str | None, typer.Option(help=_CHECK, metavar='all')] = None,
     test: Annotated[bool, typer.Option('--test', help=_TEST)] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
@@ -108,9 +144,10 @@ def bench(
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     gpus: Annotated[int, typer.Option(help=_GPUS, min=0)] = 0,
-    time_limit: Annotated[int, typer.Option(help='Minutes for a job. What runs out of time starts over.')] = 240,
+    time_limit: Annotated[int, typer.Option(help='Minutes for a job. What takes longer goes on in the next.')] = 240,
     array_size: Annotated[int | None, typer.Option(help='Jobs at a time.  [default: 1, in Slurm 256]', min=1)] = None,
     wait: Annotated[bool, typer.Option(help='Stay until all jobs are done. The same command later goes on.')] = True,
+    checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60,
     **overrides
 ):
     """Compare heads on the same network, data and seeds.
@@ -122,10 +159,13 @@ def bench(
     Examples:
       attnpool bench digits --heads avg,learned,my_heads:Mine --options num_heads=4 --drop-path 0.1
       attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --test
+      attnpool bench photos/ --recipe fixres --start runs/ --size 128    (each run goes on, at a higher resolution)
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
-    from attnpool.distributed import is_first, scale_up
+    from attnpool.data.check import check_pictures, every_picture
+    from attnpool.data.find import find_pictures
+    from attnpool.distributed import is_first, on_first_process, scale_up
     from attnpool.runs.cluster import check_cluster
     from attnpool.runs.tested import ask_tests, find_tests, tell_tests_left
     console, device = Console(), check_device(device)
@@ -133,19 +173,19 @@ def bench(
     sizes = read_list('eval-sizes', eval_sizes, int) if eval_sizes else None if eval_sizes is None else ()
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
     specs = read_specs(data, heads, seeds, recipe, options, splits=splits, save_recipe=save_recipe, **overrides)
+    if every_picture(check) and specs[0].data.fingerprint:
+        on_first_process(lambda: check_pictures(find_pictures(specs[0].data.path), every=True) and None)   # it is kept
     tests = find_tests(specs[0].data.path, skip_broken) if test else tell_tests_left(specs[0].data, say)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
-    if sizes is None and specs[0].eval_sizes and is_first():
-        also = f'validated at {" and ".join(map(str, specs[0].eval_sizes))} px as well'
-        say(f'As in the blog: trained on {specs[0].data.name}, {also}.')
-    job = dict(partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size, wait=wait)
+    if sizes is None: _tell_blog(specs[0])
+    job = dict(cluster=cluster, partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size,
+               wait=wait) if cluster else {}
     if is_first(): check_out(out/'report.html', [data], _TABLES, make=True, own='--line: #888', folder=True)
-    results = make_runs(specs, out, device, console, **(dict(cluster=cluster, **job) if cluster else {}))
+    results = make_runs(specs, out, device, console, checkpoint_seconds, **job)
     if not is_first() or not results: return
     results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
     if tests: results = ask_tests(results, tests, device, say)
-    say(f'{data}, {arch}{f" from {specs[0].start.name}" * bool(specs[0].start)}, recipe {recipe}')   # a title is cut
-    _show(results)
+    results = _show_asked(results, specs, data, recipe)
     say(_written(results, out/'report.html'))
     _check_trained(results)
 
@@ -167,30 +207,28 @@ def report(
 
         attnpool report runs/ --published imagenette
     """
-    from attnpool.report.collect import group_by_setting, tell_apart
     check_out(out, runs, _TABLES, make=True)
     if not (results := _collected(runs)):
         raise BadInput(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
-    text, groups = _written(results, out, data=published), group_by_setting(results)
-    for (title, _), group in zip(tell_apart(groups), groups):
-        say(title)
-        _show(group)
+    text = _written(results, out, data=published)
+    _show_settings(results)
     say(text)
 
 # %% ../nbs/700_cli.ipynb #aa4698c2
 @late_options(app, 'lr')
 def lr(
     data: Annotated[str, typer.Argument(help=_DATA, parser=expand)] = 'digits',
-    heads: Annotated[str, typer.Option(help=_HEADS)] = 'avg,concat,slim,learned',
+    heads: Annotated[str | None, typer.Option(help=_HEADS)] = None,
     rates: Annotated[str, typer.Option(help='Rates to try, separated by commas.')] = '1e-3,2e-3,4e-3,8e-3,16e-3,32e-3',
-    seeds: Annotated[str, typer.Option(help='Seeds for tuning: others than those of the comparison.')] = '0,10',
-    arch: Annotated[str, typer.Option(help=_ARCH)] = 'xeca_resnext_tiny',
-    start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN')] = '',
+    seeds: Annotated[str | None, typer.Option(help=_TUNING)] = None,
+    arch: Annotated[str | None, typer.Option(help=_ARCH)] = None,
+    start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN|RUNS')] = '',
     recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
     save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
     out: Annotated[Path, typer.Option(help='Folder for the runs, not below one to be reported.', **_FILE)] = 'runs-lr',
+    checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60,
     **overrides
 ):
     """Find each head's learning rate in a grid.
@@ -202,12 +240,14 @@ def lr(
       attnpool lr digits --heads avg,concat --rates 4e-3,8e-3,16e-3
       attnpool lr photos/ --recipe finetune --arch tf_efficientnet_lite0 --start WEIGHTS.pth
     """
+    from attnpool.recipe import find_recipe
     from attnpool.report.stats import learning_rates
     grid, console, device = read_list('rates', rates, float), Console(), check_device(device)
     common = dict(arch=arch, start=start, eval_sizes=(), skip_broken=skip_broken) | overrides
+    if seeds is None and not is_followed(start, find_recipe(recipe)): seeds = '0,10'
     specs = read_specs(data, heads, seeds, recipe, rates=grid, save_recipe=save_recipe, **common)
     check_out(out/'rates.csv', [data], make=True, own='head,', folder=True)
-    best, table = learning_rates(make_runs(specs, out, device, console))
+    best, table = learning_rates(make_runs(specs, out, device, console, checkpoint_seconds))
     say(table.to_string())
     table.to_csv(out/'rates.csv')
     for head, rate in best.items():
@@ -220,6 +260,7 @@ def data(
     data: Annotated[str, typer.Argument(help=_DATA, parser=expand)],
     out: Annotated[Path | None, typer.Option(help='PNG of a training batch.  [default: NAME.png]', **_FILE)] = None,
     size: Annotated[int, typer.Option(help='Side of the pictures in it, in pixels.', min=1)] = 128,
+    check: Annotated[str | None, typer.Option(help=_CHECK, metavar='all')] = None,
 ):
     """Describe and check a data set.
 
@@ -229,17 +270,23 @@ def data(
     Examples:
       attnpool data digits
       attnpool data photos/    (with photos/train/CLASS/*.jpg and photos/val/CLASS/*.jpg, or only photos/CLASS/*.jpg)
+      attnpool data imagenet/  (train/ and val/ of WordNet ids; val/ alone and ImageNet-V2 are for attnpool evaluate)
     """
     from attnpool.data import describe
+    from attnpool.data.check import every_picture
     from attnpool.data.pictures import data_name
     out = out or Path(f'{data_name(data)}.png')
     check_out(out, [data])
-    typer.echo(describe(data, out, size).text)
+    typer.echo(describe(data, out, size, every=every_picture(check)).text)
 
 # %% ../nbs/700_cli.ipynb #bf6bdb08
 app.command(short_help='See where a trained network looks: a page of pictures and maps, or measures.')(maps)
 
+# %% ../nbs/700_cli.ipynb #1f4100e4
+late_options(app)(evaluate)
+
 # %% ../nbs/700_cli.ipynb #6271c39f
+late_options(app)(ablate)
 app.command(short_help='Measure what pooling costs.')(speed)
 app.command(short_help='Count parameters, multiply-adds and memory.')(complexity)
 

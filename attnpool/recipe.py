@@ -161,7 +161,7 @@ def learner_for(
     cbs = [*L(cbs), *layout, *TRAINS[r.train](), *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()]
     if r.repeats > 1 or r.micro_bs:
         whole = r.bs if r.micro_bs else None
-        batches_in_step(dls.train, whole)   # what is wrong is told now
+        if dls.train.n != 0: batches_in_step(dls.train, whole)   # told now; a run may be opened without its data
         cbs.append(Order(r.repeats, whole))
     opt = OPTIMIZERS[r.opt]
     if getattr(opt, 'func', None) is SparingWrapper: opt = partial(opt, weights=decaying(model))

@@ -276,7 +276,7 @@ def test_killed_and_interrupted_sweeps_go_on(tmp_path, sig):
     process.send_signal(sig)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (-9 if sig == signal.SIGKILL else 130)
-    if sig == signal.SIGINT: assert err.strip().splitlines()[-1] == f"attnpool: stopped. The finished runs are kept in {tmp_path}; the same command makes the rest."
+    if sig == signal.SIGINT: assert err.strip().splitlines()[-1] == f"attnpool: stopped. What is done is kept in {tmp_path}; the same command goes on."
     first = load_run(tmp_path / specs[0].name)
     made = (tmp_path / specs[0].name / "result.json").stat().st_mtime_ns
     with pytest.raises(ValueError): load_run(second)

@@ -26,25 +26,25 @@ Trust = Annotated[bool, typer.Option('--trust', help='Run code that comes with a
                                     'network that only the model names.')]
 Device = Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')]
 
-# %% ../../nbs/692_commands.maps.ipynb #726508a6
 _MODELS = f'Models, then pictures or folders of them. {MODEL} With --measure: run folders or folders of runs.'
 
+# %% ../../nbs/692_commands.maps.ipynb #726508a6
 def maps(
     models: Annotated[list[Path], typer.Argument(help=_MODELS, **FILE | dict(metavar='MODEL... [PHOTO]...'))],
     top: Annotated[int, typer.Option(help='Likeliest classes to offer for each picture.')] = 3,
     classes: Annotated[str, typer.Option(help='Further classes, by name or index, separated by commas.')] = '',
     n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.', min=1)] = 8,
     pixels: Annotated[int, typer.Option(help='Width to which larger pictures are reduced.', min=32)] = 640,
-    arch: ArchOf = None,
-    head: HeadOf = None,
-    vocab: VocabOf = None,
+    arch: ArchOf = None, # As for `open_model`
+    head: HeadOf = None, # As for `open_model`
+    vocab: VocabOf = None, # As for `open_model`
     size: Annotated[int | None, typer.Option(help='Side of the pictures for weights, in pixels.')] = None,
-    options: OptionsOf = '',
-    trust: Trust = False,
+    options: OptionsOf = '', # As for `read_options`
+    trust: Trust = False, # As for `open_model`
     measure: Annotated[bool, typer.Option('--measure', help="Measure the runs' maps of validation pictures.")] = False,
     data: Annotated[str | None, typer.Option(help='Where the pictures are now.', parser=expand, metavar='PATH')] = None,
     check: Annotated[bool, typer.Option(help='Stop if pictures have changed since the run.')] = True,
-    device: Device = 'auto',
+    device: Device = 'auto', # As for `check_device`
     out: Annotated[Path, typer.Option(help='The page; with --measure, a table, as .csv.', **FILE)] = 'maps.html',
 ):
     """See where a trained network looks: a page of pictures and maps, or measures.
@@ -60,19 +60,10 @@ def maps(
       attnpool maps learner.pkl my_photos/ --trust
       attnpool maps runs --measure
     """
-    console, device = Console(), check_device(device)
+    device = check_device(device)
     if measure and out.name: out = out.with_suffix('.csv')
     check_out(out, [*models, *filter(None, [data, vocab])], own='head,runs,' if measure else '')
-    if measure:
-        from attnpool.report.collect import collect
-        from attnpool.report.stats import measure_maps, plain_table
-        results, problems = collect(models)
-        for line in problems: fail(f'left out: {line}')
-        done = [r for r in results if r.status == 'complete']
-        table = measure_maps(done, device, console, data=data, check=check, trust=trust)
-        table.to_csv(out, index=False)
-        console.print(plain_table(table))
-        return say(f'Table: {out}')
+    if measure: return _measured(models, out, Console(), device=device, data=data, check=check, trust=trust)
     from attnpool.maps.page import maps_page
     from attnpool.runs.open import is_model, open_model
     models, pictures = ([m for m in dict.fromkeys(models) if is_model(m) is wanted] for wanted in (True, False))

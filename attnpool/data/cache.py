@@ -35,11 +35,15 @@ def write_file(
     "Write a file so that it is either whole or not there: to a temporary file, flushed to disk, then renamed."
     path = Path(path)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    with open(tmp, 'wb') as f:
-        f.write(content.encode(errors='backslashreplace') if isinstance(content, str) else content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        with open(tmp, 'wb') as f:
+            f.write(content.encode(errors='backslashreplace') if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException:   # half a file on a full disk would keep it full
+        tmp.unlink(missing_ok=True)
+        raise
 
 def printable(
     text: str, # May hold the name of a file as Python reads it from the disk

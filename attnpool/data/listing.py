@@ -164,10 +164,13 @@ def list_folder(
     name, notes = root.name, []
     root = unwrapped(root, TRAIN + VALID)   # archives often have one folder on top
     train, valid, test = folder_roles(root)
-    if valid and not train: raise BadInput(f"data: {root} has a folder {valid.name} but no folder train. {LAYOUTS}")
+    if valid and not train:
+        raise BadInput(f"data: {root} has a folder {valid.name} but no folder train. {LAYOUTS} To ask a trained "
+                       f"network about it: attnpool evaluate MODEL {root}.")
     files, labels, left_out = labelled_files(root, unwrapped(train) if train else root)
     if not files:
-        other = f', but {len(left_out):,} other files ({first_few(map(os.path.basename, left_out), 3)})' if left_out else ''
+        few = first_few(map(os.path.basename, left_out), 3)
+        other = f', but {len(left_out):,} other files ({few})' if left_out else ''
         raise BadInput(f"data: {root} holds no pictures{other}. {LAYOUTS}")
     if tests: check_tests(root, valid and valid.name, test and test.name, test and set(unwrapped(test).glob('*/*')))
     if tests: valid = test

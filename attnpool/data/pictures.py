@@ -83,6 +83,7 @@ class _ReadLabel(Transform):
         if names: return names[0]
         raise BadInput(f"files: {o} lies in no folder of a class: {first_few(self.known)}. Leave out with_labels=True.")
 
+# %% ../../nbs/370_data.pictures.ipynb #fa370001
 class _Datasets(Datasets):
     def new_empty(self):
         "As an exported Learner keeps them: without the files, their pixels and their labels."
@@ -121,6 +122,7 @@ def _loaders(dsets, about, bs, device, num_workers):
     dls.about, dls.size = about, about['size']
     return dls
 
+# %% ../../nbs/370_data.pictures.ipynb #fa370002
 def picture_dls(
     data: str | Path, # Name, folder, archive, CSV, or folder as a known data set is given out
     size: int = 128, # Side of the pictures, in pixels

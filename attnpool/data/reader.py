@@ -173,6 +173,7 @@ def is_picture(
         with Image.open(file) as im: return im.format in _TOLD_BY_CONTENT
     except Exception: return known   # if it is meant as one, it is broken, and told
 
+# %% ../../nbs/290_data.reader.ipynb #fa290001
 def is_run(
     folder: Path | str, # Any folder
 ) -> bool:

@@ -156,12 +156,18 @@ def _refuse(parameter, state, own):
     raise BadInput(f"{parameter}: not the weights of this network: {'; '.join(wrong[:3])}{more}. " + (
                    f"They look like those of {of}." if of else "They are of another kind than PatchConvNet."))
 
+def _one_for_each(state, model):
+    "A single query as one for each class, where the network has several: what its fine-tuning begins with."
+    query, own = state.get('pool.query'), getattr(model.pool, 'query', None)
+    if query is None or own is None or not model.class_queries or len(query) > 1: return state
+    return state | {'pool.query': query.expand(len(own), -1)}
+
 def load_deit(
     model: nn.Module, # A `PatchConvNet`
     state: dict | nn.Module | str | Path, # The authors' state dict, or a checkpoint or file that it can be found in
 ) -> nn.Module: # The same network
-    "Load a checkpoint of the authors, every key and every shape."
-    state = from_deit(read_weights(state) if isinstance(state, (str, Path)) else state)
+    "Load a checkpoint of the authors, every key and every shape. A single query is copied for each class."
+    state = _one_for_each(from_deit(read_weights(state) if isinstance(state, (str, Path)) else state), model)
     _refuse('state', state, model.state_dict())
     model.load_state_dict(state)
     return model
@@ -169,7 +175,7 @@ def load_deit(
 # %% ../../nbs/220_models.deit.ipynb #dbcbe978
 def _weights(state, model):
     "For timm, which sees itself to another number of classes or of input channels."
-    state, own = from_deit(state), model.state_dict()
+    state, own = _one_for_each(from_deit(state), model), model.state_dict()
     if model.global_pool != 'learned':
         state = {key: value for key, value in state.items() if key in own or not key.startswith(('pool.', 'norm.'))}
     theirs = ['head.', 'stem.0.']

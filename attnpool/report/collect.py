@@ -246,7 +246,8 @@ def group_by_setting(
     groups, of_arch = {}, _of_arch(results)
     for r in results:
         others = tuple(o for o in r.spec.options if o not in _of_head(r.spec, of_arch))
-        setting = replace(r.spec, head='', seed=0, options=others, recipe=replace(r.spec.recipe, lr=None))
+        start = r.spec.start if not r.spec.start.after else Start(fingerprint=r.spec.start.after)   # each has its own
+        setting = replace(r.spec, head='', seed=0, options=others, start=start, recipe=replace(r.spec.recipe, lr=None))
         groups.setdefault((setting, str(r.pictures)), []).append(r)
     return list(groups.values())
 
@@ -273,10 +274,12 @@ def setting_of(
     spec = result.spec.to_json()
     for name, _ in _of_head(result.spec): del spec['options'][name]
     data, start, recipe = spec.pop('data'), spec.pop('start'), _known(spec.pop('recipe'))
+    if start['after']: start |= dict(zip(('name', 'setting'), start['after'].split(' #')), fingerprint='')
     every = dict(data=data['name'], arch=spec['arch'], start=start['name'], recipe=recipe.pop('name'),
                  size=recipe.get('size'))
     if spec['split'] == 'own': del spec['split']   # of the data, as nearly all
     every |= recipe | spec | dict(weights=start['fingerprint'], body_only=start['body_only'] or None,
+                                  start_setting=start.get('setting'),
                                   family=data['family'], fingerprint=data['fingerprint'], pictures=result.pictures)
     return {k: v for k, v in every.items() if k not in ('head', 'seed', 'lr', 'folder') and v not in (None, '', [], {})}
 

@@ -114,12 +114,13 @@ def match_classes(
         return next((i for key, table in tables for o in names if (i := table.get(key(o))) is not None), None)
     found = {name: find(name, shown) for name, shown in classes.items()}
     if lost := [name for name, i in found.items() if i is None]:
-        near = get_close_matches(classes[lost[0]], vocab, 1)
-        guess = f" Did you mean {near[0]!r} by {lost[0]!r}?" if near else ''
+        same = [v for v in vocab if _plain(lost[0]) in map(_plain, (v, v.partition(' (')[0]))]
+        near = same or get_close_matches(classes[lost[0]], vocab, 1)
+        guess = f" Did you mean {' or '.join(near[:3])} by {lost[0]!r}?" if near else ''
         raise BadInput(f"data: {len(lost):,} of its {len(classes):,} classes are not among the {len(vocab):,} of the "
-                       f"network: {first_few(map(repr, lost), 5)}.{guess} The network knows {first_few(vocab, 5)}. Give "
-                       "pictures of its classes, WordNet's ids as names of the folders, or what its outputs are called "
-                       "as vocab (--vocab).")
+                       f"network: {first_few(map(repr, lost), 5)}.{guess} The network knows {first_few(vocab, 5)}. "
+                       "Give pictures of its classes, WordNet's ids as names of the folders, or what its outputs are "
+                       "called as vocab (--vocab).")
     twice = {i: [name for name, j in found.items() if j == i] for i, k in Counter(found.values()).items() if k > 1}
     for i, names in twice.items():
         raise BadInput(f"data: {' and '.join(map(repr, names))} both mean {vocab[i]!r}. Put their pictures together.")

@@ -226,7 +226,8 @@ def _from_weights(state, told, path, arch, head, vocab, size, device, options, t
     net, n, head = _network(state, arch, head or told.get('head'), options, path)
     arch, head = (getattr(o, '__name__', o) for o in (arch, name_of(head) or head))
     return _finished(net, n, vocab or told.get('vocab') or None, how, device, told.get('augment', 'none'),
-                     name=path.name, head=head, arch=arch, data=told.get('data', ''), source='weights', path=str(path))
+                     name=path.name, head=head, arch=arch, data=told.get('data', ''), source='weights', path=str(path),
+                     options=options)
 
 def _from_name(name, vocab, size, device, options):
     "The Learner of a network with its published weights."
@@ -244,7 +245,7 @@ def _from_name(name, vocab, size, device, options):
                        f"open_model(FILE, arch='{name}').") from None
     how = _sized(expected(name), size)
     return _finished(net, _outputs(net, how.size, name), vocab, how, device, name=name, arch=name, head='', data='',
-                     source='published weights', path='')
+                     source='published weights', path='', options=options)
 
 # %% ../../nbs/570_runs.open.ipynb #6dfdfcdd
 def open_model(
@@ -259,7 +260,7 @@ def open_model(
     with_data: bool | None = None, # Whether to open a run's pictures too; None for where they are at hand and the same
     size: int | None = None, # Side of the pictures, in pixels; None for what the weights expect
     **options # Of head and network in a file of weights, such as `num_heads`
-) -> Learner: # `learn.about` is a dict: name, head ('' for the network's own), arch, data, source, path
+) -> Learner: # `learn.about` is a dict: name, head ('' for the network's own), arch, data, source, path, options
     "A trained network as a Learner, with its classifier: for predictions and maps."
     path = Path(os.path.expanduser(os.path.expandvars(model)))
     given = [k for k, v in dict(arch=arch, head=head, vocab=vocab, size=size).items() if v is not None] + [*options]

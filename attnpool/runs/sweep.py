@@ -19,11 +19,12 @@ from filelock import Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from ..choices import decided
 from ..data.cache import check_writable
 from ..distributed import is_first, join_processes, on_first_process
 from .probe import forget_shared
 from .spec import NewerVersion, Spec
-from .store import Result, earlier_data, load_run
+from .store import CHECKPOINT, Result, earlier_data, load_run
 from .train import run
 from ..tasks import TASKS
 
@@ -44,6 +45,18 @@ def _ended(r):
     end = _shown(r.primary, r.value) if r.status == 'complete' else f'diverged in epoch {r.diverged_epoch + 1}'
     return f'{end}, ' + (f'{r.run_seconds:.1f} s' if r.found else f'{r.seconds_per_epoch or 0:.1f} s per epoch')
 
+def _titles(specs):
+    "The head of each run, with what tells it from others of that head beside the seed."
+    heads, out = {}, {}
+    for s in specs: heads.setdefault(s.head, {})[s] = dict(s.options) | decided(s.recipe)
+    for head, its in heads.items():
+        common = set.intersection(*({(k, repr(v)) for k, v in values.items()} for values in its.values()))
+        for s, values in its.items():
+            more = {k: v for k, v in values.items() if (k, repr(v)) not in common}
+            told = (f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k, v in more.items())
+            out[s] = ' '.join([head, *told])
+    return out
+
 def _found(specs, out, device, say):
     "The results that are there already, by spec; says so, and what was made otherwise than it would be here."
     results = {}
@@ -51,7 +64,8 @@ def _found(specs, out, device, say):
         try: results[spec] = on_first_process(load_run, out/spec.name)
         except NewerVersion: raise
         except ValueError as e:
-            if on_first_process((out/spec.name).exists): say(f'{e} It is made again.')
+            if on_first_process((out/spec.name/CHECKPOINT).exists): say(f'{e} It goes on.')
+            elif on_first_process((out/spec.name).exists): say(f'{e} It is made again.')
     results = {s: r for s, r in results.items() if r.status != 'failed'}   # these are tried again
     if results: say(f'{len(results)} of {len(specs)} runs are in {out} already.')
     for text in on_first_process(earlier_data, [s for s in specs if s not in results], out): say(text)
@@ -68,6 +82,7 @@ def sweep(
     out: Path | str = 'runs', # Folder of run folders
     device: str | None = None, # Where to train; None for the GPU where there is one
     console: Console | None = None, # Where progress is shown; None for the standard output
+    checkpoint_seconds: float = 60., # Least time between two checkpoints of a run; 0: after each epoch
 ) -> list[Result]: # In the order of `specs`
     "Make all runs that are not there yet, with progress: which run of how many, epoch, time left."
     console, out, device = console or Console(), Path(out), join_processes(device)
@@ -75,16 +90,17 @@ def sweep(
     def say(text): console.print(text, markup=False, highlight=False, soft_wrap=True)
     on_first_process(check_writable, out)
     results = _found(specs, out, device, say)
-    todo = [s for s in dict.fromkeys(specs) if s not in results]
+    todo, titles = [s for s in dict.fromkeys(specs) if s not in results], _titles(specs)
     text, percent = TextColumn('{task.description}', markup=False), TextColumn('{task.percentage:>3.0f}%')
     columns = SpinnerColumn(), text, BarColumn(), percent, TimeRemainingColumn()
     with forget_shared(), Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
         bar = progress.add_task('', total=sum(s.recipe.epochs for s in todo))
-        queue, elsewhere, done = deque(todo), 0, 0
+        queue, elsewhere = deque(todo), 0
         while queue:
             spec = queue.popleft()
             drawn, short = spec.split == 'seed', spec.recipe.train == 'frozen'   # whose epochs are no news
-            title = f"run {len(todo) - len(queue)}/{len(todo)}  {spec.head} {'split' if drawn else 'seed'} {spec.seed}"
+            which = f"{titles[spec]} {'split' if drawn else 'seed'} {spec.seed}"
+            title = f"run {len(todo) - len(queue)}/{len(todo)}  {which}"
             def on_epoch(row):
                 primary = TASKS[spec.task].primary
                 text = f"{title}  {row['epoch'] + 1}/{spec.recipe.epochs} epochs"
@@ -97,15 +113,19 @@ def sweep(
                 progress.update(bar, description=text)
                 if not console.is_terminal and 4 * made // total not in told: say(text)
                 told.add(4 * made // total) if made < total else told.clear()
+            def on_checkpoint(text, there):   # epochs that are there are no news for the time that is left
+                progress.update(bar, total=progress.tasks[bar].total - there)
+                say(f'{title}: {text}')
             progress.update(bar, description=f'{title}  0/{spec.recipe.epochs} epochs')
-            try: result = results[spec] = run(spec, out, device, on_epoch, wait=0, on_maps=on_maps)
+            how = dict(on_maps=on_maps, checkpoint_seconds=checkpoint_seconds, on_checkpoint=on_checkpoint)
+            try: result = results[spec] = run(spec, out, device, on_epoch, wait=0, **how)
             except Timeout:   # another process is making it: the others first
                 queue.append(spec)
                 elsewhere += 1
                 if elsewhere == len(queue): say(f'{elsewhere} runs are being made by another process. Waiting.')
                 if elsewhere >= len(queue): time.sleep(1)
                 continue
-            elsewhere, done = 0, done + spec.recipe.epochs
-            progress.update(bar, completed=done)   # a diverged run has fewer epochs
+            elsewhere, left = 0, sum(s.recipe.epochs for s in queue)
+            progress.update(bar, completed=progress.tasks[bar].total - left)   # a diverged run has fewer epochs
             say(f'{title}: {_ended(result)}')
     return [results[s] for s in specs]

@@ -18,7 +18,7 @@ from typing import Callable
 
 import numpy as np
 import torch
-from fastai.vision.all import Callback, CancelFitException, Learner, set_seed
+from fastai.vision.all import Callback, CancelEpochException, CancelFitException, Learner, set_seed
 from filelock import FileLock
 
 from ..callback.ends import BodyStands
@@ -30,27 +30,40 @@ from ..layers import evaluating
 from ..models.start import Start
 from ..recipe import learner_for
 from ..registry import BadInput
+from .checkpoint import Checkpoint
 from .probe import MACHINES, doubles_in, find_rates, shared_by, try_head
 from .spec import NewerVersion, Spec
-from attnpool.runs.store import (
-    Result, circumstances, load_run, open_data, read_run_weights, write_about, write_pictures, write_result,
-    write_weights)
+from .store import (
+    CHECKPOINT, Result, circumstances, load_run, open_data, read_run_weights, write_about, write_pictures,
+    write_result, write_weights)
 from ..tasks import TASKS, head_of, write_looks
 
 # %% ../../nbs/540_runs.train.ipynb #32dae89d
 class RunLog(Callback):
     "Writes `history.csv` epoch by epoch, and stops the training when a loss is not finite."
-    order = 70   # after the Recorder
+    order = 70   # after the Recorder, and after all that a checkpoint has to find as it was
     def __init__(self,
         path: Path | str, # The CSV file
         on_epoch: Callable | None = None, # Called with each row
+        checkpoint: Checkpoint | None = None, # Written after the epochs; None for none
     ):
-        self.path, self.on_epoch, self.rows, self.diverged = path, on_epoch, [], None
+        self.path, self.on_epoch, self.checkpoint, self.rows, self.diverged = path, on_epoch, checkpoint, [], None
+        self.begun = self.kept = 0   # epochs: of all fits, and of them those that a run goes on from
+
+    def go_on(self,
+        rows: list[dict], # Of the epochs that the checkpoint holds
+    ):
+        "Skip what was trained before; one training may be several fits."
+        self.rows, self.kept = rows, len(rows)
+        if rows and is_first(): self._write()
 
     def before_fit(self):
         if self.diverged is not None: raise CancelFitException()   # in an earlier fit of the same training
+        if self.begun < self.kept <= self.begun + self.n_epoch: self.checkpoint.put(self.learn)
 
-    def before_epoch(self): self.start = time.perf_counter()
+    def before_epoch(self):
+        self.start, self.begun = time.perf_counter(), self.begun + 1
+        if self.begun <= self.kept: raise CancelEpochException()
 
     def after_train(self): self.trained = time.perf_counter()
 
@@ -60,16 +73,21 @@ class RunLog(Callback):
             raise CancelFitException()
 
     def after_epoch(self):
+        if self.begun <= self.kept: return
         values = dict(zip(self.recorder.metric_names[1:-1], map(float, self.recorder.values[-1])))
         self.rows.append(dict(epoch=len(self.rows), **values, seconds=round(time.perf_counter() - self.start, 3),
                               train_seconds=round(self.trained - self.start, 3)))
-        if not is_first(): return
+        if is_first():
+            self._write()
+            if self.on_epoch: self.on_epoch(self.rows[-1])
+        if self.checkpoint: self.checkpoint.save(self.learn, self.rows)
+
+    def _write(self):
         out = io.StringIO()
         writer = csv.DictWriter(out, self.rows[0], lineterminator='\n')
         writer.writeheader()
         writer.writerows(self.rows)
         write_file(self.path, out.getvalue())
-        if self.on_epoch: self.on_epoch(self.rows[-1])
 
 # %% ../../nbs/540_runs.train.ipynb #4c5d6e80
 def _learner(spec, dls, cbs=None):
@@ -98,22 +116,25 @@ def _check_sizes(learn, spec):
 def _finite(values): return {k: v for k, v in values.items() if np.isfinite(v)}
 def _redrawn(spec, dls): return spec.split == 'seed' and dls.listing.drawn
 
-def _make(spec, folder, device, on_epoch, on_maps):
+def _make(spec, folder, device, on_epoch, on_maps, checkpoint_seconds, on_checkpoint):
     "Make a run, with the other processes of a launcher if there are any."
-    bs, log = spec.loaded().recipe.loader_bs(processes()), RunLog(folder/'history.csv', on_epoch)
+    checkpoint = Checkpoint(folder, spec, device, checkpoint_seconds, on_checkpoint)
+    bs, log = spec.loaded().recipe.loader_bs(processes()), RunLog(folder/'history.csv', on_epoch, checkpoint)
     gc.collect()   # the network and the pictures of the run before, which refer to each other
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     if spec.recipe.train == 'frozen': return _probe(spec, folder, device, log, on_maps)
-    start = time.perf_counter()
     set_seed(spec.seed)   # before the DataLoaders, which draw the seed of their order when they are made
     dls = TASKS[spec.task].dls(spec, bs, device)
     larger = {str(size): valid_dl(dls, size) for size in spec.eval_sizes}   # before the training: errors are told now
     set_seed(spec.seed)
     learn = _learner(spec, dls, log)
     _check_sizes(learn, spec)
-    on_first_process(_empty, folder, spec, dls)
+    rows = checkpoint.read(learn.model)
+    on_first_process(_empty, folder, spec, dls, CHECKPOINT if rows else '')
+    log.go_on(rows)
     _fit(learn, spec, log)
-    return on_first_process(_finish, spec, folder, device, learn, log, _validate(learn, larger, log), start)
+    sizes = _validate(learn, larger, log)
+    return on_first_process(_finish, spec, folder, device, learn, log, sizes, checkpoint.start)
 
 def _fit(learn, spec, log):
     "Train, and say in the log whether it diverged."
@@ -178,8 +199,13 @@ def run(
     on_epoch: Callable | None = None, # Called with each epoch's row of the history
     wait: float = -1, # Seconds to wait for another process that makes the same run, then `filelock.Timeout`; -1: no end
     on_maps: Callable | None = None, # As `progress` of `kept_maps`
+    checkpoint_seconds: float = 60., # Least time between two checkpoints; 0: after each epoch
+    on_checkpoint: Callable | None = None, # Called with a sentence, and the epochs it goes on from; None prints it
 ) -> Result:
-    "Make a run, or return it if it is there already. A diverged run is a result too, a failed one is tried again."
+    """Make a run, go on with it, or return it if it is there already.
+
+    A diverged run is a result too, a failed one is tried again.
+    """
     folder, device = Path(out)/spec.name, join_processes(device)
     if (result := on_first_process(_complete, folder)): return result
     lock = FileLock(Path(out)/'.locks'/spec.name, timeout=wait)   # the system frees it when a process dies
@@ -188,7 +214,8 @@ def run(
         lock.acquire()
     on_first_process(acquire)
     try:   # another may have made it meanwhile
-        return on_first_process(_complete, folder) or _make(spec, folder, device, on_epoch, on_maps)
+        return on_first_process(_complete, folder) or _make(
+            spec, folder, device, on_epoch, on_maps, checkpoint_seconds, on_checkpoint)
     finally: lock.release()
 
 def _complete(folder):
@@ -197,9 +224,12 @@ def _complete(folder):
     except BadInput: return None
     return None if result.status == 'failed' else result
 
-def _empty(folder, spec, dls):
-    if folder.exists(): shutil.rmtree(folder)   # nothing of an unfinished run may be taken for this one's
-    folder.mkdir(parents=True)
+def _empty(folder, spec, dls, keep=''):
+    "Nothing of an unfinished run may be taken for this one's, but what it goes on from."
+    folder.mkdir(parents=True, exist_ok=True)
+    for f in folder.iterdir():
+        if f.is_dir(): shutil.rmtree(f)
+        elif f.name != keep: f.unlink()
     write_file(folder/'spec.json', json.dumps(spec.to_json(), indent=1))
     write_pictures(spec, dls, folder)
 
@@ -225,5 +255,6 @@ def open_run(
         own = 'Put back the source that it was trained with.' if '@' in spec.head + spec.arch else version
         raise BadInput(f"folder: the weights of {folder} do not fit today's {spec.arch} with the head {spec.head} "
                        f"({str(e).splitlines()[-1].strip()}). {own}") from None
-    learn.about = dict(name=folder.resolve().name, head=spec.head, arch=spec.arch, data=spec.data.name, source='run')
+    learn.about = dict(name=folder.resolve().name, head=spec.head, arch=spec.arch, data=spec.data.name, source='run',
+                       path=str(folder.resolve()))
     return learn
