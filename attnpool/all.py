@@ -8,13 +8,14 @@ __all__ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPo
            'AvgStartAttnPooling2d', 'BadInput', 'ChannelsLast', 'ClassQueryPoolHead', 'ClassQueryPooling2d', 'CutMixUp',
            'CutMixUpAugment', 'DATASETS', 'HEADS', 'LearnedAggregation', 'LearnedAggregationHead',
            'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'Mish', 'MixedPrecision', 'PEERS', 'RECIPES',
-           'Recipe', 'TokenBatchNorm', 'agreement', 'attention_maps', 'attention_pool', 'attention_pool_plain',
+           'Recipe', 'TokenBatchNorm', 'agreement', 'ask', 'attention_maps', 'attention_pool', 'attention_pool_plain',
            'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix',
-           'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'find_pools',
-           'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish', 'mixup',
-           'open_model', 'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up',
-           'show_heads', 'show_maps', 'small_data_metrics', 'swap_pool', 'valid_dl', 'vision_learner', 'with_head',
-           'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
+           'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'evaluate',
+           'find_pools', 'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish',
+           'mixup', 'open_model', 'open_pictures', 'picture_dls', 'plot_sizes', 'pointing_game', 'recipe_learner',
+           'restore_pool', 'scale_up', 'show_heads', 'show_maps', 'sizes_table', 'small_data_metrics', 'swap_pool',
+           'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny',
+           'xresnext50', 'xresnext50s']
 
 # %% ../nbs/710_all.ipynb #f18ea5f4
 from .data import get_dls
@@ -38,6 +39,8 @@ from .layers import Mish, TokenBatchNorm
 from .learner import vision_learner
 from .registry import BadInput
 from .recipe import get_recipe, Recipe, recipe_learner, RECIPES, small_data_metrics
+from .report.sizes import plot_sizes, sizes_table
+from .runs.evaluate import ask, evaluate
 from .runs.open import open_model
 from .mixing import cutmix, cutmix_box, cutmixup, mixup
 from .models.surgery import restore_pool, swap_pool, with_head
@@ -53,10 +56,11 @@ _all_ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPool
          'AvgStartAttnPooling2d', 'BadInput', 'ChannelsLast', 'ClassQueryPoolHead', 'ClassQueryPooling2d', 'CutMixUp',
          'CutMixUpAugment', 'DATASETS', 'HEADS', 'LearnedAggregation', 'LearnedAggregationHead',
          'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'Mish', 'MixedPrecision', 'PEERS', 'RECIPES',
-         'Recipe', 'TokenBatchNorm', 'agreement', 'attention_maps', 'attention_pool', 'attention_pool_plain',
+         'Recipe', 'TokenBatchNorm', 'agreement', 'ask', 'attention_maps', 'attention_pool', 'attention_pool_plain',
          'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix',
-         'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'find_pools',
-         'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish', 'mixup',
-         'open_model', 'open_pictures', 'picture_dls', 'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up',
-         'show_heads', 'show_maps', 'small_data_metrics', 'swap_pool', 'valid_dl', 'vision_learner', 'with_head',
-         'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
+         'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'evaluate',
+         'find_pools', 'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish',
+         'mixup', 'open_model', 'open_pictures', 'picture_dls', 'plot_sizes', 'pointing_game', 'recipe_learner',
+         'restore_pool', 'scale_up', 'show_heads', 'show_maps', 'sizes_table', 'small_data_metrics', 'swap_pool',
+         'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny',
+         'xresnext50', 'xresnext50s']

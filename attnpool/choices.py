@@ -9,6 +9,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'LOSSES', 'MIXES', 'PRECISIONS', 'TRAINS',
 from dataclasses import MISSING, fields
 from functools import partial
 
+import timm.optim
 import torch
 from fastai.vision.all import (
     Adam, CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat, Lamb, OptimWrapper, ParamScheduler, SchedCos, SchedLin,
@@ -18,26 +19,15 @@ from .callback.cutmixup import CutMixUp, CutMixUpAugment
 from .callback.ends import BodyStands
 from .callback.precision import MixedPrecision
 from .data.augment import AUGMENTS
+from .optimizers import SparingWrapper
 from .registry import Registry
 
 # %% ../nbs/440_choices.ipynb #b374688d
-class _SparingAdamW(torch.optim.AdamW):
-    "AdamW that decays weights alone: no norms, biases, scales, powers, queries or positions."
-    def __init__(self, params, weights=None, **kwargs):
-        super().__init__(params, **kwargs)
-        self.weights = {id(p) for g in self.param_groups for p in g['params']} & {*(weights or ())}   # none once loaded
-    def step(self, closure=None):   # a Learner freezes by group, with one decay for all
-        def decays(p): return p.ndim > 1 and (not self.weights or id(p) in self.weights)
-        groups = self.param_groups
-        self.param_groups = [dict(g, params=[p for p in g['params'] if decays(p) == part],
-                                  weight_decay=part * g['weight_decay']) for g in groups for part in (True, False)]
-        try: return super().step(closure)
-        finally: self.param_groups = groups
-
 OPTIMIZERS, SCHEDULES, LOSSES, MIXES = map(Registry, ('opt', 'schedule', 'loss', 'mix'))
 OPTIMIZERS['adam'], OPTIMIZERS['ranger'], OPTIMIZERS['lamb'] = Adam, ranger, Lamb
-OPTIMIZERS['adamw'] = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)   # one pass over the weights
-OPTIMIZERS['adamw-groups'] = partial(OptimWrapper, opt=_SparingAdamW, fused=True)
+OPTIMIZERS['timm-lamb'] = partial(SparingWrapper, opt=timm.optim.Lamb)   # the paper's; the one above is another
+OPTIMIZERS['adamw'] = partial(SparingWrapper, opt=torch.optim.AdamW, fused=True)   # one pass over the weights
+OPTIMIZERS['adamw-groups'] = OPTIMIZERS['adamw']   # its older name
 OPTIMIZERS['sgd'] = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)
 
 @SCHEDULES.register('one_cycle')
@@ -64,7 +54,7 @@ MIXES['none'] = lambda: []
 MIXES['cutmixup'] = lambda: [CutMixUpAugment()]                        # each sample by itself
 MIXES['cutmixup-batch'] = lambda: [CutMixUpAugment(element=False)]     # once for each batch, as the blog did
 MIXES['mixup'], MIXES['cutmix'] = lambda: [CutMixUp(cutmix_ratio=0)], lambda: [CutMixUp(mixup_ratio=0)]
-MIXES['paper'] = lambda: [CutMixUp(mix_alpha=.8, cut_alpha=1., element=False)]
+MIXES['paper'] = lambda: [CutMixUp(mix_alpha=.8, cut_alpha=1., element=False, mirrored=True)]
 
 # %% ../nbs/440_choices.ipynb #6b1d2ef3
 PRECISIONS = Registry('precision')   # callbacks for a device

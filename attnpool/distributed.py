@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .callback.ends import PutsBack
-from .data.batches import RawBatches
+from .data.batches import RawBatches, with_order
 from .models.surgery import TimmMap
 from .registry import BadInput
 
@@ -76,6 +76,7 @@ def shard(
     n: int, # Number of processes
     r: int, # Which of them, from 0
     drop_last: bool = False, # Leave out a last batch that is not full
+    apart: bool = False, # Deal them one by one, so that copies in a row go to different processes
 ) -> list[int]: # Of the same length in all processes
     "The part of an order of pictures that one process takes: the `r`-th piece of each batch of `n * bs`."
     idxs, mine = list(idxs), []
@@ -84,7 +85,7 @@ def shard(
         if drop_last and len(batch) < n * bs: break
         size = -(-len(batch) // n)
         batch += batch[:1] * (n*size - len(batch))
-        mine += batch[r*size:(r+1)*size]
+        mine += batch[r::n] if apart else batch[r*size:(r+1)*size]
     return mine
 
 # %% ../nbs/460_distributed.ipynb #1ac847aa
@@ -95,7 +96,8 @@ class _Order:
         self.dl.randomize()
         idxs = [list(self.dl.get_idxs()) if is_first() else None]
         if processes() > 1: dist.broadcast_object_list(idxs, 0)
-        return shard(idxs[0], self.dl.bs, processes(), rank_distrib(), self.dl.drop_last)
+        apart = getattr(self.dl, 'repeats', 1) > 1   # as the paper's sampler deals them
+        return shard(idxs[0], self.dl.bs, processes(), rank_distrib(), self.dl.drop_last, apart)
 
 def _to_detach(b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)   # fastai would gather once more
 
@@ -104,9 +106,9 @@ def shard_dl(
 ) -> TfmdDL: # With `n_all`, the number of pictures in all processes
     "A DataLoader over this process's share."
     if dl.n is None or dl.bs is None: raise BadInput("dls: to share them, DataLoaders need a length and a batch size.")
-    mine, n = dl.new(get_idxs=_Order(dl)), processes()
-    mine.n, mine.n_all = len(shard(range(dl.n), dl.bs, n, rank_distrib(), dl.drop_last)), dl.n
-    mine.to_detach = _to_detach
+    n = processes()
+    mine = with_order(dl, _Order(dl), len(shard(range(dl.n), dl.bs, n, rank_distrib(), dl.drop_last)))
+    mine.n_all, mine.to_detach = dl.n, _to_detach
     if mine.n == 0:
         raise BadInput(f"bs: {n} processes of batch size {dl.bs} need {n * dl.bs} training pictures, got {dl.n}. "
                        "Use a smaller --bs.")
@@ -215,10 +217,11 @@ def scale_up(
     recipe, # `Recipe` for one process, or anything that has one, such as a `Spec`
     n: int | None = None, # Number of processes; None for those of the launcher
 ):
-    "The same with the batch of `n` processes, and the learning rate that goes with it: `n * bs`, `sqrt(n) * lr`."
+    "With the batch of `n` processes and its learning rate, `n * bs`, `sqrt(n) * lr`; as it is if it has `micro_bs`."
     n = processes() if n is None else n
     if n == 1: return recipe
     if hasattr(recipe, 'recipe'): return replace(recipe, recipe=scale_up(recipe.recipe, n))
+    if recipe.micro_bs and recipe.train != 'frozen': return recipe   # its batch is that of any number of processes
     if recipe.train == 'frozen':
         raise BadInput(f"train: heads on kept maps train in seconds, in one process, got {n}. Start the command "
                        "without a launcher, and with one GPU at most.")

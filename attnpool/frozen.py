@@ -23,6 +23,7 @@ from fastai.vision.all import Callback, Learner, progress_bar
 from filelock import FileLock
 from torch import Tensor, nn
 
+from .data.augment import AUGMENTS
 from .data.cache import made_once
 from .data.listing import digests
 from .data.reader import READER
@@ -61,7 +62,8 @@ def _key(dls, body, view):
         about = {k: v for k, v in dls.about.items() if k not in ('vocab', 'augment')}
         if not hasattr(dls, 'digests'): dls.digests = [digest for *_, digest in digests(dls.every[0]).values()]   # once
         pictures = (sorted(about.items()), READER, dls.digests)
-        if view is not None: pictures += (dls.about['augment'],)
+        augment = dls.about['augment']   # in validation all have the same crop but those that shrink nothing
+        if view is not None or not AUGMENTS[augment].times: pictures += (augment,)
     else: pictures = (x for dl in _seeded(dls, view) for x, *_ in dl)
     layers = re.sub(' at 0x[0-9a-fA-F]+', '', str(body))   # where a function lies is another place each time
     return _hash_of(chain((VERSION, weights_hash(body), layers, view), pictures))
@@ -241,7 +243,7 @@ def check_frozen(
 ) -> Recipe: # The same
     "An error where a recipe asks for what kept maps cannot give."
     frozen, other = recipe.train == 'frozen', "or use --recipe finetune --train head, which runs the body in every step"
-    for name in decided(recipe).keys() & {'mix', 'drop_path'} if frozen else ():
+    for name in decided(recipe).keys() & {'mix', 'drop_path', 'repeats', 'micro_bs'} if frozen else ():
         raise BadInput(f"{name}: with train frozen the body has seen each picture before the training, "
                        f"got {getattr(recipe, name)!r}. Leave {name} out, {other}.")
     if frozen and recipe.augment != 'none' and recipe.views == 1:

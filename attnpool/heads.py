@@ -26,7 +26,7 @@ from .pooling import build_head
 from .pooling.attention import (
     AttentionPool2d, AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation,
     LearnedAggregationSandwich)
-from .pooling.paper import PaperAggregation
+from .pooling.paper import PAPER_HEADS, PaperAggregation
 from .pooling.peers import PEERS
 from .pooling.start import AvgStartAttnPooling2d, ClassQueryPooling2d
 from .registry import BadInput, EntryPoints, Registry, bare_name, find_part, unknown
@@ -167,19 +167,19 @@ def _frozen_queries(ni, n_out):
     nn.init.normal_(head[0].query.requires_grad_(False), std=ni**-.5)
     return head
 
-OTHER_HEADS = EntryPoints('head', 'attnpool.heads', lambda: [*HEADS, *PEERS, *ABLATIONS, 'all', 'peers'])
+OTHER_HEADS = EntryPoints('head', 'attnpool.heads', lambda: [*HEADS, *PEERS, *PAPER_HEADS, *ABLATIONS, 'all', 'peers'])
 
 def get_head(
-    head: str | Callable # Name in `HEADS`, `PEERS`, `ABLATIONS`, `OTHER_HEADS`; `module:name`; or what it stands for
+    head: str | Callable # Name in `HEADS`, `PEERS`, `PAPER_HEADS`, `ABLATIONS`, `OTHER_HEADS`; `module:name`
 ) -> Callable:
     "What a name stands for; anything else comes back as it is."
     if not isinstance(head, str): return head
-    for table in (HEADS, PEERS, ABLATIONS):
+    for table in (HEADS, PEERS, PAPER_HEADS, ABLATIONS):
         if head in table: return table[head]
     name = bare_name(head)
     if name in OTHER_HEADS: return OTHER_HEADS[name]
     if ':' in name: return find_part(name)
-    known = [*HEADS, *PEERS, *OTHER_HEADS, *(ABLATIONS if '-' in head else ())]   # too many to list them always
+    known = [*HEADS, *PEERS, *PAPER_HEADS, *OTHER_HEADS, *(ABLATIONS if '-' in head else ())]   # too many
     raise unknown('head', head, known)
 
 def name_of(
@@ -188,7 +188,7 @@ def name_of(
     "Short name of a head."
     if isinstance(head, str): return head
     cls = getattr(head, 'func', head)   # of a partial
-    return next((n for n, known in (*ABLATIONS.items(), *HEADS.items(), *PEERS.items())
+    return next((n for n, known in (*ABLATIONS.items(), *HEADS.items(), *PEERS.items(), *PAPER_HEADS.items())
                  if head is known or cls is known or isinstance(known, type) and isinstance(cls, known)), None)
 
 # %% ../nbs/160_heads.ipynb #b6a1d7a0

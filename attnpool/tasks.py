@@ -18,7 +18,7 @@ from typing import Callable, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.all import DataLoader
+from fastai.data.all import DataLoader, to_detach
 from fastai.vision.all import DataLoaders, GatherPredsCallback, Learner, NoneReduce
 from torch import Tensor, nn
 
@@ -31,7 +31,10 @@ from .maps.compute import is_per_class, saliency
 from .maps.learner import outputs_of, pictures_of
 from .maps.measures import pointing_game
 from .maps.reading import Reading
+from .models.deit import VARIANTS
+from .models.patchconvnet import PatchConvNet
 from .models.xresnet import ARCHS
+from .pooling.paper import PAPER_HEADS
 from .recipe import LOSSES, network_for, small_data_metrics
 from .registry import Registry, unknown
 
@@ -65,11 +68,17 @@ def split_options(
 ) -> tuple[dict, dict]: # Those of the head, those of the network; without what stands at its default
     "Options by whom they are for. Unknown ones are errors; timm's networks find theirs when they are built."
     of_head, of_arch, fixed = head_options(head), options, ('n_out', 'custom_head', 'pretrained', 'c_in', 'stoch_depth')
+    both, its = (), {}
+    if head in PAPER_HEADS and arch in VARIANTS:   # the paper's network: what its two parts have in common is for both
+        both = of_head.keys() & signature(PatchConvNet).parameters
+        its = {k: v for k, v in VARIANTS[arch].items() if k in both}
+        options = of_arch = its | options
     if arch in ARCHS: of_arch = {n: p.default for n, p in signature(ARCHS[arch]).parameters.items() if n not in fixed}
     for name in options:
         if name not in of_head and name not in of_arch: raise unknown('options', name, [*of_head, *of_arch])
-    mine = {k: v for k, v in options.items() if k in of_head and v != of_head[k]}
+    mine = {k: v for k, v in options.items() if k in of_head and not v == of_head[k] == its.get(k, v)}
     theirs = {k: v for k, v in options.items() if k not in of_head and (of_arch is options or v != of_arch[k])}
+    theirs |= {k: v for k, v in mine.items() if k in both}
     return mine, theirs
 
 # %% ../nbs/500_tasks.ipynb #dcfd6e2c
@@ -79,12 +88,8 @@ def head_of(
 ) -> Callable: # `(ni, n_out)`
     "The head of a spec, with its options; with the weights of the run that it begins from, where they fit."
     of_head, _ = split_options(spec.head, spec.arch, dict(spec.options))
-    state = spec.start.head(spec.head, dict(spec.options), vocab) if vocab else {}
-    def build(ni, n_out):
-        head = get_head(spec.head)(ni, n_out, **of_head)
-        if state: head.load_state_dict(state)
-        return head
-    return build
+    make = partial(get_head(spec.head), **of_head)
+    return partial(spec.start.head(spec.head, dict(spec.options), vocab).build, make) if vocab else make
 
 # %% ../nbs/500_tasks.ipynb #77e0538d
 def look_at_validation(
@@ -119,13 +124,16 @@ def _losses(loss, out, y):
         if losses.shape == y.shape: return losses + 0.   # no -0.0 in the table
     return [loss(o[None], t[None]).item() for o, t in zip(out, y)]
 
+def _alone(b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)   # fastai waits for other processes
+
 def predictions(
     learn: Learner, # Trained on one class per picture, or on their kept maps
     dl: DataLoader | None = None, # Pictures with labels; None for the validation pictures
     files: Sequence[str] = (), # Their names, in order; none for pictures that are made
 ) -> tuple[pd.DataFrame, dict]: # A row each: `path`, `label`, `said`, `p` of that, `p_label`, `loss`; and metrics
     "What a network says of each picture, in one pass."
-    kept, vocab = GatherPredsCallback(), learn.dls.vocab
+    kept, vocab, dl = GatherPredsCallback(), learn.dls.vocab, dl or learn.dls.valid
+    if processes() > 1: dl.to_detach = _alone
     with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=dl, cbs=[kept])
     out, y = (t.cpu().as_subclass(Tensor) for t in kept.all_tensors())
     p, _ = Reading(learn.loss_func, vocab).read(out.float())
@@ -154,7 +162,7 @@ def write_looks(
     if arrays:
         np.savez_compressed(buffer := io.BytesIO(), **arrays)
         write_file(Path(folder)/'maps.npz', buffer.getvalue())
-    if not task.say or processes() > 1: return metrics, None   # fastai gathers predictions from all processes
+    if not task.say: return metrics, None
     listing = getattr(learn.dls, 'listing', None)
     table, _ = task.say(trained or learn, files=listing.files[listing.n_train:] if listing else ())
     write_file(Path(folder)/'predictions.csv', table.to_csv(index=False, float_format='%.6g'))

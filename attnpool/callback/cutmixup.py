@@ -7,6 +7,7 @@ __all__ = ['CutMixUp', 'CutMixUpAugment']
 
 # %% ../../nbs/420_callback.cutmixup.ipynb #933c1112
 import math
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -163,7 +164,9 @@ class CutMixUp(_ShowsBatch, _MixedLoss):
         element: bool = True, # Decide for every sample by itself; False: once per batch, as the blog did
         interp_label: bool | None = None, # Mix the labels (True) or the losses (False); None asks the loss' `y_int`
         seed: int | None = None, # Of the draws, the same in every fit; None takes one from torch at each start
+        mirrored: bool = False, # As timm does it: one λ for the batch, the partner at the mirrored place
     ):
+        self.mirrored = mirrored
         self.mix_alpha, self.cut_alpha = _ratio('mix_alpha', mix_alpha), _ratio('cut_alpha', cut_alpha)
         self.mixup_ratio, self.cutmix_ratio = _ratio('mixup_ratio', mixup_ratio), _ratio('cutmix_ratio', cutmix_ratio)
         self.cutmix_uniform, self.element, self.interp_label, self.seed = cutmix_uniform, element, interp_label, seed
@@ -190,8 +193,9 @@ class CutMixUp(_ShowsBatch, _MixedLoss):
     ) -> tuple: # Mixed inputs, the partners' targets, weight of the samples' own targets `(b,)`
         "Mix a batch as `kinds` say. Nothing is written to it."
         x = next(x for x in xb if _is_picture(x))
-        mix = draw_mix(kinds, x.shape[-2:], self.mix_alpha, self.cut_alpha, cut_per_sample=not self.cutmix_uniform,
-                       larger=True, dtype=x.dtype, generator=self.generator)
+        mix = draw_mix(kinds, x.shape[-2:], self.mix_alpha, self.cut_alpha, not self.mirrored, not self.cutmix_uniform,
+                       larger=not self.mirrored, dtype=x.dtype, generator=self.generator)
+        if self.mirrored: mix = replace(mix, partner=np.arange(len(kinds))[::-1].copy())
         def mixed(x): return mix_pictures(x.as_subclass(Tensor), mix).as_subclass(type(x)) if _is_picture(x) else x
         lam = send_array(mix.share, x.device, torch.promote_types(x.dtype, torch.float32))
         return tuple(map(mixed, xb)), tuple(y[send_array(mix.partner, y.device)] for y in yb), lam

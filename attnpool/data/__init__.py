@@ -96,6 +96,7 @@ def _about_files(listing, check, doubles):
         if np.ptp(sizes.min(1)): lines += ['', 'Shorter side', *_histogram(sizes.min(1))]
     mean, std = STATS.get(listing.family, (check.mean, check.std))
     mean, std = (' '.join(f'{v:.3f}' for v in values) for values in (mean, std))
+    if check.looked: lines += ['', f'Looked at: {check.looked:,} pictures of all classes; --check all looks at all']
     return [*lines, '', f'Normalised by mean {mean}, sd {std}', '',
             f'Broken pictures: {len(check.broken) or "none"}', *(f'  {f}: {why}' for f, why in check.broken.items()),
             str(doubles), f'Folder: {listing.root}']
@@ -111,6 +112,7 @@ def describe(
     valid_pct: float = .2, # Share that validates where the data has no split of its own
     split_seed: int = 0, # Of that split
     cache: Path | str | None = None, # Where unpacked pictures are kept; None for `attnpool` in fastai's data folder
+    every: bool = False, # As for `check_pictures`
 ) -> Description:
     "Counts per class and split, sizes, broken files, doubles, and a picture of a batch."
     name, note, lines, broken, doubles = data_name(data), [], [], {}, None
@@ -127,7 +129,7 @@ def describe(
         classes = {c: c for c in dls.vocab}
     else:
         listing = find_pictures(data, valid_pct, split_seed, cache)
-        check, doubles = check_pictures(listing, cache), doubles_of(listing, cache)
+        check, doubles = check_pictures(listing, cache, every), doubles_of(listing, cache)
         broken, classes, n = check.broken, listing.classes, listing.n_train
         train, valid = Counter(listing.labels[:n]), Counter(listing.labels[n:])
         if listing.family in OFFICIAL:

@@ -15,13 +15,13 @@ import re
 import shutil
 import tarfile
 import zlib
-from collections import Counter
 from difflib import get_close_matches
 from errno import EACCES, EDQUOT, EEXIST, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS
 from glob import glob
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
+import numpy as np
 from fastai.data.all import fastai_path
 from filelock import FileLock
 
@@ -35,17 +35,21 @@ def write_file(
     "Write a file so that it is either whole or not there: to a temporary file, flushed to disk, then renamed."
     path = Path(path)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    with open(tmp, 'wb') as f:
-        f.write(content.encode(errors='backslashreplace') if isinstance(content, str) else content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        with open(tmp, 'wb') as f:
+            f.write(content.encode(errors='backslashreplace') if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException:   # half a file on a full disk would keep it full
+        tmp.unlink(missing_ok=True)
+        raise
 
 def printable(
     text: str, # May hold the name of a file as Python reads it from the disk
 ) -> str: # The same, with \\xe9 for such a byte of a name that is not UTF-8
     "Text that can be written, printed and drawn, whatever files are called."
-    return os.fsencode(text).decode(errors='backslashreplace')
+    return text if text.isascii() else os.fsencode(text).decode(errors='backslashreplace')
 
 def first_few(
     names: Iterable, # What to name
@@ -128,14 +132,16 @@ def cache_path(
 ) -> Path:
     "Where something made of files is kept: another place when a file has another name, size or time, or is swapped."
     def stamp(file):
-        try: s = (root/file).stat()
-        except (OSError, ValueError): return (file, 0, 0, 0), 0
-        return (file, s.st_size, s.st_mtime_ns, s.st_ctime_ns), s.st_ino   # an archive sets the first time, not both
-    stamps = [stamp(f) for f in files]
-    alike = Counter(about[1:] for about, _ in stamps)   # the inode tells whether such have swapped
-    what = [(*about, inode) if alike[about[1:]] > 1 else about for about, inode in stamps]
-    key = hashlib.sha256(repr((what, *more)).encode()).hexdigest()[:10]
-    return (fastai_path('data')/'attnpool' if cache is None else Path(cache))/f'{name}-{key}'
+        try: s = os.stat(os.path.join(root, file))
+        except (OSError, ValueError): return 0, 0, 0, 0
+        return s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino % 2**63   # an archive sets one of the times only
+    stamps = np.fromiter(map(stamp, files), np.dtype((np.int64, 4)), len(files))
+    _, which, counts = np.unique(stamps[:, :3], axis=0, return_inverse=True, return_counts=True)
+    twins, key = counts[which.ravel()] > 1, hashlib.sha256(b'([')
+    for i, (file, about, twin) in enumerate(zip(files, stamps, twins)):   # the inode tells whether twins have swapped
+        key.update(f"{', ' * (i > 0)}{(file, *about[:4 if twin else 3].tolist())}".encode())
+    key.update(f"]{''.join(f', {o!r}' for o in more) or ','})".encode())
+    return (fastai_path('data')/'attnpool' if cache is None else Path(cache))/f'{name}-{key.hexdigest()[:10]}'
 
 # %% ../../nbs/280_data.cache.ipynb #247dd07b
 PIECE = 16 * 2**10   # bytes

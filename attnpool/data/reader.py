@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['READER', 'PICTURES', 'MADE_HERE', 'TRAIN', 'VALID', 'TEST', 'TESTS_LEFT_ALONE', 'BrokenPicture', 'open_picture',
-           'shrunk_size', 'load_picture', 'square_picture', 'in_threads', 'is_picture', 'is_run', 'is_output',
-           'picture_files', 'inner_folders', 'folder_roles', 'unwrapped', 'check_tests']
+           'shrunk_size', 'load_picture', 'square_picture', 'in_threads', 'with_progress', 'is_picture', 'is_run',
+           'is_output', 'picture_names', 'picture_files', 'inner_folders', 'folder_roles', 'unwrapped', 'check_tests']
 
 # %% ../../nbs/290_data.reader.ipynb #4ae9cb49
 import io
 import os
 import re
 import stat
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Sequence
@@ -72,6 +74,7 @@ def _rgb(im):
 
 def open_picture(
     file: Path | str | bytes | Image.Image | np.ndarray, # Of any format that Pillow reads; or in memory
+    enough: int | None = None, # Shorter side that is enough, in pixels: large JPEGs are decoded to 1/2, 1/4 or 1/8
 ) -> Image.Image: # In RGB; a `BrokenPicture` says why it cannot be
     "Decode a picture: 8 bits, upright, transparency on white, 16 bits by their upper byte, the first of an animation."
     try:
@@ -83,6 +86,7 @@ def open_picture(
         with Image.open(file) as im:
             if im.format == 'EPS': raise Image.UnidentifiedImageError   # a program, that another one would run
             times = {'L;2': 85, 'L;4': 17}.get(str(im.tile[0][-1]) if im.tile else '', 1)   # levels of a few bits
+            if enough: im.draft(None, (enough, enough))
             im.load()
             if isinstance(clear := im.info.get('transparency'), int): im.info['transparency'] = clear * times
             return _rgb(im)
@@ -102,10 +106,12 @@ def shrunk_size(
 
 def load_picture(
     file: Path | str | bytes | Image.Image | np.ndarray, # As for `open_picture`
-    load: int, # Shorter side of larger pictures, in pixels
+    load: int | None, # Shorter side of larger pictures, in pixels; None for as they are
+    enough: int | None = None, # Shorter side that is enough, as for `open_picture`
 ) -> Image.Image: # In RGB
     "Decode a picture, and shrink it if it is larger."
-    im = open_picture(file)
+    im = open_picture(file, enough)
+    if load is None: return im
     target = shrunk_size(im.size, load)
     return im if im.size == target else im.resize(target, Image.Resampling.BILINEAR, reducing_gap=3.)
 
@@ -124,6 +130,22 @@ def in_threads(
     "`map` on all cores, with a bounded number of results waiting."
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i in range(0, len(items), 256): yield from pool.map(f, items[i:i+256])
+
+def with_progress(
+    items: Iterable, # Anything that comes one by one
+    what: str, # What is done, for the line: 'checking photos'
+    total: int | None = None, # How many will come; None where that is not known
+    every: float = 10., # Seconds between two lines; the first comes after as many
+) -> Iterator: # The same items
+    "Say now and then, on the standard error of the first process, how far long work has come."
+    start = last = time.monotonic()
+    for n, item in enumerate(items, 1):
+        yield item
+        if n % 64 or (now := time.monotonic()) - last < every: continue
+        last, rate = now, n / (now - start)
+        left = f' of {total:,}, {rate:,.0f} a second, {(total - n) / rate / 60:.1f} minutes left' if total else \
+               f', {rate:,.0f} a second'
+        if os.environ.get('RANK', '0') == '0': print(f'attnpool: {what}: {n:,}{left}', file=sys.stderr)
 
 # %% ../../nbs/290_data.reader.ipynb #d79140a3
 PICTURES = frozenset((   # endings
@@ -151,6 +173,7 @@ def is_picture(
         with Image.open(file) as im: return im.format in _TOLD_BY_CONTENT
     except Exception: return known   # if it is meant as one, it is broken, and told
 
+# %% ../../nbs/290_data.reader.ipynb #fa290001
 def is_run(
     folder: Path | str, # Any folder
 ) -> bool:
@@ -167,25 +190,35 @@ def is_output(
     folder: Path | str, # Any folder
 ) -> bool:
     "Whether a folder has no pictures of the data, but runs, or pictures that this library has written."
-    inside = list(Path(folder).iterdir())
-    return not any(map(is_picture, inside)) and (_holds_runs(Path(folder)) or any(map(_made_here, inside)))
+    if any(map(is_picture, Path(folder).iterdir())): return False   # most end here, at their first file
+    return _holds_runs(Path(folder)) or any(map(_made_here, Path(folder).iterdir()))
+
+def picture_names(
+    root: Path | str, # Folder that the names are relative to
+    below: str = '', # Where in it to look, in all folders below too, as 'train/'; links are followed
+) -> tuple[list[str], list[str]]: # Pictures; and files that are none, with hidden folders. Both in the order of paths
+    "The pictures of a folder, and what was left out. The folders of runs are passed over."
+    left_out = []
+    def walk(way, above):
+        s = os.stat(os.path.join(root, way))
+        if (here := (s.st_dev, s.st_ino)) in above: return   # a link to a folder around it
+        with os.scandir(os.path.join(root, way)) as inside: entries = sorted(inside, key=lambda e: e.name)
+        folders = {e.name for e in entries if e.is_dir()}   # told without asking the disk again
+        ours = '.locks' in folders or any(is_run(e.path) for e in entries if e.name in folders)
+        for e in entries:
+            name, ending = way + e.name, os.path.splitext(e.name)[1].lower()
+            if e.name in folders and e.name[0] == '.': left_out.extend([] if ours else [name])
+            elif e.name in folders:
+                if not is_run(e.path): yield from walk(name + os.sep, above | {here})
+            elif ending in PICTURES and ending != '.png' and e.name[0] != '.' or is_picture(e.path): yield name
+            elif not (ours or _made_here(Path(e.path))): left_out.append(name)
+    return list(with_progress(walk(below, frozenset()), f'listing {os.path.join(root, below)}')), left_out
 
 def picture_files(
     folder: Path | str, # Where to look, in all folders below it too; links are followed
 ) -> tuple[list[Path], list[Path]]: # Pictures; and files that are none, with hidden folders. Both sorted
-    "The pictures of a folder, and what was left out. The folders of runs are passed over."
-    found, left_out = [], []
-    def walk(folder, above):
-        s = os.stat(folder)
-        if (here := (s.st_dev, s.st_ino)) in above: return   # a link to a folder around it
-        ours = _holds_runs(folder)
-        for path in folder.iterdir():
-            if path.is_dir() and path.name.startswith('.'): left_out.extend([] if ours else [path])
-            elif path.is_dir(): is_run(path) or walk(path, above | {here})
-            elif is_picture(path): found.append(path)
-            elif not (ours or _made_here(path)): left_out.append(path)
-    walk(Path(folder), frozenset())
-    return sorted(found), sorted(left_out)
+    "As `picture_names`, as paths."
+    return tuple([Path(folder, name) for name in names] for names in picture_names(folder))
 
 # %% ../../nbs/290_data.reader.ipynb #ab1c2081
 TRAIN, VALID, TEST = ('train', 'training'), ('val', 'valid', 'validation'), ('test', 'testing')

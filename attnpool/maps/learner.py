@@ -83,7 +83,7 @@ def _source(ds, i):
     o = getattr(tl.items, 'iloc', tl.items)[i]
     for t in tl.tfms.fs:
         if isinstance(o, (str, os.PathLike)) and os.path.isfile(o): return Path(o)
-        if isinstance(t, ReadPicture): return Path(t.files[o]) if isinstance(o, (int, np.integer)) and t.files else None
+        if isinstance(t, ReadPicture): return t.file(o) if isinstance(o, (int, np.integer)) and len(t.files) else None
         if isinstance(o, (Image.Image, np.ndarray, Tensor)): return None
         o = compose_tfms(o, [t], split_idx=tl.tfms.split_idx)
 

@@ -21,6 +21,7 @@ from ..weights import mismatches, read_weights, weights_in
 
 # %% ../../nbs/220_models.deit.ipynb #523e49a7
 VARIANTS = {   # options of `PatchConvNet`
+    'patchconvnet_tiny': dict(embed_dim=96, depth=6, patch_size=8, class_queries=False, gamma_init=1e-4),   # ours
     'patchconvnet_s20':        dict(embed_dim=384, depth=20, class_queries=False, gamma_init=1e-4),
     'patchconvnet_s36':        dict(embed_dim=384, depth=36, class_queries=False, gamma_init=1e-4),
     'patchconvnet_s60':        dict(embed_dim=384, depth=60, class_queries=False, gamma_init=1e-4),
@@ -64,16 +65,17 @@ _FILES = {   # name and tag: the authors' file, side of the pictures
     'patchconvnet_s60_multi.scratch_in1k':    ('s60_multi_scratch_1k', 224),
 }
 
-def _cfg(file=None, size=224):
+def _cfg(file=None, size=224, patch=16):
     return dict(url=f'https://dl.fbaipublicfiles.com/deit/{file}.pth' if file else '', num_classes=1000,
-                input_size=(3, size, size), pool_size=(size // 16,) * 2, crop_pct=.875, interpolation='bicubic',
+                input_size=(3, size, size), pool_size=(size // patch,) * 2, crop_pct=.875, interpolation='bicubic',
                 mean=(.485, .456, .406), std=(.229, .224, .225), first_conv='stem.0', classifier='head',
                 license='apache-2.0', paper_ids='arXiv:2112.13692',
                 origin_url='https://github.com/facebookresearch/deit')
 
 _published = {name.split('.')[0] for name in _FILES}
 default_cfgs = generate_default_cfgs({name: _cfg(*file) for name, file in _FILES.items()} |
-                                     {name: _cfg() for name in VARIANTS if name not in _published})
+                                     {name: _cfg(patch=its.get('patch_size', 16)) for name, its in VARIANTS.items()
+                                      if name not in _published})
 
 # %% ../../nbs/220_models.deit.ipynb #d6e99ffc
 _NAMES = [   # theirs, ours; the first that fits counts, in both directions
@@ -128,14 +130,20 @@ def variant_of(
     "Which network of the family weights are of: the nearest variant, and what has to be said beside its name."
     if not {'blocks.0.gamma_1', 'blocks.0.dw.weight'} <= state.keys(): return None
     depths = [int(key.split('.')[1]) for key in state if key.startswith('blocks.')]
+    stem = [key for key in state if re.fullmatch(r'stem\.\d+\.weight', key)]
+    linear = 'stem.0.bias' in state
     found = dict(embed_dim=len(state['blocks.0.gamma_1']), depth=1 + max(depths),
-                 class_queries=len(state.get('pool.query', [0])) > 1)
+                 class_queries=len(state.get('pool.query', [0])) > 1,
+                 patch_size=state['stem.0.weight'].shape[-1] if linear else 2**len(stem) if stem else 16)
     def distance(name):
         options = VARIANTS[name]
         return (options['class_queries'] != found['class_queries'],
+                options.get('patch_size', 16) != found['patch_size'],
                 *(abs(log(options[n] / found[n])) for n in ('embed_dim', 'depth')))
     name = min(VARIANTS, key=distance)
-    more = {n: found[n] for n in ('embed_dim', 'depth') if found[n] != VARIANTS[name][n]}
+    own = dict(patch_size=16) | VARIANTS[name]
+    more = {n: found[n] for n in ('embed_dim', 'depth', 'patch_size') if found[n] != own[n]}
+    if linear: more['stem'] = "'linear'"
     if 'head.bias' in state and len(state['head.bias']) != 1000: more['num_classes'] = len(state['head.bias'])
     if 'stem.0.weight' in state and state['stem.0.weight'].shape[1] != 3:
         more['in_chans'] = state['stem.0.weight'].shape[1]
@@ -148,12 +156,18 @@ def _refuse(parameter, state, own):
     raise BadInput(f"{parameter}: not the weights of this network: {'; '.join(wrong[:3])}{more}. " + (
                    f"They look like those of {of}." if of else "They are of another kind than PatchConvNet."))
 
+def _one_for_each(state, model):
+    "A single query as one for each class, where the network has several: what its fine-tuning begins with."
+    query, own = state.get('pool.query'), getattr(model.pool, 'query', None)
+    if query is None or own is None or not model.class_queries or len(query) > 1: return state
+    return state | {'pool.query': query.expand(len(own), -1)}
+
 def load_deit(
     model: nn.Module, # A `PatchConvNet`
     state: dict | nn.Module | str | Path, # The authors' state dict, or a checkpoint or file that it can be found in
 ) -> nn.Module: # The same network
-    "Load a checkpoint of the authors, every key and every shape."
-    state = from_deit(read_weights(state) if isinstance(state, (str, Path)) else state)
+    "Load a checkpoint of the authors, every key and every shape. A single query is copied for each class."
+    state = _one_for_each(from_deit(read_weights(state) if isinstance(state, (str, Path)) else state), model)
     _refuse('state', state, model.state_dict())
     model.load_state_dict(state)
     return model
@@ -161,7 +175,7 @@ def load_deit(
 # %% ../../nbs/220_models.deit.ipynb #dbcbe978
 def _weights(state, model):
     "For timm, which sees itself to another number of classes or of input channels."
-    state, own = from_deit(state), model.state_dict()
+    state, own = _one_for_each(from_deit(state), model), model.state_dict()
     if model.global_pool != 'learned':
         state = {key: value for key, value in state.items() if key in own or not key.startswith(('pool.', 'norm.'))}
     theirs = ['head.', 'stem.0.']

@@ -49,7 +49,7 @@ class PatchConvBlock(nn.Module):
     "norm, 1x1, act, depthwise 3x3, act, squeeze-excite, 1x1, `gamma`, added to its input (figure 3, middle)."
     def __init__(self,
         ni: int, # Channels in and out
-        norm: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6), # Norm over the channels of `(b, h, w, c)`
+        norm: Callable[[int], nn.Module] | str = 'layer', # Norm over the channels of `(b, h, w, c)`: `NORMS`, or one
         act_cls: Callable[[], nn.Module] = nn.GELU, # Activation between its linear layers
         gamma_init: float = 1e-4, # LayerScale at the start
         drop_path_rate: float = 0., # Stochastic depth
@@ -218,7 +218,7 @@ class PatchConvNet(_Head, _Column, nn.Module):
         class_queries: bool = False, # One query per class, for a map per class
         num_heads: int = 1, # Heads of the aggregation
         ffn_expand: float = 3, # Width of the aggregation's feed-forward part over `embed_dim`
-        norm: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6), # Or `TokenBatchNorm` (table B.3)
+        norm: Callable[[int], nn.Module] | str = 'layer', # 'batch' in table B.3; `NORMS`, or a class
         act_cls: Callable[[], nn.Module] = nn.GELU, # Activation between its linear layers
         gamma_init: float = 1e-4, # LayerScale at the start
         drop_rate: float = 0., # Dropout before the classifier

@@ -22,7 +22,7 @@ from ..data import DataId
 from ..data.cache import near_path, write_file
 from ..data.listing import first_few
 from ..data.reader import is_run
-from ..heads import ABLATIONS, HEADS, PEERS
+from ..heads import ABLATIONS, HEADS, PAPER_HEADS, PEERS
 from ..models.start import Start
 from ..models.xresnet import ARCHS
 from ..recipe import Recipe
@@ -231,7 +231,7 @@ def _of_arch(results):
     ours = [r.spec for r in results if _in_tables(r.spec.head)]
     return {k for spec in ours for k, _ in spec.options if k not in head_options(spec.head)}
 
-def _in_tables(head): return any(head in table for table in (HEADS, PEERS, ABLATIONS))
+def _in_tables(head): return any(head in table for table in (HEADS, PEERS, PAPER_HEADS, ABLATIONS))
 
 def _of_head(spec, of_arch=()):
     "Those of the options that are the head's; of a head that only a file names, which is not loaded, all that may be."
@@ -246,7 +246,8 @@ def group_by_setting(
     groups, of_arch = {}, _of_arch(results)
     for r in results:
         others = tuple(o for o in r.spec.options if o not in _of_head(r.spec, of_arch))
-        setting = replace(r.spec, head='', seed=0, options=others, recipe=replace(r.spec.recipe, lr=None))
+        start = r.spec.start if not r.spec.start.after else Start(fingerprint=r.spec.start.after)   # each has its own
+        setting = replace(r.spec, head='', seed=0, options=others, start=start, recipe=replace(r.spec.recipe, lr=None))
         groups.setdefault((setting, str(r.pictures)), []).append(r)
     return list(groups.values())
 
@@ -273,10 +274,12 @@ def setting_of(
     spec = result.spec.to_json()
     for name, _ in _of_head(result.spec): del spec['options'][name]
     data, start, recipe = spec.pop('data'), spec.pop('start'), _known(spec.pop('recipe'))
+    if start['after']: start |= dict(zip(('name', 'setting'), start['after'].split(' #')), fingerprint='')
     every = dict(data=data['name'], arch=spec['arch'], start=start['name'], recipe=recipe.pop('name'),
                  size=recipe.get('size'))
     if spec['split'] == 'own': del spec['split']   # of the data, as nearly all
     every |= recipe | spec | dict(weights=start['fingerprint'], body_only=start['body_only'] or None,
+                                  start_setting=start.get('setting'),
                                   family=data['family'], fingerprint=data['fingerprint'], pictures=result.pictures)
     return {k: v for k, v in every.items() if k not in ('head', 'seed', 'lr', 'folder') and v not in (None, '', [], {})}
 

@@ -23,7 +23,8 @@ from ..data.cache import write_file
 from ..registry import BadInput
 from .spec import Spec
 from .store import Result, load_run
-from .train import keep_memory, run
+from .sweep import keep_memory
+from .train import run
 
 # %% ../../nbs/550_runs.cluster.ipynb #fbfe8208
 class RunJob:
@@ -32,17 +33,18 @@ class RunJob:
         spec: Spec, # What to run
         out: str, # Folder of run folders
         device: str, # 'cpu' or 'cuda'
+        checkpoint_seconds: float = 60., # As for `run`
     ) -> str: # The run's status
         from submitit import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
         if JobEnvironment().num_tasks > 1: TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         keep_memory()
-        return run(spec, out, device).status
+        return run(spec, out, device, checkpoint_seconds=checkpoint_seconds).status
 
     def checkpoint(self,
         *args # Those of the call
     ): # What goes back into the queue
-        "The same job again."
+        "The same job again, which goes on from the run's checkpoint."
         from submitit.helpers import DelayedSubmission
         return DelayedSubmission(self, *args)
 
@@ -70,9 +72,10 @@ def _log(folder, i):
 
 class _Grid:
     "The runs of one `submit`, and what is known of their jobs."
-    def __init__(self, specs, out, cluster, retries, options):
+    def __init__(self, specs, out, cluster, retries, checkpoint_seconds, options):
         self.todo, self.out, self.jobs, self.cluster = list(dict.fromkeys(specs)), out, out/'.jobs', cluster
         self.limits, self.options = {f'{cluster}_max_num_timeout': retries}, options
+        self.checkpoint_seconds = checkpoint_seconds
         self.known, self.failed, self.refused, self.missed = set(), set(), set(), {}
         self.jobs.mkdir(parents=True, exist_ok=True)
         book = self.jobs/'jobs.json'
@@ -94,7 +97,7 @@ class _Grid:
         executor = submitit.AutoExecutor(self.jobs/name, cluster=self.cluster, **self.limits)
         executor.update_parameters(name=name, **self.options)
         device = 'cuda' if self.options['gpus_per_node'] else 'cpu'
-        try: executor.map_array(RunJob(), group, [str(self.out)] * n, [device] * n)
+        try: executor.map_array(RunJob(), group, *([o] * n for o in (str(self.out), device, self.checkpoint_seconds)))
         except submitit.core.utils.FailedJobError as e:
             raise BadInput(f"cluster: Slurm refuses the jobs: {' '.join(str(e).split())[-300:]}") from None
         self.known |= set(group)
@@ -126,7 +129,7 @@ class _Grid:
 # %% ../../nbs/550_runs.cluster.ipynb #ca5b6709
 def check_cluster(
     cluster: str, # 'slurm', or 'local'
-    timeout_min: int = 240, # Time limit of a run, in minutes
+    timeout_min: int = 240, # Time limit of a job, in minutes
 ):
     "An error where jobs cannot be made."
     if cluster not in ('slurm', 'local'): raise BadInput(f"cluster: expected 'slurm' or 'local', got {cluster!r}.")
@@ -147,11 +150,12 @@ def submit(
     partition: str | None = None, # Of Slurm; None for its default
     gpus: int = 0, # GPUs of a run, with one process each; 0 trains on the CPU
     cpus: int | None = None, # Cores of each process; None for the cluster's default
-    timeout_min: int = 240, # Time limit of a run, in minutes
+    timeout_min: int = 240, # Time limit of a job, in minutes; a run that takes longer goes on in the next one
     array_parallelism: int | None = None, # Jobs at a time; None for 1 on this machine and 256 in Slurm
-    retries: int = 3, # How often a job that ran out of time starts over
+    retries: int = 3, # How often a run whose job ran out of time goes on in another
     wait: bool = True, # Stay until all runs are complete; False returns after submitting
     console: Console | None = None, # Where progress is shown; None for the standard output
+    checkpoint_seconds: float = 60., # Least time between two checkpoints of a run; 0: after each epoch
     **options # Further parameters of submitit's executor: `mem_gb`, `nodes`, `slurm_account`, ...
 ) -> list[Result]: # Of the runs that are there, in the order of `specs`
     "Make all runs that are not there yet as jobs of a cluster. A `RuntimeError` at the end names those that failed."
@@ -161,7 +165,8 @@ def submit(
     if cpus: options['cpus_per_task'] = cpus
     if cluster == 'slurm': options |= dict(slurm_array_parallelism=array_parallelism or 256)
     if cluster == 'slurm' and partition: options |= dict(slurm_partition=partition)
-    console, grid, shown = console or Console(), _Grid(specs, Path(out).resolve(), cluster, retries, options), None
+    console, shown = console or Console(), None
+    grid = _Grid(specs, Path(out).resolve(), cluster, retries, checkpoint_seconds, options)
     def show(text): console.print(text, markup=False, highlight=False)
     try: lock = FileLock(grid.jobs/'.lock', timeout=0).acquire()
     except Timeout:

@@ -13,7 +13,7 @@ import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache, partial
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -24,6 +24,7 @@ from ..data.pictures import SOURCES, blog_version, find_pictures
 from ..frozen import check_frozen
 from ..heads import OTHER_HEADS, get_head
 from ..models.body import OTHER_ARCHS, check_arch
+from ..models.deit import VARIANTS
 from ..models.start import Start, expected, find_start
 from ..models.surgery import body_of
 from ..pooling import check_head
@@ -131,11 +132,12 @@ def make_spec(
     recipe, (head, arch, folder) = find_recipe(recipe), _own_parts(head, arch)
     of_head, of_arch = split_options(head, arch, options or {})
     if folder: _check_parts(head, arch, _pairs(of_head), _pairs(of_arch))
+    _check_sides(arch, of_arch, overrides.get('size') or recipe.size, eval_sizes)
     start = find_start(start, arch, **of_arch)
     if not isinstance(data, DataId): data = data_for(data, recipe)
-    r = check_frozen(get_recipe(recipe, head, data.family, **overrides))
+    r = check_frozen(get_recipe(recipe, head, data.family, arch, **overrides))
     r.check_start(start)
-    if r.train == 'frozen': start = start.for_all_heads()   # a probe is a comparison
+    if r.train == 'frozen': start = start.for_all_heads(head)   # a probe is a comparison
     if split not in SPLITS: raise unknown('split', split, SPLITS)
     if split == 'seed' and data.name and not data.fingerprint:
         raise BadInput(f"split: {data.name} are made, always with the same split, got {split!r}. Leave --splits out "
@@ -188,6 +190,17 @@ def _whole(name, value, least):
     if not least <= number < 2**32 or isinstance(value, Real) and number != value:
         raise BadInput(f"{name}: expected a whole number from {least} on, got {value!r}.")
     return number
+
+def _check_sides(arch, options, size, eval_sizes):
+    "An error for sides that the patches of the paper's networks do not divide, before anything is read."
+    own = VARIANTS.get(arch.partition('.')[0])
+    patch = 1 if own is None else (dict(patch_size=16) | own | options)['patch_size']
+    sizes = eval_sizes if isinstance(eval_sizes, (list, tuple)) else ()
+    for name, side in [('size', size), *(('eval_sizes', side) for side in sizes)]:
+        if all(isinstance(n, Integral) and n > 0 for n in (side, patch)) and side % patch:
+            low = side // patch * patch
+            raise BadInput(f"{name}: {arch} cuts pictures into patches of {patch}x{patch} pixels, which do not divide "
+                           f"{side}. Use {f'{low} or ' * bool(low)}{low + patch}.")
 
 def _pairs(options):
     "Options in the order of their names, lists as tuples: what is equal is written equally."
