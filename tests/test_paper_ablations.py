@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import stats
 
 from attnpool.cli import main
+from attnpool.cost.networks import complexity
 from attnpool.layers import make_norm, NORMS, TokenBatchNorm
 from attnpool.models.deit import variant_of, VARIANTS
 from attnpool.models.patchconvnet import PatchConvNet
@@ -77,7 +78,7 @@ NETWORKS = [("paper", {}), ("paper-avg", dict(global_pool="avg")), ("paper-class
 
 def whole_and_parts(arch, head, extra, options, n_out=7):
     "The paper's network in one piece, and body + head by name with the same weights."
-    spec = make_spec("digits", head, arch=arch, options=options)
+    spec = make_spec("digits", head, arch=arch, options=options, size=32)
     _, of_arch = split_options(head, arch, dict(spec.options))
     parts = build_network(arch, n_out, head_of(spec), **of_arch).model
     whole = PatchConvNet(**VARIANTS[arch] | extra | options, num_classes=n_out)
@@ -121,6 +122,13 @@ def test_paper_head_takes_the_layer_scale_of_its_network():
     assert [*gammas("patchconvnet_s120", gamma_init=1e-4)[1]] == [pytest.approx(1e-4)]
     of_head, of_arch = split_options("paper", "resnet18", dict(norm="batch"))   # behind another network a head is only a head
     assert of_head == dict(norm="batch") and of_arch == {}
+
+
+def test_paper_network_counts_the_same_in_one_piece_and_in_two():
+    table = complexity(["patchconvnet_tiny", "patchconvnet_tiny+paper"], sizes=(64,), speed=False)
+    counts = table[["Mparams", "GMACs", "GMACs folded"]].to_numpy(float)
+    assert (counts[0] == counts[1]).all() and counts[0, 0] == pytest.approx(.39088)   # 1000 classes
+    assert counts[0, 2] < counts[0, 1]
 
 
 def test_paper_norms_by_word():
@@ -185,6 +193,7 @@ def test_paper_ablation_takes_what_all_rows_have_in_common():
     (lambda: ablation_specs("B1", **SMALL, options=dict(stemm="linear")), "stemm: the network patchconvnet_tiny has no such option"),
     (lambda: ablation_specs("table5", **SMALL, options=dict(num_heads=5)), "num_heads: 5 "),
     (lambda: ablation_specs("table5", **SMALL, drop_path=1.5), "drop_path"),
+    (lambda: ablation_specs("table5", **SMALL, size=30), "which do not divide 30. Use 24 or 32"),
     (lambda: ablation_specs("table5", recipe="probe"), "train: an ablation trains whole networks from scratch, got 'frozen'"),
     (lambda: ablation_specs("table5", **SMALL, data="no/such.tar"), "no/such.tar"),
 ])
@@ -305,6 +314,13 @@ def test_paper_ablate_command_counts_a_run_that_diverged(photos, tmp_path, monke
                          "--lr", "1e30", "--rows", "average pooling", "--out", tmp_path)
     assert code == 0, err
     assert "diverged in epoch 1" in out and "in no mean: none, average pooling" in out and "81.9" in out
+
+
+def test_paper_heads_are_taken_by_the_other_commands():
+    out = io.StringIO()
+    with redirect_stdout(out), pytest.raises(SystemExit): main(["bench", "--help"])
+    assert "paper, paper-classes, paper-avg" in " ".join(out.getvalue().split()).replace("paper- ", "paper-")
+    with pytest.raises(BadInput, match="Did you mean 'paper-classes'"): make_spec("digits", "paper-clases")
 
 
 @pytest.mark.parametrize("words, told", [
