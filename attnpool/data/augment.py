@@ -83,8 +83,8 @@ class CentreCrop(Transform):
     ):
         super().__init__()
         if not 0 < ratio <= 1: raise BadInput(f"ratio: expected more than 0, up to 1, got {ratio}. .875 is usual.")
-        self.size, self.split_idx, crop = size, split_idx, CenterCrop(size)
-        self.resize, self.crop = Resize(int(size / ratio), InterpolationMode.BICUBIC), crop
+        self.size, self.split_idx, self.crop = size, split_idx, CenterCrop(size)
+        self.resize = Resize(int(size / ratio), InterpolationMode.BICUBIC)
 
     def encodes(self, x: PILImage): return self.crop(self.resize(x))
 

@@ -167,7 +167,7 @@ def picture_dls(
     return dls
 
 DATASETS['digits'] = digits_dls
-for _name in SOURCES: DATASETS[_name] = partial(picture_dls, _name)
+for _name in (n for n in SOURCES if n not in DATASETS): DATASETS[_name] = partial(picture_dls, _name)
 
 # %% ../../nbs/370_data.pictures.ipynb #9b2d2daf
 def empty_dls(
