@@ -150,6 +150,7 @@ def _note(questions, note):
         if theirs and q.pixels.augment == 'imagenet' and abs(theirs - q.pixels.crop) > .001:
             note(f'{name}: its authors measured at size / {theirs:g}: --crop {theirs:g}')
 
+# %% ../../nbs/694_commands.evaluate.ipynb #d4828168
 def _with_progress(questions, sizes, out, **how):
     "The answers, with the time left: on a terminal as a bar, elsewhere as lines."
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
