@@ -65,6 +65,14 @@ def _written(results, out, **options):
     page = write_report(results, out, **options)
     return f'Report: {page.resolve().as_uri()}\nTable:  {page.with_suffix(".csv")}, {page.with_suffix(".md")}'
 
+def _check_all(check, data):
+    "Look at every picture of very many, where that is asked; what is seen is kept for those who ask later."
+    from attnpool.data.check import check_pictures, every_picture
+    from attnpool.data.find import find_pictures
+    from attnpool.distributed import on_first_process
+    if every_picture(check) and data.fingerprint:
+        on_first_process(lambda: check_pictures(find_pictures(data.path), every=True) and None)
+
 def _check_trained(results):
     "Status 1 where no head could be trained, and why."
     if any(r.status != 'failed' for r in results): return
@@ -75,6 +83,7 @@ def _check_trained(results):
 def _show_asked(results, specs, data, recipe):
     "What was asked in a table; runs that follow others with those before them."
     from attnpool.runs.store import load_run
+    results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
     first, starts = specs[0], dict.fromkeys(s.start.path for s in specs if s.start.after)
     results = [load_run(path) for path in starts] + results
     if starts: _show_settings(results)
@@ -163,30 +172,25 @@ def bench(
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
-    from attnpool.data.check import check_pictures, every_picture
-    from attnpool.data.find import find_pictures
-    from attnpool.distributed import is_first, on_first_process, scale_up
+    from attnpool.distributed import is_first, scale_up
     from attnpool.runs.cluster import check_cluster
     from attnpool.runs.tested import ask_tests, find_tests, tell_tests_left
-    console, device = Console(), check_device(device)
+    device = check_device(device)
     if cluster: check_cluster(cluster, time_limit)
     sizes = read_list('eval-sizes', eval_sizes, int) if eval_sizes else None if eval_sizes is None else ()
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
     specs = read_specs(data, heads, seeds, recipe, options, splits=splits, save_recipe=save_recipe, **overrides)
-    if every_picture(check) and specs[0].data.fingerprint:
-        on_first_process(lambda: check_pictures(find_pictures(specs[0].data.path), every=True) and None)   # it is kept
+    _check_all(check, specs[0].data)
     tests = find_tests(specs[0].data.path, skip_broken) if test else tell_tests_left(specs[0].data, say)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
     if sizes is None: _tell_blog(specs[0])
     job = dict(cluster=cluster, partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size,
                wait=wait) if cluster else {}
     if is_first(): check_out(out/'report.html', [data], _TABLES, make=True, own='--line: #888', folder=True)
-    results = make_runs(specs, out, device, console, checkpoint_seconds, **job)
+    results = make_runs(specs, out, device, Console(), checkpoint_seconds, **job)
     if not is_first() or not results: return
-    results.sort(key=lambda r: [s.head for s in specs].index(r.spec.head))
     if tests: results = ask_tests(results, tests, device, say)
-    results = _show_asked(results, specs, data, recipe)
-    say(_written(results, out/'report.html'))
+    say(_written(results := _show_asked(results, specs, data, recipe), out/'report.html'))
     _check_trained(results)
 
 # %% ../nbs/700_cli.ipynb #83c9bc1c

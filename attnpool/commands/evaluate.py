@@ -35,7 +35,8 @@ def _models(words):
     from attnpool.runs.store import load_run, read_about
     *models, data = words
     if is_run(data) or _runs_in(data): models, data = words, None
-    models = list(dict.fromkeys(m for word in models for m in _runs_in(word) or [word]))
+    each = (_runs_in(word) or [str(Path(word)) if os.path.isdir(word) else word] for word in models)
+    models = list(dict.fromkeys(m for its in each for m in its))
     if not models:
         raise BadInput(f"DATA: expected models and then data, got {data} alone. For example attnpool evaluate {data} "
                        "photos/, or a run alone, on its own validation pictures.")
@@ -59,7 +60,21 @@ def _series(models):
             found |= {str(r.folder): short for r in its}
     return found
 
-# %% ../../nbs/694_commands.evaluate.ipynb #56cf66d1
+# %% ../../nbs/694_commands.evaluate.ipynb #ca2be4c9
+def _opened(models, *how, **options):
+    "The networks by their names in tables, and the names of their curves."
+    from attnpool.runs.open import open_model
+    learners, series, curves = {}, {}, _series(models)
+    with Console(stderr=True).status('') as status:
+        for m in sorted(models, key=lambda m: [*curves, m].index(m)):
+            status.update(f'opening {m}')
+            learn = open_model(m, *how, with_data=False, **options)
+            name = getattr(learn, 'about', {}).get('name', m)
+            learners[name := m if name in learners else name] = learn
+            if m in curves: series[name] = curves[m]
+    return learners, series
+
+# %% ../../nbs/694_commands.evaluate.ipynb #705f8d1b
 _WORDS = (f'Models, then the data. {MODEL} A folder of runs stands for each of them. DATA: a known data set, or a '
           'folder, tar or CSV file of pictures; of a split the part that validates, of folders of classes alone all, '
           'as of ImageNet-V2. A run without data: those it was validated on.')
@@ -69,7 +84,7 @@ _CROP = ('Show all models the same centre crop, of the short side at SIZE / CROP
 _PRECISION = "float32, bf16, fp16 or auto.  [default: a run's own, for others float32]"
 _OUT = 'Folder for the answers, the table, the figure and the page. What is there is not asked again.'
 
-# %% ../../nbs/694_commands.evaluate.ipynb #5f0158a4
+# %% ../../nbs/694_commands.evaluate.ipynb #5f1e22ed
 def evaluate(
     words: Annotated[list[str], typer.Argument(help=_WORDS, parser=expand, metavar='MODEL... [DATA]')],
     sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
@@ -94,28 +109,19 @@ def evaluate(
 
     \b
     Examples:
-      attnpool evaluate WEIGHTS.pth imagenet-val.tar --arch tf_efficientnet_lite0 --sizes 192,224,256
+      attnpool evaluate WEIGHTS.pth imagenet/val/ --arch tf_efficientnet_lite0 --sizes 192,224,256
       attnpool evaluate resnet50 patchconvnet_s60 imagenetv2-matched-frequency/ --sizes 160,224,288,384
       attnpool evaluate runs/ --sizes 64,96,128,160
     """
     from attnpool.choices import PRECISIONS
     from attnpool.runs.evaluate import ask, check_sizes
-    from attnpool.runs.open import open_model
     device, how = check_device(device), read_options(options)
     if precision: PRECISIONS.check(precision)
     models, data = _models(words)
     wanted = read_list('sizes', sizes, int) if sizes else []
     check_out(out/'evaluation.html', [data, *models], {'.csv': 'model,data,size', '.png': 'attnpool'}, make=True,
               own='Accuracy over test size', folder=True)
-    learners, series, curves = {}, {}, _series(models)
-    models.sort(key=lambda m: [*curves, m].index(m))
-    with Console(stderr=True).status('') as status:
-        for m in models:
-            status.update(f'opening {m}')
-            learn = open_model(m, arch, head, vocab, trust, device, with_data=False, **how)
-            name = getattr(learn, 'about', {}).get('name', m)
-            learners[name := m if name in learners else name] = learn
-            if m in curves: series[name] = curves[m]
+    learners, series = _opened(models, arch, head, vocab, trust, device, **how)
     wanted = wanted or sorted({getattr(learn.dls, 'size', 224) for learn in learners.values()})
     for name, learn in learners.items(): check_sizes(name, learn, wanted)
     lines = []
@@ -127,7 +133,7 @@ def evaluate(
     found = _with_progress(questions, wanted, out, bs=batch_size, num_workers=workers, say=note)
     _told(found, lines, out)
 
-# %% ../../nbs/694_commands.evaluate.ipynb #e81e45da
+# %% ../../nbs/694_commands.evaluate.ipynb #850d8927
 def _note(questions, note):
     "Of which pictures, how they are cut, and among how many classes each is scored."
     from attnpool.runs.shown import own_crop
@@ -144,6 +150,7 @@ def _note(questions, note):
         if theirs and q.pixels.augment == 'imagenet' and abs(theirs - q.pixels.crop) > .001:
             note(f'{name}: its authors measured at size / {theirs:g}: --crop {theirs:g}')
 
+# %% ../../nbs/694_commands.evaluate.ipynb #d4828168
 def _with_progress(questions, sizes, out, **how):
     "The answers, with the time left: on a terminal as a bar, elsewhere as lines."
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
