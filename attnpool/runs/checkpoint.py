@@ -183,10 +183,9 @@ class Checkpoint:
     def _write(self, state, rows):
         seconds = round(time.perf_counter() - self.start, 3)
         values = self.made, _pack(state, '', tensors := {}), rows, seconds
-        told = {k: json.dumps(v) for k, v in zip(_PARTS, values)}
-        try: write_file(self.path, safetensors_bytes(tensors, told))
-        except OSError as e:   # above all a full disk, which is no reason to lose what was trained
-            text = f'its checkpoint cannot be written ({e.strerror or e}). It goes on without one'
+        try: write_file(self.path, safetensors_bytes(tensors, {k: json.dumps(v) for k, v in zip(_PARTS, values)}))
+        except (OSError, TypeError, ValueError) as e:   # a full disk, or a state that JSON has no words for
+            text = f'its checkpoint cannot be written ({getattr(e, "strerror", e)}). It goes on without one'
             if not self.failed: self.tell(f'{text}; if it were stopped, it would begin after epoch {self.done}.', 0)
             self.failed = True
         else: self.done = len(rows)
