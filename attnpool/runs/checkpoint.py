@@ -126,7 +126,7 @@ class Checkpoint:
         self.path, self.seconds, self.tell, self.name = Path(folder)/CHECKPOINT, seconds, tell or self._print, spec.name
         libraries = {m.__name__: m.__version__ for m in (attnpool, torch, fastai, timm)}
         self.made = dict(run=spec.name, **libraries, device=torch.device(device).type, processes=processes())
-        self.start = self.last = time.perf_counter()   # `start` is earlier by what the run had taken when it was stopped
+        self.start = self.last = time.perf_counter()   # `start` is earlier by what the run had taken before
         self.wait, self.state, self.failed, self.done = seconds, None, False, 0
 
     def _print(self, text, done): print(f'attnpool: {self.name}: {text}', file=sys.stderr)
