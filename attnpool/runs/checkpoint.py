@@ -11,7 +11,7 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import attnpool
 import fastai
@@ -109,8 +109,41 @@ def put_training_state(
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     _put_own_state(learn, state['processes'][rank_distrib()])
 
-# %% ../../nbs/525_runs.checkpoint.ipynb #202171b7
+# %% ../../nbs/525_runs.checkpoint.ipynb #7e288e90
 _PARTS = 'made', 'state', 'history', 'seconds'   # of the header
+
+def _read(checkpoint, model):
+    "What stands in a file that belongs here; None of any other, which is told."
+    if not checkpoint.path.exists(): return None
+    try:
+        with safe_open(checkpoint.path, 'pt') as f:
+            made, state, rows, seconds = (json.loads(f.metadata()[k]) for k in _PARTS)
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        differ = {k: v for k, v in checkpoint.made.items() if made.get(k) != v}
+        other = ', '.join(f'{k} {made.get(k)} in the place of {v}' for k, v in differ.items())
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        other = 'nothing that can be read: it is torn'
+    if not other:
+        shapes = {f'weights.{k}': t.shape for k, t in _weights(model).items()}
+        if shapes != {k: t.shape for k, t in tensors.items() if k.startswith('weights.')}:
+            other = 'a network with other weights'
+    if other:
+        checkpoint.tell(f'begins anew. Its checkpoint is of {other}.', 0)
+        return None
+    checkpoint.tell(f'goes on after epoch {len(rows)}', len(rows))
+    return state, tensors, rows, seconds
+
+def _write(checkpoint, state, rows):
+    seconds = round(time.perf_counter() - checkpoint.start, 3)
+    values = checkpoint.made, _pack(state, '', tensors := {}), rows, seconds
+    try: write_file(checkpoint.path, safetensors_bytes(tensors, {k: json.dumps(v) for k, v in zip(_PARTS, values)}))
+    except (OSError, TypeError, ValueError) as e:   # a full disk, or a state that JSON has no words for
+        text = f'its checkpoint cannot be written ({getattr(e, "strerror", e)}). It goes on without one; if it were stopped, '
+        if not checkpoint.failed: checkpoint.tell(f'{text}it would begin after epoch {checkpoint.done}.', 0)
+        checkpoint.failed = True
+    else: checkpoint.done = len(rows)
+
+# %% ../../nbs/525_runs.checkpoint.ipynb #202171b7
 _SHARE = 100   # writing takes at most a hundredth of the time
 
 class Checkpoint:
@@ -126,7 +159,7 @@ class Checkpoint:
         self.path, self.seconds, self.tell, self.name = Path(folder)/CHECKPOINT, seconds, tell or self._print, spec.name
         libraries = {m.__name__: m.__version__ for m in (attnpool, torch, fastai, timm)}
         self.made = dict(run=spec.name, **libraries, device=torch.device(device).type, processes=processes())
-        self.start = self.last = time.perf_counter()   # `start` is earlier by what the run had taken when it was stopped
+        self.start = self.last = time.perf_counter()   # `start` is earlier by what the run had taken before
         self.wait, self.state, self.failed, self.done = seconds, None, False, 0
 
     def _print(self, text, done): print(f'attnpool: {self.name}: {text}', file=sys.stderr)
@@ -135,32 +168,11 @@ class Checkpoint:
         model: nn.Module, # That will train
     ) -> list[dict]: # Rows of its history; none for a run that begins
         "Read what there is to go on from, once. All processes call it together."
-        if (found := on_first_process(self._read, model)) is None: return []
+        if (found := on_first_process(_read, self, model)) is None: return []
         state, tensors, rows, seconds = found
         self.state, self.done = _unpack(state, tensors), len(rows)
         self.start -= seconds
         return rows
-
-    def _read(self, model):
-        "What stands in a file that belongs here; None of any other, which is told."
-        if not self.path.exists(): return None
-        try:
-            with safe_open(self.path, 'pt') as f:
-                made, state, rows, seconds = (json.loads(f.metadata()[k]) for k in _PARTS)
-                tensors = {k: f.get_tensor(k) for k in f.keys()}
-            differ = {k: v for k, v in self.made.items() if made.get(k) != v}
-            other = ', '.join(f'{k} {made.get(k)} in the place of {v}' for k, v in differ.items())
-        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError):
-            other = 'nothing that can be read: it is torn'
-        if not other:
-            shapes = {f'weights.{k}': t.shape for k, t in _weights(model).items()}
-            if shapes != {k: t.shape for k, t in tensors.items() if k.startswith('weights.')}:
-                other = 'a network with other weights'
-        if other:
-            self.tell(f'begins anew. Its checkpoint is of {other}.', 0)
-            return None
-        self.tell(f'goes on after epoch {len(rows)}', len(rows))
-        return state, tensors, rows, seconds
 
     def put(self,
         learn: Learner, # In the fit that it was written in, once all callbacks have begun it
@@ -176,16 +188,6 @@ class Checkpoint:
         "Write it, where that is due. All processes call it together."
         if not on_first_process(lambda: time.perf_counter() - self.last >= self.wait): return
         began = time.perf_counter()
-        on_first_process(self._write, training_state(learn), rows)
+        on_first_process(_write, self, training_state(learn), rows)
         self.last = time.perf_counter()
         self.wait = self.seconds and max(self.seconds, _SHARE * (self.last - began))
-
-    def _write(self, state, rows):
-        seconds = round(time.perf_counter() - self.start, 3)
-        values = self.made, _pack(state, '', tensors := {}), rows, seconds
-        try: write_file(self.path, safetensors_bytes(tensors, {k: json.dumps(v) for k, v in zip(_PARTS, values)}))
-        except (OSError, TypeError, ValueError) as e:   # a full disk, or a state that JSON has no words for
-            text = f'its checkpoint cannot be written ({getattr(e, "strerror", e)}). It goes on without one'
-            if not self.failed: self.tell(f'{text}; if it were stopped, it would begin after epoch {self.done}.', 0)
-            self.failed = True
-        else: self.done = len(rows)

@@ -92,6 +92,7 @@ class Result:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ('folder', 'epochs')}
         return values | dict(spec=self.spec.to_json())
 
+# %% ../../nbs/520_runs.store.ipynb #904442de
 CHECKPOINT = 'checkpoint.safetensors'   # from which a run goes on that was stopped, see `attnpool.runs.checkpoint`
 
 def write_result(
@@ -99,8 +100,7 @@ def write_result(
     folder: Path | str, # Folder of the run, with all other files in it
 ) -> Result: # With files and folder
     "Write `result.json`, the file that makes the folder complete. The checkpoint is needed no longer then."
-    folder = Path(folder)
-    files = {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.name != CHECKPOINT}
+    files = {f.name: f.stat().st_size for f in sorted((folder := Path(folder)).iterdir()) if f.name != CHECKPOINT}
     result = replace(result, files=files, folder=folder)
     write_file(folder/'result.json', json.dumps(result.to_json(), indent=1))
     (folder/CHECKPOINT).unlink(missing_ok=True)

@@ -3,11 +3,12 @@
     python docs/results/kill_and_resume.py [KILLS [PROCESSES]]
     python docs/results/kill_and_resume.py cost
 
-Each row of the table is a run of its own: killed by SIGKILL after so many seconds, made again by the same call. `after` is
-the epoch that it went on after, 0 where it began anew; `equal` says whether its `history.csv` equals that of the run that
-was left alone, but for the columns of seconds, and its weights to the last bit. All libraries are loaded once, and the runs
-are forks of this process, so that the moments fall into the training, not into Python's start. The recipe has what is hard
-to go on with: repeated pictures, steps of several batches, random changes of pictures, mixing, stochastic depth, bf16.
+Each row of the table is a run of its own: killed by SIGKILL after so many seconds, made again by the same call.
+`after` is the epoch that it went on after, 0 where it began anew; `equal` says whether its `history.csv` equals that
+of the run that was left alone, but for the columns of seconds, and its weights to the last bit. All libraries are
+loaded once, and the runs are forks of this process, so that the moments fall into the training, not into Python's
+start. The recipe has what is hard to go on with: repeated pictures, steps of several batches, random changes of
+pictures, mixing, stochastic depth, bf16.
 
 `cost` measures what a checkpoint costs, and which share of the time that is at the default.
 """
@@ -33,8 +34,8 @@ from attnpool.runs.checkpoint import Checkpoint
 from attnpool.runs.spec import make_spec
 from attnpool.runs.train import RunLog, run
 
-RECIPE = dict(recipe='paper-small', arch='patchconvnet_tiny', head='paper', epochs=6, size=24, bs=16, micro_bs=4, repeats=3,
-              lr=3e-3, drop_path=.1, augment='blog', precision='bf16')
+RECIPE = dict(recipe='paper-small', arch='patchconvnet_tiny', head='paper', epochs=6, size=24, bs=16, micro_bs=4,
+              repeats=3, lr=3e-3, drop_path=.1, augment='blog', precision='bf16')
 
 
 def photos(folder):
@@ -116,8 +117,8 @@ def cost():
                                    cbs=Timed(Path(folder, 'history.csv'), checkpoint=checkpoint))
             with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
             n, took = sum(p.numel() for p in learn.model.parameters()), sorted(seconds)[1]
-            print(f'{arch:<18} {n:8,} {checkpoint.path.stat().st_size / 1e6:8.1f} {took:8.2f} {took / max(60, 50 * took):6.2%}',
-                  flush=True)
+            size, share = checkpoint.path.stat().st_size / 1e6, took / (took + max(60, 100 * took))
+            print(f'{arch:<18} {n:8,} {size:8.1f} {took:8.2f} {share:6.2%}', flush=True)
 
 
 if __name__ == '__main__':
