@@ -100,10 +100,10 @@ def write_result(
     folder: Path | str, # Folder of the run, with all other files in it
 ) -> Result: # With files and folder
     "Write `result.json`, the file that makes the folder complete. The checkpoint is needed no longer then."
-    files = {f.name: f.stat().st_size for f in sorted((folder := Path(folder)).iterdir()) if f.name != CHECKPOINT}
-    result = replace(result, files=files, folder=folder)
-    write_file(folder/'result.json', json.dumps(result.to_json(), indent=1))
-    (folder/CHECKPOINT).unlink(missing_ok=True)
+    there = [f for f in sorted(Path(folder).iterdir()) if f.name != CHECKPOINT]
+    result = replace(result, files={f.name: f.stat().st_size for f in there}, folder=Path(folder))
+    write_file(result.folder/'result.json', json.dumps(result.to_json(), indent=1))
+    (result.folder/CHECKPOINT).unlink(missing_ok=True)
     return result
 
 # %% ../../nbs/520_runs.store.ipynb #572fbfff
