@@ -74,8 +74,7 @@ class _Grid:
     "The runs of one `submit`, and what is known of their jobs."
     def __init__(self, specs, out, cluster, retries, checkpoint_seconds, options):
         self.todo, self.out, self.jobs, self.cluster = list(dict.fromkeys(specs)), out, out/'.jobs', cluster
-        self.limits, self.options = {f'{cluster}_max_num_timeout': retries}, options
-        self.checkpoint_seconds = checkpoint_seconds
+        self.limits, self.options, self.seconds = {f'{cluster}_max_num_timeout': retries}, options, checkpoint_seconds
         self.known, self.failed, self.refused, self.missed = set(), set(), set(), {}
         self.jobs.mkdir(parents=True, exist_ok=True)
         book = self.jobs/'jobs.json'
@@ -97,7 +96,7 @@ class _Grid:
         executor = submitit.AutoExecutor(self.jobs/name, cluster=self.cluster, **self.limits)
         executor.update_parameters(name=name, **self.options)
         device = 'cuda' if self.options['gpus_per_node'] else 'cpu'
-        try: executor.map_array(RunJob(), group, *([o] * n for o in (str(self.out), device, self.checkpoint_seconds)))
+        try: executor.map_array(RunJob(), group, *([o] * n for o in (str(self.out), device, self.seconds)))
         except submitit.core.utils.FailedJobError as e:
             raise BadInput(f"cluster: Slurm refuses the jobs: {' '.join(str(e).split())[-300:]}") from None
         self.known |= set(group)
