@@ -138,8 +138,9 @@ def _write(checkpoint, state, rows):
     values = checkpoint.made, _pack(state, '', tensors := {}), rows, seconds
     try: write_file(checkpoint.path, safetensors_bytes(tensors, {k: json.dumps(v) for k, v in zip(_PARTS, values)}))
     except (OSError, TypeError, ValueError) as e:   # a full disk, or a state that JSON has no words for
-        text = f'its checkpoint cannot be written ({getattr(e, "strerror", e)}). It goes on without one; if it were stopped, '
-        if not checkpoint.failed: checkpoint.tell(f'{text}it would begin after epoch {checkpoint.done}.', 0)
+        text = f'its checkpoint cannot be written ({getattr(e, "strerror", e)}). It goes on without one; '
+        text += f'if it were stopped, it would begin after epoch {checkpoint.done}.'
+        if not checkpoint.failed: checkpoint.tell(text, 0)
         checkpoint.failed = True
     else: checkpoint.done = len(rows)
 
