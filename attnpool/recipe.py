@@ -47,7 +47,7 @@ _row('blog', epochs=80, size=224, bs=64, label_smoothing=.1, mix='cutmixup-batch
 _KIND = dict(schedule='paper', label_smoothing=.1, mix='paper')   # of all the paper's trainings
 _PAPER = _KIND | dict(opt='timm-lamb', augment='imagenet')
 _row('paper', **_PAPER, epochs=400, size=224, bs=2048, lr=3e-3, drop_path=None, repeats=3, micro_bs=128)
-_row('paper-small', **_PAPER, epochs=20, size=128, bs=64, lr=5.3e-4, wd=.01, warmup=1/20)   # 3e-3 * sqrt(64 / 2048)
+_row('paper-small', **_PAPER, epochs=20, size=128, bs=64, lr=3e-3, wd=.01, warmup=1/20)
 _TUNED = _KIND | dict(augment='imagenet', wd=.01, drop_path=None)
 _row('fixres', **_TUNED, epochs=10, size=384, bs=1024, lr=1e-5, opt='adamw', warmup=1/10, micro_bs=64)
 _row('finetune-21k', **_TUNED, epochs=100, size=224, bs=1024, lr=5e-4, opt='adamw', warmup=5/100, micro_bs=128)
