@@ -19,7 +19,7 @@ from attnpool.models.deit import variant_of, VARIANTS
 from attnpool.models.patchconvnet import PatchConvNet
 from attnpool.models.surgery import build_network
 from attnpool.pooling.paper import PAPER_HEADS
-from attnpool.recipe import network_for
+from attnpool.recipe import network_for, RECIPES
 from attnpool.registry import BadInput
 from attnpool.report.ablations import ablation_plot, ablation_remarks, ablation_table, format_ablation, write_ablation
 from attnpool.report.collect import collect
@@ -53,10 +53,12 @@ def test_paper_tables_are_whole_and_agree_with_each_other():
         assert not any("," in name for name in names)   # --rows separates by commas
 
 
-def test_paper_rates_at_another_batch_size_go_by_the_root():
+def test_paper_rates_keep_their_proportion_to_the_recipe_s():
     row, = (r for r in SWEEPS["B1"] if r.name == r.versus)
-    assert row_settings(row, 2048) == dict(lr=3e-3, wd=.01, drop_path=.15)
-    assert row_settings(row, 512)["lr"] == pytest.approx(1.5e-3) and row_settings(row, 64)["lr"] == pytest.approx(3e-3 / math.sqrt(32))
+    assert row_settings(row, 3e-3) == dict(lr=3e-3, wd=.01, drop_path=.15)
+    assert row_settings(row, 1.5e-3)["lr"] == pytest.approx(1.5e-3)
+    b1 = ablation_specs("B1", **SMALL | dict(recipe="paper-small"), rows=["lr=0.004"])
+    assert b1["lr=0.004"][0].recipe.lr == pytest.approx(4e-3) and b1["lr=0.003 wd=0.01"][0].recipe.lr == RECIPES["paper-small"].lr
 
 
 def test_paper_models_are_the_paper_s_with_s60_and_in_proportion_with_another():
@@ -243,7 +245,7 @@ def test_paper_ablation_says_what_learned_nothing_and_what_failed_in_the_paper()
     assert [*paper[["lr=0.007", "wd=0.001", "wd=0.002"]]] == [f"failed at epoch {e}" for e in (34, 92, 105)] and paper["lr=0.0005"] == "77.00"
     assert text.loc["lr=0.007"]["accuracy %"] == "– (diverged in epoch 5)" and text.loc["lr=0.001"]["lr (printed)"] == "0.000125 (0.001)"
     assert "Near guessing (10.0): lr=0.0005" in remarks and "lr=0.007, " not in remarks.partition("Near guessing")[2]
-    assert "times 0.125, the root of 32/2048" in remarks and "From one seed there is no interval" in remarks
+    assert "for batches of 2048, times 0.125" in remarks and "From one seed there is no interval" in remarks
     b3 = made("B3", lambda name, seed: .5 + .01 * seed + .02 * ("batch" in name))
     text = format_ablation(ablation_table("B3", b3)).set_index("row")
     assert text.loc["B36 batch"].vs == "B36 layer" and "paper, ImageNet-1k, S20 to B120, 400 epochs: top-1 %" in text and text.loc["B36 batch"].iloc[-1] == "+0.7"

@@ -111,8 +111,9 @@ def ablation_remarks(
             "Compare the directions, not the values."]
     if len(bad): told.append('Runs that did not end well are in no mean: ' + ', '.join(bad.row) + '.')
     if table.printed_lr.notna().any():
-        told.append(f"Rates: the printed ones, for batches of 2048, times {(r.bs / 2048)**.5:.3g}, the root of "
-                    f"{r.bs}/2048.")
+        its = next(iter(specs[name].recipe.lr / dict(rows[name].settings)['lr'] for name in specs
+                        if 'lr' in dict(rows[name].settings)))
+        told.append(f'Rates: the printed ones, for batches of 2048, times {its:.3g}.')
     heads = {name: dict(s.options)['num_heads'] for name, s in specs.items() if 'num_heads' in dict(rows[name].options)}
     told += [f'{name}: {n} heads. The paper gives no number; its S60 has 8, if one is for 48 channels as in CaiT.'
              for name, n in heads.items()]

@@ -57,7 +57,7 @@ SWEEPS = Registry('ablation')   # name: rows, in the paper's order
 SWEEPS.update({name: tuple(rows) for name, rows in _read().items()})
 
 # %% ../../nbs/585_runs.ablations.ipynb #0072f487
-_WIDTH, _DEPTH, _BATCH = 384, 60, 2048   # of S60
+_WIDTH, _DEPTH, _RATE, _BATCH = 384, 60, 3e-3, 2048   # of S60
 
 def row_options(
     row: Row, # From `SWEEPS`
@@ -73,10 +73,10 @@ def row_options(
 
 def row_settings(
     row: Row, # From `SWEEPS`
-    bs: int, # Batch size, of all processes together
+    rate: float, # The recipe's, in the place of the paper's 3e-3
 ) -> dict: # Fields of `Recipe`
-    "The settings of a row, with its rate for that batch size."
-    return {k: v * math.sqrt(bs / _BATCH) if k == 'lr' else v for k, v in row.settings}
+    "The settings of a row, with its rate in proportion to the recipe's."
+    return {k: v * rate / _RATE if k == 'lr' else v for k, v in row.settings}
 
 # %% ../../nbs/585_runs.ablations.ipynb #b8736572
 def find_rows(
@@ -131,10 +131,11 @@ def ablation_specs(
     heads = {k: given.pop(k) for k in ('num_heads',) if of_one and k in given}
     _check_changes(sweep, chosen, arch, given, common.get('train') or recipe.train, common)
     bs = common.get('bs') or recipe.bs
+    rate = recipe.lr if isinstance(recipe.lr, float) else _RATE * math.sqrt(bs / _BATCH)   # the root rule
     def one(data, row, seed):
         its = row_options(row, arch, given) if row.options else {}
         if 'num_heads' in its: its |= heads
-        decided = row_settings(row, bs) | {k: v for k, v in common.items() if v is not None}
+        decided = row_settings(row, rate) | {k: v for k, v in common.items() if v is not None}
         return make_spec(data, row.head, seed, arch, recipe, options=given | its, **decided)
     def on(data): return {row.name: [one(data, row, seed) for seed in seeds] for row in chosen}
     first = on(DataId(''))   # what cannot be meant is told before the data are read
