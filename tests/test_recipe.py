@@ -31,9 +31,9 @@ def other(field):
 @pytest.fixture
 def asked(monkeypatch):
     "The specs that a command would have made runs of."
-    import attnpool.runs.sweep as train
+    import attnpool.runs.sweep as sweeping
     specs = []
-    monkeypatch.setattr(train, "sweep", lambda todo, *args: specs.extend(todo) or [])
+    monkeypatch.setattr(sweeping, "sweep", lambda todo, *args: specs.extend(todo) or [])
     return specs
 
 
