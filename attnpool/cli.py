@@ -153,7 +153,7 @@ def bench(
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     gpus: Annotated[int, typer.Option(help=_GPUS, min=0)] = 0,
-    time_limit: Annotated[int, typer.Option(help='Minutes for a job. What takes longer goes on in the next.')] = 240,
+    time_limit: Annotated[int, typer.Option(help='Minutes for a job; a run that takes longer has four in all.')] = 240,
     array_size: Annotated[int | None, typer.Option(help='Jobs at a time.  [default: 1, in Slurm 256]', min=1)] = None,
     wait: Annotated[bool, typer.Option(help='Stay until all jobs are done. The same command later goes on.')] = True,
     checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60,

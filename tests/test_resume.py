@@ -107,15 +107,25 @@ def test_resume_in_either_fit_of_finetune(pics, tmp_path):
         assert gone_on(spec, tmp_path / str(epoch)) == (whole, [(f"goes on after epoch {epoch}", epoch)])
 
 
+def test_resume_is_not_for_a_probe_which_writes_no_checkpoint(pics, tmp_path):
+    start = run(make_spec(pics, **SMALL | dict(epochs=1)), tmp_path, "cpu").folder
+    spec, seen = make_spec(pics, **SMALL | dict(recipe="probe", start=start, lr=1e-3, wd=.01)), []
+    run(spec, tmp_path, "cpu", lambda row: seen.append((tmp_path / spec.name / CHECKPOINT).exists()), checkpoint_seconds=0)
+    assert seen == [False] * 3
+
+
 def test_resume_with_worker_processes(pics, tmp_path, monkeypatch):
+    "Each worker draws the crops of its own batches, so they are as many on a machine with other cores."
+    cores = 2
     def dls(spec, bs, device):
         made = TASKS["classify"].dls(spec, bs, device)
-        for dl in made.loaders: dl.fake_l.num_workers = 2
+        for dl in made.loaders: dl.fake_l.num_workers = cores
         return made
     monkeypatch.setitem(TASKS, "with workers", replace(TASKS["classify"], dls=dls))
-    spec = make_spec(pics, task="with workers", **SMALL | dict(epochs=2))
+    spec = make_spec(pics, task="with workers", **SMALL | dict(epochs=2, augment="imagenet"))
     stopped(spec, tmp_path / "a")
-    assert gone_on(spec, tmp_path / "a")[0] == gone_on(spec, tmp_path / "b")[0]
+    whole, cores = gone_on(spec, tmp_path / "b")[0], 0
+    assert gone_on(spec, tmp_path / "a") == (whole, [("goes on after epoch 1", 1)])
 
 
 def rewrite(checkpoint, change):
@@ -187,7 +197,10 @@ def test_resume_of_a_torn_checkpoint_begins_anew(halfway, tmp_path, capsys):
         said = capsys.readouterr().out
         words = "begins anew. Its checkpoint is of nothing that can be read: it is torn." if out == "torn" else "goes on after epoch 1"
         assert f"run 1/1  slim seed 1: {words}" in said and "no result.json" in said
+        assert "It goes on." not in said
         assert {f.name for f in folder.iterdir()} == {*load_run(folder).files, "result.json"}
+        (folder / CHECKPOINT).write_bytes(content)   # as after a kill before it is removed
+        assert sweep([spec], tmp_path / out, "cpu")[0].status == "complete" and not (folder / CHECKPOINT).exists()
     assert left(tmp_path / "torn", spec) == left(tmp_path / "good", spec)
 
 
@@ -247,6 +260,55 @@ def test_resume_where_the_disk_is_full(pics, tmp_path):
     assert result.status == "complete" and {f.name for f in result.folder.iterdir()} == {*result.files, "result.json"}
 
 
+def test_resume_where_the_disk_is_full_for_a_while(pics, tmp_path):
+    "Files may have a hundred bytes, as long as the second epoch is written: neither history nor checkpoint fit."
+    limit = """
+import resource
+from functools import partial
+def on_epoch(row): resource.setrlimit(resource.RLIMIT_FSIZE, (100 if row['epoch'] == 0 else -1, -1))
+run = partial(run, on_epoch=on_epoch)
+"""
+    process = script(pics, tmp_path / "a", SMALL, seconds=3600, more=limit)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    spec = make_spec(pics, **SMALL)
+    assert f"attnpool: {spec.name}: its history cannot be written (File too large). It goes on, and tries again.\n" in err
+    assert list(load_run(tmp_path / "a" / spec.name).history().epoch) == [0, 1, 2]
+
+
+def test_resume_of_two_processes_sends_no_weights_between_them(halfway, pics, tmp_path):
+    "Each reads the checkpoint for itself: what the first tells the others is a few bytes."
+    spec, content, _ = halfway
+    (folder := tmp_path / "a" / spec.name).mkdir(parents=True)
+    (folder / CHECKPOINT).write_bytes(content)
+    rewrite(folder / CHECKPOINT, lambda parts, tensors: parts["made"].update(processes=2))
+    both = """
+import os, pickle, torch
+import torch.distributed as dist
+from attnpool.runs.checkpoint import Checkpoint
+from attnpool.tasks import TASKS
+def run(spec, out, device, checkpoint_seconds):
+    sizes, send = [], dist.broadcast_object_list
+    def sent(box, first):
+        send(box, first)
+        sizes.append(len(pickle.dumps(box)))
+    dist.broadcast_object_list = sent
+    rank = 0 if os.fork() else 1
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE='2')
+    dist.init_process_group('gloo', f'file://{out}.meet', rank=rank, world_size=2)
+    model = TASKS['classify'].model(spec, TASKS['classify'].dls(spec, 8, device))[0]
+    checkpoint = Checkpoint(f'{out}/{spec.name}', spec, torch.device(device))
+    rows = checkpoint.read(model)
+    total = sum(t.double().sum().item() for _, t in sorted(checkpoint.state['weights'].items()))
+    print(f'{rank} {len(rows)} {max(sizes) < 1000} {total}\\n', end='', flush=True)
+    dist.barrier()
+"""
+    process = script(pics, tmp_path / "a", SMALL | dict(epochs=2), more=both)
+    out, err = process.communicate(timeout=240)
+    with safe_open(folder / CHECKPOINT, "pt") as f: total = sum(f.get_tensor(k).double().sum().item() for k in sorted(f.keys()) if k.startswith("weights."))
+    assert sorted(out.splitlines()) == [f"{rank} 1 True {total}" for rank in (0, 1)], err
+
+
 def test_resume_checkpoints_are_few_and_their_time_is_counted(pics, tmp_path, monkeypatch):
     spec = make_spec(pics, **SMALL)
     with pytest.raises(KeyboardInterrupt): run(spec, tmp_path, "cpu", stop(2))
@@ -267,5 +329,5 @@ def test_resume_options_of_the_commands(pics, tmp_path, capsys):
     assert e.value.code == 2 and "--checkpoint-seconds" in capsys.readouterr().err
     with pytest.raises(SystemExit) as e: main([*words, "--checkpoint-seconds", "0"])
     said = capsys.readouterr().out
-    assert not e.value.code and "run 1/1  avg seed 1: goes on after epoch 1" in said and "It goes on." in said
+    assert not e.value.code and "run 1/1  avg seed 1: goes on after epoch 1" in said and "so the run did not finish." in said
     assert re.findall(r"(\d)/3 epochs", said) == ["2", "3"] and not list(tmp_path.rglob(CHECKPOINT))

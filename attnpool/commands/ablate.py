@@ -88,7 +88,7 @@ def ablate(
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     gpus: Annotated[int, typer.Option(help='GPUs of a job, with one process each.', min=0)] = 0,
-    time_limit: Annotated[int, typer.Option(help='Minutes for a job.')] = 240,
+    time_limit: Annotated[int, typer.Option(help='Minutes for a job; a run that takes longer has four in all.')] = 240,
     array_size: Annotated[int | None, typer.Option(help='Jobs at a time.  [default: 1, in Slurm 256]', min=1)] = None,
     wait: Annotated[bool, typer.Option(help='Stay until all jobs are done. The same command later goes on.')] = True,
     heads: Annotated[str | None, typer.Option(help='No option: the rows name their heads.', hidden=True)] = None,

@@ -114,7 +114,8 @@ def evaluate(
       attnpool evaluate runs/ --sizes 64,96,128,160
     """
     from attnpool.choices import PRECISIONS
-    from attnpool.runs.evaluate import ask, check_sizes
+    from attnpool.runs.evaluate import ask
+    from attnpool.runs.train import check_sizes
     device, how = check_device(device), read_options(options)
     if precision: PRECISIONS.check(precision)
     models, data = _models(words)

@@ -67,12 +67,14 @@ def _own_state(learn):
         python=random.getstate(), numpy=(kind, key.tolist(), *rest), torch=torch.get_rng_state(),
         device=None if device == 'cpu' else torch.get_device_module(device).get_rng_state(),
         loaders=[dl.rng.getstate() for dl in learn.dls.loaders], iterations=learn.train_iter,
+        workers=[dl.fake_l.num_workers for dl in learn.dls.loaders],
         generators={k: g.get_state() for k, g in _generators(learn).items()},
         smooth_loss={k: getattr(learn.recorder.smooth_loss, k) for k in ('count', 'val')})
 
 def _put_own_state(learn, own):
     for k, v in own['smooth_loss'].items(): setattr(learn.recorder.smooth_loss, k, v)
     for dl, state in zip(learn.dls.loaders, own['loaders']): dl.rng.setstate(state)
+    for dl, n in zip(learn.dls.loaders, own.get('workers', ())): dl.fake_l.num_workers = n
     for k, g in _generators(learn).items(): g.set_state(own['generators'][k])
     learn.train_iter = own['iterations']
     random.setstate(own['python'])
@@ -112,26 +114,23 @@ def put_training_state(
 # %% ../../nbs/525_runs.checkpoint.ipynb #7e288e90
 _PARTS = 'made', 'state', 'history', 'seconds'   # of the header
 
-def _read(checkpoint, model):
-    "What stands in a file that belongs here; None of any other, which is told."
-    if not checkpoint.path.exists(): return None
+def _belongs(checkpoint, model):
+    "Whether there is a file that belongs here, by its header; of any other it is told what it is."
+    if not checkpoint.path.exists(): return False
     try:
         with safe_open(checkpoint.path, 'pt') as f:
-            made, state, rows, seconds = (json.loads(f.metadata()[k]) for k in _PARTS)
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            made, _, rows, _ = (json.loads(f.metadata()[k]) for k in _PARTS)
+            there = {k: f.get_slice(k).get_shape() for k in f.keys() if k.startswith('weights.')}
         differ = {k: v for k, v in checkpoint.made.items() if made.get(k) != v}
         other = ', '.join(f'{k} {made.get(k)} in the place of {v}' for k, v in differ.items())
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError):
         other = 'nothing that can be read: it is torn'
     if not other:
-        shapes = {f'weights.{k}': t.shape for k, t in _weights(model).items()}
-        if shapes != {k: t.shape for k, t in tensors.items() if k.startswith('weights.')}:
-            other = 'a network with other weights'
-    if other:
-        checkpoint.tell(f'begins anew. Its checkpoint is of {other}.', 0)
-        return None
-    checkpoint.tell(f'goes on after epoch {len(rows)}', len(rows))
-    return state, tensors, rows, seconds
+        shapes = {f'weights.{k}': [*t.shape] for k, t in _weights(model).items()}
+        if shapes != there: other = 'a network with other weights'
+    if other: checkpoint.tell(f'begins anew. Its checkpoint is of {other}.', 0)
+    else: checkpoint.tell(f'goes on after epoch {len(rows)}', len(rows))
+    return not other
 
 def _write(checkpoint, state, rows):
     seconds = round(time.perf_counter() - checkpoint.start, 3)
@@ -169,9 +168,10 @@ class Checkpoint:
         model: nn.Module, # That will train
     ) -> list[dict]: # Rows of its history; none for a run that begins
         "Read what there is to go on from, once. All processes call it together."
-        if (found := on_first_process(_read, self, model)) is None: return []
-        state, tensors, rows, seconds = found
-        self.state, self.done = _unpack(state, tensors), len(rows)
+        if not on_first_process(_belongs, self, model): return []
+        with safe_open(self.path, 'pt') as f:   # each for itself: it is large, and on a disk that all see
+            _, state, rows, seconds = (json.loads(f.metadata()[k]) for k in _PARTS)
+            self.state, self.done = _unpack(state, {k: f.get_tensor(k) for k in f.keys()}), len(rows)
         self.start -= seconds
         return rows
 

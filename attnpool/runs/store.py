@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,10 +26,8 @@ import attnpool
 import fastai
 import pandas as pd
 import torch
-from fastai.data.all import DataLoaders
-from fastai.vision.all import Normalize
-from safetensors.torch import load_file as load_safetensors
-from safetensors.torch import save as safetensors_bytes
+from fastai.vision.all import DataLoaders, Normalize
+from safetensors.torch import load_file as load_safetensors, save as safetensors_bytes
 from torch import nn
 
 from ..data.augment import STATS, augment_name
@@ -149,6 +148,7 @@ def load_run(
         raise BadInput(f"{folder}: its files are not those of a run ({e!r}).") from None
     if result.status == 'complete' and 'history.csv' in result.files and made != asked:
         raise BadInput(f"{folder}: history.csv has {made} epochs instead of {asked}.")
+    with suppress(OSError): (folder/CHECKPOINT).unlink()   # left by a kill before it was removed
     return result
 
 # %% ../../nbs/520_runs.store.ipynb #9800b243
@@ -206,7 +206,7 @@ def _check_data(spec, folder):
 def _own_data(spec, folder, device, check, about):
     "The data of a run, prepared as they were for it."
     if check and spec.data.fingerprint: _check_data(spec, folder)
-    dls = TASKS[spec.task].dls(spec, spec.recipe.bs, device)
+    dls = TASKS[spec.task].dls(spec, spec.recipe.loader_bs(), device)
     if about and list(dls.vocab) != about['vocab']:
         raise BadInput(f"data: {spec.data.path} has the classes {first_few(dls.vocab)}, and {folder.name} was trained "
                        f"on {first_few(about['vocab'])}. It can still show other pictures: attnpool maps RUN PICTURE, "
@@ -236,7 +236,7 @@ def open_data(
                                       "give data= (--data) for where they are; or give pictures of your own.")
             if with_data or data is not None or not alone: raise e from None
             print(f'attnpool: {result.folder.name} is opened without its data, to show others. {e}', file=sys.stderr)
-    return empty_dls(**about, bs=spec.recipe.bs, device=device)
+    return empty_dls(**about, bs=spec.recipe.loader_bs(), device=device)
 
 # %% ../../nbs/520_runs.store.ipynb #fbe0ae3f
 def _git():

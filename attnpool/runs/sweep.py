@@ -64,7 +64,7 @@ def _found(specs, out, device, say):
         try: results[spec] = on_first_process(load_run, out/spec.name)
         except NewerVersion: raise
         except ValueError as e:
-            if on_first_process((out/spec.name/CHECKPOINT).exists): say(f'{e} It goes on.')
+            if on_first_process((out/spec.name/CHECKPOINT).exists): say(str(e))   # what goes on says so
             elif on_first_process((out/spec.name).exists): say(f'{e} It is made again.')
     results = {s: r for s, r in results.items() if r.status != 'failed'}   # these are tried again
     if results: say(f'{len(results)} of {len(specs)} runs are in {out} already.')
