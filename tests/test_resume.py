@@ -1,4 +1,5 @@
 "Runs that are stopped at any moment, and go on: real ones, killed for real."
+import hashlib
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from attnpool.runs.store import CHECKPOINT, load_run
 from attnpool.runs.sweep import sweep
 from attnpool.runs.train import run
 from attnpool.tasks import TASKS
+from attnpool.weights import weights_hash
 
 SCRIPT = """
 import signal, sys
@@ -131,9 +133,11 @@ def test_resume_with_worker_processes(pics, tmp_path, monkeypatch):
 def rewrite(checkpoint, change):
     "Change what a checkpoint holds."
     with safe_open(checkpoint, "pt") as f: parts, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-    parts = {k: json.loads(v) for k, v in parts.items()}
+    parts = {k: json.loads(v) for k, v in parts.items() if k != "digest"}
     change(parts, tensors)
-    save_file(tensors, checkpoint, {k: json.dumps(v) for k, v in parts.items()})
+    texts = {k: json.dumps(v) for k, v in parts.items()}
+    digest = hashlib.sha256(json.dumps([*(texts.get(k) for k in ("made", "state", "history", "seconds")), weights_hash(tensors)]).encode()).hexdigest()
+    save_file(tensors, checkpoint, texts | dict(digest=digest))
 
 
 LOST = {
@@ -189,19 +193,21 @@ def test_resume_leaves_a_checkpoint_aside_that_is_another(halfway, tmp_path, cha
 
 def test_resume_of_a_torn_checkpoint_begins_anew(halfway, tmp_path, capsys):
     spec, content, _ = halfway
-    for out, there in (("torn", content[:-100]), ("good", content)):
+    flipped = content[:-5000] + bytes(255 - b for b in content[-5000:-4990]) + content[-4990:]
+    ends = dict(torn="begins anew. Its checkpoint is of nothing that can be read: it is torn.",
+                flipped="begins anew. Its checkpoint is of nothing that can be trusted: bytes differ.", good="goes on after epoch 1")
+    for out, there in dict(torn=content[:-100], flipped=flipped, good=content).items():
         (folder := tmp_path / out / spec.name).mkdir(parents=True)
         (folder / CHECKPOINT).write_bytes(there)
         (folder / "history.csv.77.tmp").write_bytes(b"left by a killed process")
         sweep([spec], tmp_path / out, "cpu")
         said = capsys.readouterr().out
-        words = "begins anew. Its checkpoint is of nothing that can be read: it is torn." if out == "torn" else "goes on after epoch 1"
-        assert f"run 1/1  slim seed 1: {words}" in said and "no result.json" in said
+        assert f"run 1/1  slim seed 1: {ends[out]}" in said and "no result.json" in said
         assert "It goes on." not in said
         assert {f.name for f in folder.iterdir()} == {*load_run(folder).files, "result.json"}
         (folder / CHECKPOINT).write_bytes(content)   # as after a kill before it is removed
         assert sweep([spec], tmp_path / out, "cpu")[0].status == "complete" and not (folder / CHECKPOINT).exists()
-    assert left(tmp_path / "torn", spec) == left(tmp_path / "good", spec)
+    assert left(tmp_path / "torn", spec) == left(tmp_path / "flipped", spec) == left(tmp_path / "good", spec)
 
 
 def script(pics, out, how, seconds=0, more="", runner=(), **kwargs):

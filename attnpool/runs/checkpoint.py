@@ -6,6 +6,7 @@
 __all__ = ['training_state', 'put_training_state', 'Checkpoint']
 
 # %% ../../nbs/525_runs.checkpoint.ipynb #b2ec5146
+import hashlib
 import json
 import random
 import sys
@@ -30,6 +31,7 @@ from ..distributed import on_first_process, processes
 from ..registry import BadInput
 from .spec import Spec
 from .store import CHECKPOINT
+from ..weights import weights_hash
 
 # %% ../../nbs/525_runs.checkpoint.ipynb #9aa015c2
 def _pack(o, name, tensors):
@@ -112,22 +114,27 @@ def put_training_state(
     _put_own_state(learn, state['processes'][rank_distrib()])
 
 # %% ../../nbs/525_runs.checkpoint.ipynb #7e288e90
-_PARTS = 'made', 'state', 'history', 'seconds'   # of the header
+_PARTS, _LAYOUT = ('made', 'state', 'history', 'seconds'), 1   # of the header; to be counted up when it changes
+
+def _digest(told, tensors):
+    "Of all that a file holds: were a byte of it lost, the run would go on to wrong numbers."
+    return hashlib.sha256(json.dumps([told[k] for k in _PARTS] + [weights_hash(tensors)]).encode()).hexdigest()
 
 def _belongs(checkpoint, model):
     "Whether there is a file that belongs here, by its header; of any other it is told what it is."
     if not checkpoint.path.exists(): return False
     try:
         with safe_open(checkpoint.path, 'pt') as f:
-            made, _, rows, _ = (json.loads(f.metadata()[k]) for k in _PARTS)
-            there = {k: f.get_slice(k).get_shape() for k in f.keys() if k.startswith('weights.')}
+            told, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+        made, _, rows, _ = (json.loads(told[k]) for k in _PARTS)
         differ = {k: v for k, v in checkpoint.made.items() if made.get(k) != v}
         other = ', '.join(f'{k} {made.get(k)} in the place of {v}' for k, v in differ.items())
+        if not other and _digest(told, tensors) != told['digest']: other = 'nothing that can be trusted: bytes differ'
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError):
         other = 'nothing that can be read: it is torn'
     if not other:
-        shapes = {f'weights.{k}': [*t.shape] for k, t in _weights(model).items()}
-        if shapes != there: other = 'a network with other weights'
+        shapes = {f'weights.{k}': t.shape for k, t in _weights(model).items()}
+        if shapes != {k: t.shape for k, t in tensors.items() if k.startswith('weights.')}: other = 'a network with other weights'
     if other: checkpoint.tell(f'begins anew. Its checkpoint is of {other}.', 0)
     else: checkpoint.tell(f'goes on after epoch {len(rows)}', len(rows))
     return not other
@@ -135,7 +142,9 @@ def _belongs(checkpoint, model):
 def _write(checkpoint, state, rows):
     seconds = round(time.perf_counter() - checkpoint.start, 3)
     values = checkpoint.made, _pack(state, '', tensors := {}), rows, seconds
-    try: write_file(checkpoint.path, safetensors_bytes(tensors, {k: json.dumps(v) for k, v in zip(_PARTS, values)}))
+    try:
+        told = {k: json.dumps(v) for k, v in zip(_PARTS, values)}
+        write_file(checkpoint.path, safetensors_bytes(tensors, told | dict(digest=_digest(told, tensors))))
     except (OSError, TypeError, ValueError) as e:   # a full disk, or a state that JSON has no words for
         text = f'its checkpoint cannot be written ({getattr(e, "strerror", e)}). It goes on without one; '
         text += f'if it were stopped, it would begin after epoch {checkpoint.done}.'
@@ -158,7 +167,7 @@ class Checkpoint:
         if not seconds >= 0: raise BadInput(f"checkpoint_seconds: expected 0 or more seconds, got {seconds!r}.")
         self.path, self.seconds, self.tell, self.name = Path(folder)/CHECKPOINT, seconds, tell or self._print, spec.name
         libraries = {m.__name__: m.__version__ for m in (attnpool, torch, fastai, timm)}
-        self.made = dict(run=spec.name, **libraries, device=torch.device(device).type, processes=processes())
+        self.made = dict(layout=_LAYOUT, run=spec.name, **libraries, device=torch.device(device).type, processes=processes())
         self.start = self.last = time.perf_counter()   # `start` is earlier by what the run had taken before
         self.wait, self.state, self.failed, self.done = seconds, None, False, 0
 
