@@ -26,6 +26,7 @@ from .registry import Registry
 OPTIMIZERS, SCHEDULES, LOSSES, MIXES = map(Registry, ('opt', 'schedule', 'loss', 'mix'))
 OPTIMIZERS['adam'], OPTIMIZERS['ranger'], OPTIMIZERS['lamb'] = Adam, ranger, Lamb
 OPTIMIZERS['timm-lamb'] = partial(SparingWrapper, opt=timm.optim.Lamb)   # the paper's; the one above is another
+OPTIMIZERS['timm-lamb-1e-8'] = partial(OPTIMIZERS['timm-lamb'], eps=1e-8)   # as the authors' script calls it
 OPTIMIZERS['adamw'] = partial(SparingWrapper, opt=torch.optim.AdamW, fused=True)   # one pass over the weights
 OPTIMIZERS['adamw-groups'] = OPTIMIZERS['adamw']   # its older name
 OPTIMIZERS['sgd'] = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)

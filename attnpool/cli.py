@@ -21,7 +21,7 @@ from .registry import BadInput
 from .runs.asked import is_followed, read_specs
 from attnpool.runs.options import (
     LateCommands, check_device, check_out, expand, fail, guarded, late_options, make_runs, path_of, read_list,
-    read_options, say)
+    say)
 
 # %% ../nbs/700_cli.ipynb #36a013b6
 app = typer.Typer(cls=LateCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None,

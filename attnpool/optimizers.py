@@ -21,11 +21,11 @@ def decaying(
 
 # %% ../nbs/435_optimizers.ipynb #d7dc8dd4
 class SparingWrapper(OptimWrapper):
-    "fastai's wrapper of one of torch's optimizers, which decays weights alone. LAMB scales the steps of these alone."
+    "fastai's wrapper of one of torch's optimizers, which decays `weights` alone. LAMB scales the steps of these alone."
     def __init__(self,
         params: Sequence, # As a Learner's splitter gives them: one list, or one for each group of layers
         opt: Callable, # torch's optimizer, or any made like one, such as timm's; its class
-        weights: Sequence[Tensor] | None = None, # What decays, from `decaying`; None for all that has two axes or more
+        weights: Sequence[Tensor] | None = None, # From `decaying`; None: what has two axes, queries too
         **kwargs # For `opt`
     ):
         super().__init__(params, opt, **kwargs)

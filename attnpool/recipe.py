@@ -16,25 +16,23 @@ try: import tomllib
 except ImportError: import tomli as tomllib   # Python 3.10
 
 import torch
-from fastai.vision.all import (
-    BalancedAccuracy, CrossEntropyLossFlat, F1Score, L, Learner, MatthewsCorrCoef, accuracy, get_c, patch)
+from fastai.vision.all import BalancedAccuracy, F1Score, L, Learner, MatthewsCorrCoef, accuracy, get_c, patch
 from fastcore.docments import docments
 from torch import nn
 
 from .callback.order import Order, batches_in_step
 from .callback.precision import ChannelsLast
-from .choices import LOSSES, MIXES, NAMES, OPTIMIZERS, PRECISIONS, SCHEDULES, TABLES, TRAINS, decided
-from .data.augment import AUGMENTS
+from .choices import LOSSES, MIXES, NAMES, OPTIMIZERS, PRECISIONS, SCHEDULES, TRAINS, decided
 from .data.batches import normalise
 from .data.cache import write_file
-from .heads import ABLATIONS, HEADS, OTHER_HEADS, PEERS, name_of
+from .heads import name_of
 from .models.body import for_pictures
 from .models.start import find_start, is_start
 from .models.surgery import build_network
 from .models.xresnet import ARCHS
 from .optimizers import SparingWrapper, decaying
 from .registry import BadInput, Registry, unknown
-from .settings import Recipe, rate_key, rates_of, values_of
+from .settings import Recipe, rate_key, rates_of
 
 # %% ../nbs/450_recipe.ipynb #717f933a
 RECIPES = Registry('recipe')

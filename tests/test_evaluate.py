@@ -1,4 +1,5 @@
 "How often trained networks are right, at several sizes: the pixels, the classes, the numbers, what is kept."
+import json
 import os
 import re
 import shutil
@@ -145,6 +146,33 @@ def test_evaluate_leaves_out_what_trained_a_run_and_says_so(runs, photos, tmp_pa
     again = find_evaluated(tmp_path / "elsewhere")
     assert without_trained(again, {"run": runs[0].folder}, said.append)[0] == again
     assert "16 of the pictures are, byte for byte, among those that trained it" in said[0]
+
+
+def without_table(run, to):
+    "A run as it is of more than 50,000 pictures: the table of its pictures is not written."
+    shutil.copytree(run.folder, to)
+    (to / "pictures.csv").unlink()
+    about = json.loads((to / "result.json").read_text())
+    del about["files"]["pictures.csv"]
+    (to / "result.json").write_text(json.dumps(about))
+    return to
+
+
+@pytest.mark.parametrize("split", ["own", "seed"])
+def test_evaluate_leaves_out_what_trained_a_run_that_has_no_table(split, photos, tmp_path):
+    shutil.copytree(photos, data := tmp_path / "photos")
+    spec = make_spec(data, "avg", arch="xeca_resnext_tiny", epochs=1, size=24, bs=8, lr=1e-3, seed=3, split=split)
+    whole = run(spec, tmp_path / "runs", "cpu")
+    part, listing, said = without_table(whole, tmp_path / "part"), find_evaluated(data), []
+    left, _ = without_trained(listing, {"run": part}, said.append)
+    assert left == without_trained(listing, {"run": whole.folder})[0] and len(left.files) == 6
+    assert said == ["24 of 30 pictures trained run: left out, 6 are evaluated."]
+    elsewhere = find_evaluated(shutil.copytree(data, tmp_path / "others"))
+    assert without_trained(elsewhere, {"run": part}, said.append)[0] == elsewhere   # no file of these trained it
+    said.clear()
+    picture(7).save(data / "red" / "new.png")   # another split by now
+    assert len(without_trained(find_evaluated(data), {"run": part}, said.append)[0].files) == 31
+    assert len(said) == 1 and "run: its pictures are not at hand as they were, so what trained it is not known" in said[0]
 
 
 def test_evaluate_takes_the_part_that_validates_or_all_of_folders_alone(tmp_path):

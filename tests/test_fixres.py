@@ -21,7 +21,8 @@ from attnpool.runs.asked import read_specs
 from attnpool.runs.follow import finished_runs, follow_up, runs_to_follow
 from attnpool.runs.spec import make_spec, read_spec
 from attnpool.runs.train import open_run, run
-from attnpool.tasks import TASKS
+from attnpool.runs.classes import imagenet_names
+from attnpool.tasks import TASKS, head_of
 
 TINY = "patchconvnet_tiny"
 SMALL = dict(embed_dim=16, depth=2)   # options of the network, to be quick
@@ -196,6 +197,39 @@ def test_a_file_for_other_classes_gives_body_and_pool(head, many, anew, photos, 
     x = torch.randn(2, 3, 24, 24)
     if not many:
         with torch.no_grad(): assert torch.allclose(model.eval()[1][:2](model[0](x)), net.forward_head(net.forward_features(x), pre_logits=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("head, many", [("paper", False), ("paper-classes", False), ("paper-classes", True)])
+def test_fixres_of_published_weights_keeps_the_classifier_in_the_order_of_the_data(head, many, photos, tmp_path, capsys):
+    net, names = whole(1000, many), imagenet_names(1000)
+    if head == "paper-classes": net.pool.sees_itself = False   # as each of many
+    torch.save(net.state_dict(), file := tmp_path / f"thousand-{head}{many}.pth")
+    spec = make_spec(photos, head, arch=TINY, recipe="fixres", start=file, size=24, options=SMALL)
+    vocab, x = sorted(names), torch.randn(2, 3, 24, 24)
+    found = head_of(spec, vocab)(16, 1000).eval()
+    assert f"its pool goes on in the head {head}, and its classifier, whose 1,000 classes are the same" in capsys.readouterr().err
+    with torch.no_grad(): theirs, ours = net(x), found(net.forward_features(x))
+    assert vocab != names and torch.allclose(ours, theirs[:, [names.index(v) for v in vocab]], atol=1e-4) and theirs.std() > .01
+
+
+@pytest.mark.parametrize("vocab", [["blue", "green", "red"], [f"class {i}" for i in range(1000)], [str(i) for i in range(999)]])
+def test_fixres_of_a_file_whose_classes_are_not_known_says_what_to_do(vocab, photos, tmp_path):
+    torch.save(whole(1000 if len(vocab) > 3 else 3).state_dict(), file := tmp_path / "some.pth")
+    how = dict(arch=TINY, start=file, size=24, options=SMALL)
+    with pytest.raises(BadInput, match=f"^start: fixres goes on with a trained classifier, and some.pth has none .* these {len(vocab):,} classes for the head paper. Use --recipe finetune-21k"):
+        head_of(make_spec(photos, "paper", recipe="fixres", **how), vocab)
+    head_of(make_spec(photos, "paper", recipe="finetune-21k", **how), vocab)
+    with pytest.raises(BadInput, match="for the head avg. Use"): head_of(make_spec(photos, "avg", recipe="fixres", **how), vocab)
+
+
+def test_fixres_of_a_run_s_file_alone_knows_its_classes(trained, photos, others, tmp_path):
+    shutil.copy(trained["paper", 1].folder / "weights.safetensors", file := tmp_path / "alone.safetensors")
+    how = dict(head="paper", arch=TINY, start=file, size=24, options=SMALL)
+    state, learned = model_of(make_spec(photos, recipe="fixres", **how)).state_dict(), load_file(file)
+    assert state.keys() == learned.keys() and all(torch.equal(state[k], learned[k]) for k in state)
+    with pytest.raises(BadInput, match="^start: fixres goes on with a trained classifier, and alone.safetensors"): model_of(make_spec(others, recipe="fixres", **how))
+    state = model_of(make_spec(others, recipe="finetune-21k", **how)).state_dict()
+    assert {k for k in state if not torch.equal(state[k], learned[k])} == {"1.2.weight", "1.2.bias"}
 
 
 def test_where_heads_are_compared_the_pool_in_a_file_does_not_go_on(photos, tmp_path):

@@ -1,5 +1,6 @@
 "Very many pictures: what is listed and checked, how a sample stands for all, and what that costs for each."
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,11 @@ from attnpool.data.pictures import labelled_dls, picture_dls
 from attnpool.data.reader import BrokenPicture, load_picture, open_picture, picture_files, with_progress
 from attnpool.data.splits import members_of, share_of_each
 from attnpool.registry import BadInput
+from attnpool.runs.probe import doubles_in
+from attnpool.runs.shown import find_evaluated
+from attnpool.runs.spec import make_spec
+from attnpool.runs.tested import ask_tests, find_tests
+from attnpool.runs.train import run
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,6 +112,22 @@ def test_a_description_of_many_pictures(few):
     text = describe(root).text
     assert "Looked at: 30 pictures of all classes; --check all looks at all" in text.splitlines() and "Doubles: not sought among more than 60 pictures; --check all does" in text
     assert doubles_of(list_folder(root)).near == [] and "Doubles: none" in describe(root, every=True).text and "Looked at" not in describe(root).text
+
+
+def test_doubles_that_were_not_sought_are_no_number(few, tmp_path):
+    root = photos()
+    shutil.copytree(root / "val", root / "test")
+    assert doubles_of(list_folder(root)).number() is None and doubles_in(picture_dls(root, 8, 4, "cpu", cache_gb=0)) is None
+    r = run(make_spec(root, "avg", arch="xeca_resnext_tiny", epochs=1, size=8, bs=16, lr=1e-3), tmp_path / "runs", "cpu")
+    tested, = ask_tests([r], find_tests(root), "cpu", say=lambda text: None)
+    assert tested.test["pictures"] == 30 and tested.test["doubles"] is None
+    assert check_pictures(list_folder(root), every=True).looked is None and doubles_of(list_folder(root)).number() == 0
+
+
+def test_evaluate_says_of_broken_pictures_that_a_sample_was_looked_at(few):
+    root = photos(n=(0, 30)) / "val"
+    for f in (root / "bee").iterdir(): f.write_bytes(b"no picture")
+    with pytest.raises(BadInput, match="10 of 90 pictures .* are broken: .* Only 30 were looked at: --check all finds all"): find_evaluated(root)
 
 
 def test_the_fingerprint_of_many_pictures_reads_a_sample_and_all_sizes(few):

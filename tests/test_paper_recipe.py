@@ -30,7 +30,7 @@ from attnpool.optimizers import decaying
 from attnpool.recipe import (
     LOSSES, OPTIMIZERS, RECIPES, change_recipe, get_recipe, learner_for, read_recipe, recipe_learner, save_recipe)
 from attnpool.registry import BadInput
-from attnpool.settings import Recipe, values_of
+from attnpool.settings import Recipe, less_drop_path, values_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,6 +123,9 @@ def test_lamb_and_adamw_decay_each_group_as_it_should_after_two_steps(opt, by, t
 def test_the_older_lamb_of_fastai_keeps_its_name():
     from fastai.optimizer import Lamb as fastais
     assert OPTIMIZERS["lamb"] is fastais and OPTIMIZERS["adamw-groups"] is OPTIMIZERS["adamw"]
+    learn = learner_for(digits_dls(20, 4, n_train=8, n_valid=2), nn.Sequential(nn.Flatten(), nn.Linear(1200, 10)), get_recipe("paper-small", opt="timm-lamb-1e-8", lr=1e-3, arch=""), CrossEntropyLossFlat(), [])
+    learn.create_opt()
+    assert type(learn.opt.opt) is Lamb and learn.opt.opt.defaults["eps"] == 1e-8 and len(learn.opt.weights) == 1
     own = OPTIMIZERS["timm-lamb"]([nn.Parameter(torch.ones(2, 2))], lr=1e-3).opt
     assert isinstance(own, Lamb) and own.defaults["betas"] == (.9, .999) and own.defaults["eps"] == 1e-6 and own.defaults["max_grad_norm"] == 1
 
@@ -172,6 +175,7 @@ def test_the_papers_values_by_network():
             for tuned in ("fixres", "finetune-21k"):
                 t = get_recipe(tuned, arch=arch)
                 assert t.wd == .01 and t.drop_path == pytest.approx(max(0, drop_path - .1)) and t.repeats == 1
+    assert less_drop_path(.15) == .05 and less_drop_path(.05) == less_drop_path(None) == 0 == get_recipe("fixres", arch="resnet18").drop_path
     assert values_of("quick", "patchconvnet_s60") == {} and get_recipe("quick", "avg", arch="patchconvnet_s60") == get_recipe("quick", "avg")
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from .maps import FILE
 from ..registry import BadInput
-from ..runs.options import check_device, check_out, expand, fail, make_runs, read_list, read_options, say
+from ..runs.options import check_device, check_out, expand, make_runs, read_list, read_options, say
 
 # %% ../../nbs/696_commands.ablate.ipynb #25f419a9
 _SWEEP = ('Which: table5, parts of the network; B1, learning rate and weight decay; B2, learning rate and stochastic '

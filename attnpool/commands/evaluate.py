@@ -7,7 +7,6 @@ __all__ = ['evaluate']
 
 # %% ../../nbs/694_commands.evaluate.ipynb #8703b5a5
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 

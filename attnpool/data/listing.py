@@ -224,8 +224,8 @@ def _digest_or_size(file):
 
 def digests(
     listing: Listing, # Of any data set
-) -> dict[str, tuple[str, str, str]]: # Relative name -> label, 'train' or 'val', digest of the bytes
-    "What identifies each picture of a data set, wherever it lies."
+) -> dict[str, tuple[str, str, str]]: # Relative name -> label, 'train' or 'val', digest of the bytes or their number
+    "What identifies each picture, wherever it lies: its bytes; above 200,000 pictures of most their number alone."
     files, n = listing.files, len(listing.files)
     if any(map(os.path.isabs, files)):   # below the lowest folder that has them all
         files = [os.path.join(listing.root.resolve(), f) for f in files]
@@ -244,7 +244,7 @@ def digests(
 def fingerprint(
     pictures: dict, # From `digests`
 ) -> str: # 16 hexadecimal digits
-    "Changes with any picture, its name, its label or its split."
+    "Changes with any name, label or split, and with the bytes that `digests` has read."
     found = hashlib.sha256(b'[')
     for i, name in enumerate(sorted(pictures)): found.update(f"{', ' * (i > 0)}{(name, pictures[name])}".encode())
     found.update(b']')

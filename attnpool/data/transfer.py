@@ -8,7 +8,6 @@ __all__ = ['TRANSFER', 'SOURCES', 'Layout', 'Source', 'official_layout', 'list_o
 # %% ../../nbs/340_data.transfer.ipynb #849ca587
 import json
 import pickle
-import shutil
 from pathlib import Path
 from typing import Callable, NamedTuple
 

@@ -24,7 +24,7 @@ from .body import OTHER_ARCHS, network_of, torchvision_weights
 from .deit import from_deit
 from .fit import fit_body, misfit, nearest_timm
 from ..registry import BadInput, bare_name
-from ..weights import mismatches, read_weights, weights_hash
+from ..weights import mismatches, read_weights, told_in, weights_hash
 
 # %% ../../nbs/250_models.start.ipynb #748a2b6d
 class Expected(NamedTuple):
@@ -134,13 +134,15 @@ class Start:
         if by_order: _tell(f'{self.name}: its names are not those of {arch}, its weights are loaded by their order.')
         last = next((k for k, v in reversed(state.items()) if v.ndim == 2 and id(v) not in taken), None)
         if last and not Path(self.path).is_dir():
-            _tell(f'{self.name}: its classifier, {last} of {len(state[last]):,} classes, is left out.')
+            left = 'goes on in the paper\'s heads alone' if _PAPER <= from_deit(state).keys() else 'is left out'
+            _tell(f'{self.name}: its classifier, {last} of {len(state[last]):,} classes, {left}.')
         return fitted
 
     def head(self,
         head: str, # Short name of the head that is asked for
         options: dict, # Of head and network, by name
         vocab: Sequence, # Names of the classes that it is to tell apart
+        outputs: Callable = lambda n: None, # Which of the `n` outputs in a file stands for each class; None: not known
     ) -> HeadStart: # Empty where the head has to begin anew
         "What goes on of a run's head, where it is the same head, or of the pool in a file of the paper's networks."
         if not self.path: return HeadStart()
@@ -148,7 +150,8 @@ class Start:
         if self.body_only and (is_run or head in SAME_PARTS):
             _tell(f'{self.name}: its body is taken; its head is not, so that all heads begin anew.')
         if self.body_only or not is_run and head not in SAME_PARTS: return HeadStart()
-        return (_head_of_run if is_run else _head_in_file)(self, head, options, vocab)
+        if is_run: return _head_of_run(self, head, options, vocab)
+        return _head_in_file(self, head, options, vocab, outputs)
 
 # %% ../../nbs/250_models.start.ipynb #340c2626
 def _pretrained(arch):
@@ -204,9 +207,12 @@ def _run(path, arch):
 def _head_of_run(start, head, options, vocab):
     spec, about = _run_of(start.path)['spec'], Path(start.path)/'data.json'
     classes = json.loads(about.read_text())['vocab'] if about.exists() else vocab   # there are digits without it
-    had = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.get('options', {}).items()}
+    return _head_of_ours(start, spec['head'], spec.get('options', {}), classes, head, options, vocab)
+
+def _head_of_ours(start, its, had, classes, head, options, vocab):
+    had = {k: tuple(v) if isinstance(v, list) else v for k, v in had.items()}
     same = [*map(str, classes)] == [*map(str, vocab)]
-    if spec['head'] not in (head, SAME_PARTS.get(head)): other = f"is {spec['head']}, so the head begins anew"
+    if its not in (head, SAME_PARTS.get(head)): other = f"is {its}, so the head begins anew"
     elif had != options: other = 'has other options, so the head begins anew'
     else: other = '' if same else 'has other classes: what belongs to a class begins anew, the rest of it goes on'
     if other: _tell(f'{start.name}: its head {other}.')
@@ -215,13 +221,20 @@ def _head_of_run(start, head, options, vocab):
     last = f'{max(int(k.partition(".")[0]) for k in state)}.'
     return HeadStart({k.removeprefix(last): v for k, v in state.items() if k.startswith(last)}, same)
 
-def _head_in_file(start, head, options, vocab):
-    state = from_deit(start.state())
-    if 'pool.query' not in state: return HeadStart()
-    _tell(f'{start.name}: its pool goes on in the head {head}, whose classifier begins anew.')
-    places = {'pool': '0', 'norm': '1', 'head': '2'}
+_PAPER = {'pool.attn.q.weight'}   # is in no vision transformer, whose class token is called as the query is
+
+def _head_in_file(start, head, options, vocab, outputs):
+    if told := told_in(start.path):
+        return _head_of_ours(start, told['head'], told['options'], told['vocab'], head, options, vocab)
+    state, places = from_deit(start.state()), {'pool': '0', 'norm': '1', 'head': '2'}
+    if not _PAPER <= state.keys(): return HeadStart()
+    rows = outputs(n := len(state.get('head.weight', ())))
+    what = 'whose classifier begins anew' if rows is None else f'and its classifier, whose {n:,} classes are the same'
+    _tell(f'{start.name}: its pool goes on in the head {head}, {what}.')
+    if rows is not None: state = {k: v[rows] if k.startswith('head.') or k == 'pool.query' and len(v) == n else v
+                                  for k, v in state.items()}
     return HeadStart({f'{places[first]}.{rest}': v for (first, _, rest), v in
-                      ((k.partition('.'), v) for k, v in state.items()) if first in places}, False)
+                      ((k.partition('.'), v) for k, v in state.items()) if first in places}, rows is not None)
 
 # %% ../../nbs/250_models.start.ipynb #4c805f75
 def find_start(

@@ -16,6 +16,7 @@ from ..data.cache import first_few
 from ..models.start import SAME_PARTS, Start
 from ..recipe import find_recipe
 from ..registry import BadInput, bare_name, unknown
+from ..settings import less_drop_path
 from .spec import Spec, data_for, make_spec
 from .store import Result, load_run, read_about
 
@@ -42,7 +43,7 @@ def follow_up(
                        "weights to go on from. Give the folder of a run that is complete.")
     if data is None: data = data_for(read_about(result).get('path') or was.data.path, recipe)
     if recipe.drop_path is None and overrides.get('drop_path') is None:
-        overrides |= dict(drop_path=round(max(0., (was.recipe.drop_path or 0.) - .1), 6))
+        overrides |= dict(drop_path=less_drop_path(was.recipe.drop_path))
     common = dict(arch=was.arch, skip_broken=was.skip_broken, task=was.task, split=was.split, start=result.folder)
     spec = make_spec(data, head or was.head, was.seed, recipe=recipe, options=dict(was.options) | (options or {}),
                      **common | {k: v for k, v in overrides.items() if v is not None})

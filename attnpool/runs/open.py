@@ -6,7 +6,6 @@
 __all__ = ['is_model', 'open_model']
 
 # %% ../../nbs/570_runs.open.ipynb #f0533376
-import json
 import os
 import re
 import sys
@@ -18,7 +17,6 @@ from typing import Callable, Sequence
 import timm
 import torch
 from fastai.vision.all import CrossEntropyLossFlat, Learner, accuracy, create_head, default_device
-from safetensors import safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
@@ -38,7 +36,7 @@ from .classes import imagenet_names, read_vocab
 from .spec import check_read
 from .train import open_run
 from ..tasks import split_options
-from ..weights import HoldsCode, mismatches, read_weights, weights_in
+from ..weights import HoldsCode, mismatches, read_weights, told_in, weights_in
 
 # %% ../../nbs/570_runs.open.ipynb #00fba058
 def _tell(text): print(f'attnpool: {text}', file=sys.stderr)
@@ -163,11 +161,6 @@ def _arch_in(net):
     return next(filter(None, (cfg.get('architecture') for cfg in cfgs)), '')
 
 # %% ../../nbs/570_runs.open.ipynb #30b962ad
-def _told(path):
-    "What a file of weights says of itself; those of our runs do."
-    if path.suffix != '.safetensors': return {}
-    with safe_open(path, 'pt') as file: return json.loads((file.metadata() or {}).get('attnpool', '{}'))
-
 def _distrusted(path, e):
     "The error for a file that may run code, before any of it has run."
     what = re.search(r'\((.*?)\)', str(e))[1]
@@ -274,7 +267,7 @@ def open_model(
     if not path.exists(): return _from_name(str(model), vocab, size, device, options)
     if is_picture(path): raise BadInput(f"model: {path} is a picture. Give the model before it.")
     try:
-        try: state, told = read_weights(path), _told(path)
+        try: state, told = read_weights(path), told_in(path)
         except HoldsCode as e:
             if not trust: raise _distrusted(path, e) from None
             found = _unpickled(path)

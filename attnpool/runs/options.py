@@ -120,10 +120,11 @@ def check_device(
 # %% ../../nbs/560_runs.options.ipynb #5d0b7e02
 def _names_in():
     "A function that puts the names of tables into a text."
-    from attnpool import data, recipe, tasks
+    from attnpool import choices, data, heads, recipe, tasks
     from attnpool.models.body import OTHER_ARCHS
-    tables = vars(data) | vars(recipe) | vars(tasks) | dict(OTHER_ARCHS=OTHER_ARCHS)
-    names = {k: ', '.join(t) or 'none' for k, t in tables.items() if isinstance(t, (Registry, EntryPoints))}
+    tables = {k: t for room in (choices, data, heads, recipe, tasks) for k, t in vars(room).items()}
+    names = {k: ', '.join(t) or 'none' for k, t in (tables | dict(OTHER_ARCHS=OTHER_ARCHS)).items()
+             if isinstance(t, (Registry, EntryPoints))}
     return lambda text: re.sub('`([A-Z_]+)`', lambda m: names[m[1]], text)
 def _fields(told, but):
     "Parameters of a function, one for each field of `Recipe`."

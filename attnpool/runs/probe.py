@@ -86,11 +86,11 @@ def forget_shared():
 
 def doubles_in(
     dls: DataLoaders, # Of a run, see `picture_dls`
-) -> int | None: # None of pictures that are made
+) -> int | None: # None of pictures that are made, and of so many that none are sought
     "How many validation pictures train as well, as the same picture or nearly; sought once for all runs on them."
     if not hasattr(dls, 'every'): return None
     listing, _, numbers = dls.every
-    return len(doubles_of(listing).across(numbers, len(dls.train_ds)))
+    return doubles_of(listing).number(numbers, len(dls.train_ds))
 
 # %% ../../nbs/530_runs.probe.ipynb #252ba04b
 MACHINES = re.compile("out of memory|can't allocate memory|CUDA error|CUBLAS_STATUS|CUDNN_STATUS")   # no head's fault

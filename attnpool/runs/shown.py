@@ -6,6 +6,7 @@
 __all__ = ['CROP', 'find_evaluated', 'without_trained', 'Pixels', 'pixels_of', 'own_crop']
 
 # %% ../../nbs/593_runs.shown.ipynb #008c9e79
+import os
 import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +17,15 @@ import torch
 from fastai.vision.all import Learner, Normalize
 
 from ..data.cache import first_few, unpack
-from ..data.check import check_pictures
-from ..data.find import data_name, find_pictures, is_path
+from ..data.check import check_pictures, whole_ones
+from ..data.find import DATASETS, data_name, find_pictures, is_path
 from ..data.listing import Listing, digests, fingerprint, list_folder, read_digests
 from ..data.petals import record_files
-from ..data.reader import TRAIN, VALID, folder_roles, is_run, unwrapped
+from ..data.reader import TRAIN, VALID, folder_roles, unwrapped
 from ..data.transfer import official_layout
 from ..models.body import network_of
 from ..registry import BadInput
+from .store import load_run, read_about
 
 # %% ../../nbs/593_runs.shown.ipynb #8740995d
 def _whole(data, cache):
@@ -46,20 +48,27 @@ def find_evaluated(
     n = 0 if listing.drawn else listing.n_train
     pairs = sorted(zip(listing.files[n:], listing.labels[n:]))
     listing = replace(listing, name=name, files=[f for f, _ in pairs], labels=[l for _, l in pairs], n_train=0)
-    broken = check_pictures(listing, cache).broken
-    if broken and not skip_broken:
-        raise BadInput(f"data: {len(broken):,} of {len(listing.files):,} pictures in {listing.root} are broken: "
-                       f"{first_few(f'{f} ({why})' for f, why in broken.items())}. Mend or delete them, or leave them "
-                       "out with skip_broken=True (--skip-broken).")
-    listing = listing.keep([f not in broken for f in listing.files])
+    listing = listing.keep(whole_ones(listing, check_pictures(listing, cache), skip_broken))
     if listing.files: return listing
     raise BadInput(f"data: {listing.root} has no pictures to evaluate on.")
 
 # %% ../../nbs/593_runs.shown.ipynb #daacdfc5
+def _by_split(path, names, listing):
+    "The names of what trained a run without a table, by the split of its data; None where they are others now."
+    result = load_run(path)
+    spec, its = result.spec, read_about(result).get('path')
+    if not spec.data.fingerprint: return set() if spec.data.path in DATASETS else None   # made, or of a first version
+    if not its and listing.name == spec.data.name: its = spec.data.path
+    if not its or is_path(its) and not Path(its).exists(): return None
+    if fingerprint(digests(data := find_pictures(its))) != spec.data.fingerprint: return None
+    if spec.split == 'seed': data, _ = data.split(spec.seed)
+    def place(l, f): return os.path.normpath(os.path.join(l.root.resolve(), f))
+    trained = {place(data, f) for f in data.files[:data.n_train]}
+    return {name for name, f in zip(names, listing.files) if place(listing, f) in trained}
+
 def _trained_on(path, marks):
     "Which pictures trained a run, by name and digest; and how many more of them did by their bytes alone."
     table = Path(path)/'pictures.csv'
-    if not is_run(path) or not table.is_file(): return set(), 0
     its = {name: (mark, (more or [split])[0]) for name, (_, split, mark, *more) in read_digests(table).items()}
     its = {name: mark for name, (mark, role) in its.items() if role == 'train'}
     names = {name for name, mark in marks.items() if its.get(name) == mark}
@@ -75,6 +84,13 @@ def without_trained(
     about, trained = digests(listing), {}
     marks = {name: mark for name, (_, _, mark) in about.items()}
     for name, path in runs.items():
+        if not (Path(path)/'pictures.csv').is_file():   # of more than 50,000 pictures none is written
+            trained[name] = _by_split(path, marks, listing)
+            if trained[name] is None:
+                say(f'{name}: its pictures are not at hand as they were, so what trained it is not known. If some of '
+                    'these did, it is right about them too often.')
+                trained[name] = set()
+            continue
         trained[name], alike = _trained_on(path, marks)
         if alike: say(f'{name}: {alike:,} of the pictures are, byte for byte, among those that trained it.')
     gone, left = set().union(*trained.values()), len(marks) - len(set().union(*trained.values()))

@@ -28,7 +28,6 @@ from ..data.listing import Listing, digests, fingerprint, read_digests
 from ..data.pictures import find_pictures, labelled_dls
 from ..distributed import is_first
 from ..frozen import MapLoader, MapSet, kept_maps
-from ..registry import BadInput
 from .store import Result, load_run, read_about
 from .train import open_run
 from ..tasks import TASKS, count_classes
@@ -184,9 +183,9 @@ def ask_tests(
             r = with_test(load_run(r.folder))
             if r.test and r.test['fingerprint'] != mark: say(f'{name}: tested on other pictures before, asked again.')
             if r.test.get('fingerprint') != mark:
-                if doubles is None: doubles = len(doubles_of(tests).across())
+                doubles = doubles or doubles_of(tests)
                 table, metrics = _ask(r, part, device)
-                about = dict(metrics=metrics, pictures=len(table), doubles=doubles, fingerprint=mark,
+                about = dict(metrics=metrics, pictures=len(table), doubles=doubles.number(), fingerprint=mark,
                              classes=count_classes(table.label, len(set(tests.labels))))
                 write_file(r.folder/'test_predictions.csv', table.to_csv(index=False, float_format='%.6g'))
                 write_file(r.folder/'test.json', json.dumps(about, indent=1))
