@@ -12,7 +12,7 @@ import re
 import sys
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .body import OTHER_ARCHS, network_of, torchvision_weights
-from .deit import from_deit
+from .deit import VARIANTS, from_deit
 from .fit import fit_body, misfit, nearest_timm
 from ..registry import BadInput, bare_name
 from ..weights import mismatches, read_weights, told_in, weights_hash
@@ -53,6 +53,11 @@ def expected(
 def _tell(text):
     "Say something on the standard error, once; of several processes the first does."
     if os.environ.get('RANK', '0') == '0': print(f'attnpool: {text}', file=sys.stderr)
+
+def _tell_left(start, arch, classifier):
+    papers = arch in VARIANTS and told_in(start.path).get('head', 'paper') in SAME_PARTS
+    what = 'for the heads of the paper alone' if papers else 'left out'
+    _tell(f'{start.name}: its classifier, {classifier}, is {what}.')
 
 def _read(path):
     files = [path/'body.safetensors', path/'weights.safetensors'] if path.is_dir() else [path]
@@ -133,9 +138,7 @@ class Start:
         arch, taken = getattr(arch, '__name__', arch), {id(v) for v in fitted.values()}
         if by_order: _tell(f'{self.name}: its names are not those of {arch}, its weights are loaded by their order.')
         last = next((k for k, v in reversed(state.items()) if v.ndim == 2 and id(v) not in taken), None)
-        if last and not Path(self.path).is_dir():
-            left = 'goes on in the paper\'s heads alone' if _PAPER <= from_deit(state).keys() else 'is left out'
-            _tell(f'{self.name}: its classifier, {last} of {len(state[last]):,} classes, {left}.')
+        if last and not Path(self.path).is_dir(): _tell_left(self, arch, f'{last} of {len(state[last]):,} classes')
         return fitted
 
     def head(self,
@@ -144,14 +147,13 @@ class Start:
         vocab: Sequence, # Names of the classes that it is to tell apart
         outputs: Callable = lambda n: None, # Which of the `n` outputs in a file stands for each class; None: not known
     ) -> HeadStart: # Empty where the head has to begin anew
-        "What goes on of a run's head, where it is the same head, or of the pool in a file of the paper's networks."
+        "What goes on of a run's head, where it is the same head, or of pool and classifier of the paper's networks."
         if not self.path: return HeadStart()
         is_run = Path(self.path).is_dir()
         if self.body_only and (is_run or head in SAME_PARTS):
             _tell(f'{self.name}: its body is taken; its head is not, so that all heads begin anew.')
         if self.body_only or not is_run and head not in SAME_PARTS: return HeadStart()
-        if is_run: return _head_of_run(self, head, options, vocab)
-        return _head_in_file(self, head, options, vocab, outputs)
+        return (_head_of_run if is_run else partial(_head_in_file, outputs))(self, head, options, vocab)
 
 # %% ../../nbs/250_models.start.ipynb #340c2626
 def _pretrained(arch):
@@ -204,6 +206,7 @@ def _run(path, arch):
     mean, std = (tuple(told.get(name, ())) for name in ('mean', 'std'))
     return Start(path.name, weights_hash(_read(path)), str(path), size, mean, std)
 
+# %% ../../nbs/250_models.start.ipynb #8c1f0e21
 def _head_of_run(start, head, options, vocab):
     spec, about = _run_of(start.path)['spec'], Path(start.path)/'data.json'
     classes = json.loads(about.read_text())['vocab'] if about.exists() else vocab   # there are digits without it
@@ -221,13 +224,11 @@ def _head_of_ours(start, its, had, classes, head, options, vocab):
     last = f'{max(int(k.partition(".")[0]) for k in state)}.'
     return HeadStart({k.removeprefix(last): v for k, v in state.items() if k.startswith(last)}, same)
 
-_PAPER = {'pool.attn.q.weight'}   # is in no vision transformer, whose class token is called as the query is
-
-def _head_in_file(start, head, options, vocab, outputs):
+def _head_in_file(outputs, start, head, options, vocab):
     if told := told_in(start.path):
         return _head_of_ours(start, told['head'], told['options'], told['vocab'], head, options, vocab)
     state, places = from_deit(start.state()), {'pool': '0', 'norm': '1', 'head': '2'}
-    if not _PAPER <= state.keys(): return HeadStart()
+    if 'pool.attn.q.weight' not in state: return HeadStart()   # a class token alone is a vision transformer's
     rows = outputs(n := len(state.get('head.weight', ())))
     what = 'whose classifier begins anew' if rows is None else f'and its classifier, whose {n:,} classes are the same'
     _tell(f'{start.name}: its pool goes on in the head {head}, {what}.')
