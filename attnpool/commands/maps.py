@@ -28,6 +28,18 @@ Device = Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')]
 
 _MODELS = f'Models, then pictures or folders of them. {MODEL} With --measure: run folders or folders of runs.'
 
+# %% ../../nbs/692_commands.maps.ipynb #6a1fd2d1
+def _measured(runs, out, console, **how):
+    "Measure the maps of runs, and write the table."
+    from attnpool.report.collect import collect
+    from attnpool.report.stats import measure_maps, plain_table
+    results, problems = collect(runs)
+    for line in problems: fail(f'left out: {line}')
+    table = measure_maps([r for r in results if r.status == 'complete'], how.pop('device'), console, **how)
+    table.to_csv(out, index=False)
+    console.print(plain_table(table))
+    say(f'Table: {out}')
+
 # %% ../../nbs/692_commands.maps.ipynb #726508a6
 def maps(
     models: Annotated[list[Path], typer.Argument(help=_MODELS, **FILE | dict(metavar='MODEL... [PHOTO]...'))],

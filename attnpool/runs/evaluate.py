@@ -159,6 +159,8 @@ class Question:
         return labelled_dls(empty, named).valid.new(bs=bs, num_workers=num_workers)
 
 # %% ../../nbs/595_runs.evaluate.ipynb #d6fdd6fe
+def _memory(e): return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+
 def _question(name, learn, listing, mark, crop, precision, series):
     about, vocab, pixels = getattr(learn, 'about', {}), [*map(str, learn.dls.vocab)], pixels_of(learn, crop)
     try: outputs = match_classes(listing.classes, vocab)
@@ -190,8 +192,6 @@ def ask(
             for name, learn in learners.items()]
 
 # %% ../../nbs/595_runs.evaluate.ipynb #ec73b127
-def _memory(e): return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
-
 def _ranks(question, size, bs, workers, on_batch, say):
     "The ranks of all pictures, with smaller batches where the memory is full."
     model, device = question.learn.model, torch.device(question.learn.dls.device)
