@@ -123,7 +123,10 @@ def check_sizes(
         except (RuntimeError, AssertionError, ValueError, MemoryError) as e:
             return None if _memory(e) else e.__cause__ or e   # the memory is looked at when the time comes
     for size in sizes:
-        if not 8 <= size <= 2048: raise BadInput(f"sizes: expected 8 to 2048 pixels, got {size}. 224 is usual.")
+        if not 8 <= size <= 2048:
+            own = getattr(learn.dls, 'size', None)
+            what = f'{name} is for {own}' if own else '224 is usual'
+            raise BadInput(f"sizes: expected 8 to 2048 pixels, got {size}. {what}.")
         if not (e := fault(size)): continue
         near = [next((s for s in range(size + way, max(7, size + 65 * way), way) if not fault(s)), None)
                 for way in (-1, 1)]
