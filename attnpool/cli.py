@@ -121,6 +121,8 @@ _CHECK = 'all: look at every picture before, not at a sample of each class where
 _OUT = 'Folder for the runs, the table and the report. What is complete there is not made again.'
 _SEEDS = 'Seeds, separated by commas. All heads run with each of them.  [default: 1,2,3; with --start RUNS theirs]'
 _TUNING = 'Seeds for tuning: others than those of the comparison.  [default: 0,10; with --start RUNS theirs]'
+_RATES = ("Rates to try, separated by commas.  [default: 1e-3,2e-3,4e-3,8e-3,16e-3,32e-3 and the recipe's own; where "
+          'that lies outside, six around it]')
 _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn anew, the same for all heads; where the '
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
 _TEST = 'Ask each run once about the test pictures, in test/CLASS; they get a table of their own.'
@@ -216,14 +218,21 @@ def report(
         raise BadInput(f"runs: there is no finished run in {', '.join(map(str, runs))}. attnpool bench makes some.")
     text = _written(results, out, data=published)
     _show_settings(results)
+    for page in (p for folder in runs if folder.is_dir() for p in sorted(folder.glob('ablation-*.html'))):
+        say(f'These runs are of an ablation. Row by row, beside the paper: {page.resolve().as_uri()}')
     say(text)
 
 # %% ../nbs/700_cli.ipynb #aa4698c2
+def _usual_rates(own):
+    grid = [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3]
+    if not isinstance(own, float) or own in grid: return grid
+    return sorted([own, *grid]) if grid[0] < own < grid[-1] else [own * 2**k for k in range(-3, 3)]
+
 @late_options(app, 'lr')
 def lr(
     data: Annotated[str, typer.Argument(help=_DATA, parser=expand)] = 'digits',
     heads: Annotated[str | None, typer.Option(help=_HEADS)] = None,
-    rates: Annotated[str, typer.Option(help='Rates to try, separated by commas.')] = '1e-3,2e-3,4e-3,8e-3,16e-3,32e-3',
+    rates: Annotated[str | None, typer.Option(help=_RATES)] = None,
     seeds: Annotated[str | None, typer.Option(help=_TUNING)] = None,
     arch: Annotated[str | None, typer.Option(help=_ARCH)] = None,
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN|RUNS')] = '',
@@ -237,7 +246,7 @@ def lr(
 ):
     """Find each head's learning rate in a grid.
 
-    The best is that with the best mean over the seeds. A run that diverges learned nothing.
+    The best is that with the best mean over the seeds; none, where that is near guessing. One that diverges has 0.
 
     \b
     Examples:
@@ -246,17 +255,21 @@ def lr(
     """
     from attnpool.recipe import find_recipe
     from attnpool.report.stats import learning_rates
-    grid, console, device = read_list('rates', rates, float), Console(), check_device(device)
+    grid = read_list('rates', rates, float) if rates is not None else _usual_rates(find_recipe(recipe).lr)
+    device = check_device(device)
     common = dict(arch=arch, start=start, eval_sizes=(), skip_broken=skip_broken) | overrides
     if seeds is None and not is_followed(start, find_recipe(recipe)): seeds = '0,10'
     specs = read_specs(data, heads, seeds, recipe, rates=grid, save_recipe=save_recipe, **common)
     check_out(out/'rates.csv', [data], make=True, own='head,', folder=True)
-    best, table = learning_rates(make_runs(specs, out, device, console, checkpoint_seconds))
+    best, table = learning_rates(make_runs(specs, out, device, Console(), checkpoint_seconds))
     say(table.to_string())
     table.to_csv(out/'rates.csv')
-    for head, rate in best.items():
-        edge = ' (at the edge of the grid: try further)' if len(grid) > 1 and rate in (min(grid), max(grid)) else ''
-        say(f'{head}: ' + ('all runs diverged: try smaller rates' if rate is None else f'{rate:g}{edge}'))
+    for head, its in best.items():
+        edge = ' (at the edge of the grid: try further)' if len(grid) > 1 and {*(its or ())} & {min(grid), max(grid)} else ''
+        say(f'{head}: ' + (
+            'all runs diverged: try smaller rates' if its is None else
+            'all near guessing, nothing to choose: train longer, or try other rates' if not its else
+            f"{', '.join(f'{rate:g}' for rate in its)}{' are equally good' if len(its) > 1 else ''}{edge}"))
 
 # %% ../nbs/700_cli.ipynb #32f44534
 @late_options(app)

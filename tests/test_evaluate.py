@@ -26,7 +26,7 @@ from torchvision import transforms as T
 from attnpool.cli import main
 from attnpool.data.listing import digests, fingerprint
 from attnpool.registry import BadInput
-from attnpool.report.sizes import best_sizes, paired, plot_sizes, sizes_table
+from attnpool.report.sizes import best_sizes, best_words, paired, plot_sizes, sizes_table
 from attnpool.runs.classes import imagenet_names, match_classes
 from attnpool.runs.evaluate import Evaluated, ask, evaluate, interval, read_evaluated
 from attnpool.runs.open import open_model
@@ -250,7 +250,7 @@ def test_evaluate_finds_outputs_by_name(classes, vocab, places): assert [*match_
 
 
 @pytest.mark.parametrize("classes, vocab, told", [
-    ({"cat": "cat", "tenhc": "tenhc"}, ["cat", "tench"], "1 of its 2 classes are not among the 2 of the network: 'tenhc'. Did you mean tench by 'tenhc'"),
+    ({"cat": "cat", "tenhc": "tenhc"}, ["cat", "tench"], "1 of its 2 classes is not among the 2 of the network: 'tenhc'. Did you mean tench by 'tenhc'"),
     ({"crane": "crane"}, NAMES, "'crane'.*crane \\(n02012849\\) or crane \\(n03126707\\)"),
     ({"tench": "tench", "n01440764": "n01440764"}, NAMES, "'tench' and 'n01440764' both mean 'tench'"),
     ({"0": "0", "1": "1"}, ["cat", "dog"], "2 of its 2 classes"),                        # never by their order
@@ -428,11 +428,14 @@ def test_evaluate_takes_a_learner_of_somebody_elses(photos, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("words, told", [
     (["photos"], "DATA: expected models and then data, got photos alone"),
+    (["killed", "photos"], "^attnpool: model: no run in killed is complete: .*did not finish. The command"),
+    (["nothere", "photos"], "there is no file or folder nothere, and no network has that name. Give"),
+    (["net.pth", "photos", "--arch", "test_resnet", "--sizes", "4"], "sizes: .*net.pth is for 224"),
     (["resnet18q", "photos"], "model: there is no file or folder resnet18q.*Did you mean"),
     (["net.pth", "photoz", "--arch", "test_resnet"], "data: .*photoz"),
     (["net.pth", "photos", "--arch", "test_resnet"], "data: 3 of its 3 classes are not among the 1,000 of net.pth"),
     (["net.pth", "photos", "--arch", "test_resnet", "--sizes", "big"], "--sizes: expected whole numbers"),
-    (["net.pth", "photos", "--arch", "test_resnet", "--crop", "0"], "crop: expected a share"),
+    (["net.pth", "photos", "--arch", "test_resnet", "--crop", "1.5"], "--crop.*less than or equal to 1"),
     (["net.pth", "photos", "--arch", "test_resnet", "--precision", "fp8"], "precision: 'fp8' is unknown"),
     (["net.pth", "net.pth", "--arch", "test_resnet"], "neither an archive"),
 ])
@@ -440,9 +443,37 @@ def test_evaluate_tells_what_was_typed_wrong_in_one_line(words, told, photos, th
     monkeypatch.chdir(tmp_path)
     os.symlink(photos, "photos")
     shutil.copy(thousand, "net.pth")
+    os.mkdir("other")
+    os.makedirs("killed/one")
+    with open("killed/one/spec.json", "w") as f: json.dump(make_spec("digits", "avg").to_json(), f)
     with pytest.raises(SystemExit) as e: main(["evaluate", *words, "--device", "cpu"])
-    err = [line for line in capsys.readouterr().err.splitlines() if "left out" not in line]
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 or words[0] != "killed", err
     assert e.value.code == 2 and re.search(told, err[-1]), err
+
+
+def test_evaluate_names_no_size_best_that_the_pictures_cannot_tell():
+    def of(rights, seed): return [made([0] * n + [1] * (400 - n), f"a-{seed}", size, series="a") for size, n in rights.items()]
+    def words(rights): return best_words(of(rights, 1) + of(rights, 2))
+    assert words({32: 200, 48: 200}) == ["a: 32, 48 px are equally good, none is best (2 seeds together)"]
+    assert words({32: 200, 48: 200, 64: 199, 96: 20}) == ["a: 32, 48 px are equally good, none is best; 64 px cannot be told from them (2 seeds together)"]
+    assert words({32: 100, 48: 300}) == ["a: best at 48 px (2 seeds together)"]
+    assert best_words(of({32: 3}, 1)) == []
+
+
+def test_evaluate_table_fits_a_terminal_and_names_curves(capsys, tmp_path):
+    from attnpool.commands.evaluate import _told
+    names = [f"a_data_set_of_many_words-paper-classes-{seed}-0123456789" for seed in (1, 2)]
+    found = [made([0, 1] * 20, name, size, series="classes, quick at 32 px") for name in names for size in (32, 48)]
+    _told(found, [], tmp_path)
+    said = capsys.readouterr().out
+    lines = said.partition("Means over")[0].splitlines()
+    assert max(map(len, lines)) <= 80 and "classes, quick at 32 px" in lines and sum("1-0123456789" in line for line in lines) == 1, said
+
+
+def test_evaluate_tells_the_time_left_from_the_last_sizes():
+    from attnpool.commands.evaluate import _left
+    assert _left([1.], 9, 3) == "" and _left([1., 60., 120.], 3, 2) == "4 min left" and _left([60., 60.], 0, 2) == ""
 
 
 def test_evaluate_draws_one_line_for_runs_of_several_seeds():
@@ -450,7 +481,8 @@ def test_evaluate_draws_one_line_for_runs_of_several_seeds():
     fig = plot_sizes(its)
     lines = [line for line in fig.axes[0].lines if line.get_label()[0] != "_"]
     assert [line.get_label() for line in lines] == ["a", "b"] and lines[0].get_ydata().tolist() == pytest.approx([40, 47.5])
-    assert best_sizes(its)["a-1"] == [64, 32]
+    assert best_sizes(its)["a"] == [64, 32]
+    assert best_words(its)[0] == "a: best at 64 px; 32 px cannot be told from it (2 seeds together)"
     table = sizes_table(its)
     assert table["vs first [95%]"][0] == "–" and table["vs first [95%]"][2].startswith("+0.0") and "top-5, % [95%]" in table
     with pytest.raises(BadInput, match="nothing to draw"): plot_sizes([])

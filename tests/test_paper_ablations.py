@@ -306,6 +306,9 @@ def test_paper_ablate_command_from_the_plan_to_the_page(photos, tmp_path, monkey
     assert len(results) == 12 and not problems and {r.spec.head for r in results} == {*PAPER_HEADS}
     mine = np.mean([r.metrics["accuracy"] for r in results if dict(r.spec.options).get("norm")])
     assert float(rows["batch norm"]["accuracy"]) == pytest.approx(mine)
+    told = io.StringIO()
+    with redirect_stdout(told), pytest.raises(SystemExit): main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "r.html")])
+    assert "stem=linear" in told.getvalue() and "{'" not in told.getvalue() and "runs/ablation-table5.html" in told.getvalue()
     code, out, _ = run(*words, "--dry-run")
     assert "12 of them" in out and "To be made: 0 steps" in out
 
@@ -330,7 +333,7 @@ def test_paper_heads_are_taken_by_the_other_commands():
     (["table5", "--data", "photos.tar"], "photos.tar"), (["table5", "--data", "digits", "--heads", "avg"], "heads: the rows name theirs"),
     (["b1", "--data", "digits", "--lr", "1"], "lr: the rows of B1 decide it"), (["B3", "--data", "digits", "--arch", "resnet18"], "which resnet18 is not"),
     (["table5", "--data", "digits", "--rows", "batch-norm"], "Did you mean 'batch norm'"), (["table5", "--data", "digits", "--recipe", "papr-small"], "Did you mean 'paper-small'"),
-    (["table5", "--data", "digits", "--wd", "x"], "--wd"),
+    (["table5", "--data", "digits", "--wd", "x"], "--wd"), (["table5", "--data", "digits", "--recipe", "fixres", "--dry-run"], "recipe: ablations train from scratch"),
 ])
 def test_paper_ablate_command_says_what_is_wrong(words, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

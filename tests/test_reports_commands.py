@@ -440,7 +440,7 @@ def test_a_folder_with_one_run_stands_for_it(place, capsys):
 def test_settings_to_measure_are_named(place, capsys):
     run('bench', 'photos', *FAST, '--size', '24', '--out', 'R', capsys=capsys)
     code, out, err = run('maps', 'R', '--measure', '--out', 'm.csv', '--device', 'cpu', capsys=capsys)
-    assert code == 2 and 'several settings: photos, xeca_resnext_tiny, quick, 24 px, 1 epochs; photos, xeca_resnext_tiny, quick, 20 px, 1 epochs. Name' in err, err
+    assert code == 2 and 'several settings: photos, xeca_resnext_tiny, quick, 24 px, 1 epoch; photos, xeca_resnext_tiny, quick, 20 px, 1 epoch. Name' in err, err
 
 
 # Terminals and homes
@@ -498,7 +498,7 @@ def test_narrow_and_colourless(place, capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '40')
     monkeypatch.setenv('NO_COLOR', '1')
     code, out, err = run('report', 'R', '--out', 'r.html', capsys=capsys)
-    assert code == 0 and '\x1b' not in out and 'photos, xeca_resnext_tiny, quick, 20 px, 1 epochs' in out   # in one piece
+    assert code == 0 and '\x1b' not in out and 'photos, xeca_resnext_tiny, quick, 20 px, 1 epoch' in out   # in one piece
 
 
 # Mistakes

@@ -20,13 +20,17 @@ from ..runs.options import check_device, check_out, expand, fail, read_list, rea
 # %% ../../nbs/694_commands.evaluate.ipynb #32468139
 def _runs_in(path):
     "The finished runs of a folder of runs; none of anything else."
+    from attnpool.data.cache import first_few
     from attnpool.data.reader import is_run
     from attnpool.report.collect import collect
     if not os.path.isdir(path) or is_run(path) or not any(is_run(d) for d in Path(path).iterdir() if d.is_dir()):
         return []
     results, problems = collect([path])
+    if not (found := [str(r.folder) for r in results if r.status == 'complete']):
+        raise BadInput(f"model: no run in {path} is complete{': ' * bool(problems)}{first_few(problems, 2).rstrip('.')}. "
+                       'The command that began them goes on.')
     for line in problems: fail(f'left out: {line}')
-    return [str(r.folder) for r in results if r.status == 'complete']
+    return found
 
 def _models(words):
     "What was named: models, runs of a folder each by itself, and the data."
@@ -87,7 +91,7 @@ _OUT = 'Folder for the answers, the table, the figure and the page. What is ther
 def evaluate(
     words: Annotated[list[str], typer.Argument(help=_WORDS, parser=expand, metavar='MODEL... [DATA]')],
     sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
-    crop: Annotated[float | None, typer.Option(help=_CROP)] = None,
+    crop: Annotated[float | None, typer.Option(help=_CROP, min=.1, max=1)] = None,
     arch: ArchOf = None, # As for `open_model`
     head: HeadOf = None, # As for `open_model`
     vocab: VocabOf = None, # As for `open_model`
@@ -136,65 +140,91 @@ def evaluate(
 # %% ../../nbs/694_commands.evaluate.ipynb #850d8927
 def _note(questions, note):
     "Of which pictures, how they are cut, and among how many classes each is scored."
+    from attnpool.data.cache import first_few
     from attnpool.runs.shown import own_crop
     listing = questions[0].listing
     note(f'{listing.name}: {len(listing.files):,} pictures of {len(listing.classes):,} classes')
     if len({q.pixels.augment for q in questions}) > 1:
         note('Not all are shown the same pixels, as each was validated in its own way: --crop .875 shows all the same.')
+    shown_so = {}
     for q in questions:
         name, n, shown = q.about['model'], q.about['outputs'], q.about['classes']
         how = f'short side at size / {q.pixels.crop:g}, bicubic, and the centre' if q.pixels.augment == 'imagenet' \
             else 'the whole picture squeezed to a square, as in its validation'
-        note(f'{name}: {how}' + (f'; scored among all {n:,} classes that it tells apart' if n > shown else ''))
+        how += f'; scored among all {n:,} classes that it tells apart' if n > shown else ''
+        shown_so.setdefault(how, []).append(name)
+    for how, names in shown_so.items(): note(f'{first_few(names, 3)}: {how}')
+    for q in questions:
+        name = q.about['model']
         theirs = None if getattr(q.learn, 'about', {}).get('data') else own_crop(q.about['arch'])
         if theirs and q.pixels.augment == 'imagenet' and abs(theirs - q.pixels.crop) > .001:
             note(f'{name}: its authors measured at size / {theirs:g}: --crop {theirs:g}')
 
 # %% ../../nbs/694_commands.evaluate.ipynb #d4828168
+def _left(took, n, sizes):
+    "Time for `n` more answers, by the seconds of the last at each size; the first alone tells nothing of the others."
+    last = took[-sizes:]
+    left = n * sum(last) / len(last) if len(took) > 1 else 0
+    return f'{left / 60:.0f} min left' if left > 30 else ''
+
 def _with_progress(questions, sizes, out, **how):
     "The answers, with the time left: on a terminal as a bar, elsewhere as lines."
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
     from attnpool.runs.evaluate import evaluate as ask_all
     n, n_all = len(questions[0].listing.files), len(questions) * len(sizes)
-    todo = [size for q in questions for size in sizes if not q.kept(size, out)]
+    todo, took = [(q.about['model'], size) for q in questions for size in sizes if not q.kept(size, out)], []
     if len(todo) < n_all: say(f'{n_all - len(todo)} of {n_all} answers are in {out} already.')
     console = Console(stderr=True)
-    columns = TextColumn('{task.description}', markup=False), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
-        bar = progress.add_task('', total=n * sum(s**2 for s in todo))
+    columns = TextColumn('{task.description}', markup=False), BarColumn(), TextColumn('{task.fields[left]}')
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task('', total=n * len(todo), left='')
         def on_batch(q, size, n):
-            progress.update(bar, advance=n * size**2, description=f"{q.about['model']} at {size} px")
+            progress.update(bar, advance=n, description=f"{q.about['model']} at {size} px")
         def on_size(e):
-            left = progress.tasks[bar].time_remaining
+            if (e.model, e.size) in todo:
+                todo.remove((e.model, e.size))
+                took.append(e.seconds)
+            left = _left(took, len(todo), len(sizes))
+            progress.update(bar, left=left)
             say(f'{e.model} at {e.size} px: {100 * e.right() / len(e.ranks):.1f}%' + (
-                f'  {left / 60:.0f} min left' if left and left > 30 and not console.is_terminal else ''))
+                f'  {left}' if left and not console.is_terminal else ''))
         try: return ask_all(questions, sizes, out, on_batch=on_batch, on_size=on_size, check=False, **how)
         except KeyboardInterrupt:
             fail('stopped. The sizes that are done are kept; the same command goes on.')
             raise typer.Exit(130)
 
+# %% ../../nbs/694_commands.evaluate.ipynb #0d9c782b
+_ROOM = 26   # for a name, beside four columns
+
+def _short(names):
+    "Names that fit; of long ones the ends, which tell runs apart."
+    def short(name): return name if len(name) <= _ROOM else '…' + name[1 - _ROOM:]
+    found = {name: short(name) for name in names}
+    return found if len({*found.values()}) == len(found) else {name: name for name in names}
+
+def _lines(table, curves):
+    "The table as text: above the rows of a curve its name, where it has another than its network."
+    names, columns = _short(dict.fromkeys(table.model)), [*table.columns[1:]]
+    its = table.assign(model=table.model.map(names).where(~table.model.duplicated(), '')).astype(str)
+    widths = [max(map(len, [c, *its[c]])) for c in table]
+    def line(cells): return '  '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths)))
+    yield line(['', *columns])
+    for name, models in curves.items():
+        if name not in models: yield name
+        for model in models: yield from map(line, its[table.model == model].values)
+
 def _told(found, lines, out):
     "The tables in the terminal, and the files."
-    from rich.table import Table
-    from attnpool.report.sizes import best_sizes, by_series, curves_table, sizes_table, write_sizes
-    curves, best = by_series(found), best_sizes(found)
-    several = any(len(models) > 1 for models in curves.values())
-    short = sizes_table(found)   # within 80 columns
-    short['model'] = short['model'].where(~short['model'].duplicated(), '')
+    from attnpool.report.sizes import best_words, by_series, curves_table, sizes_table, write_sizes
+    from attnpool.report.stats import plain_table
+    curves, short = by_series(found), sizes_table(found)   # within 80 columns
     top = [c for c in short if c.startswith('top-')][1:]
     short[top] = short[top].map(lambda v: v.partition(' [')[0])
     short = short.rename(columns={c: c.replace(' [95%]', '') for c in top})
-    for text in [short, *([curves_table(found)] if several else [])]:
-        shown = Table()
-        for i, column in enumerate(text.columns):
-            shown.add_column(str(column), justify='right' if i else 'left', overflow='fold', no_wrap=i > 0)
-        for row in text.itertuples(index=False): shown.add_row(*map(str, row))
-        Console().print(shown)
-    for name, models in curves.items() if len({e.size for e in found}) > 1 else ():
-        if len(models) > 1: say(f"{name}: best at {', '.join(str(best[m][0]) for m in models)} px, by seed")
-        else:
-            first, *alike = best[[*models][0]]
-            also = f'; {", ".join(map(str, alike))} px cannot be told from it' if alike else ''
-            say(f'{name}: best at {first} px{also}')
+    for line in _lines(short, curves): say(line)
+    if any(len(models) > 1 for models in curves.values()):
+        say('\nMeans over seeds, top-1 in percent')
+        Console().print(plain_table(curves_table(found).rename(columns=str)))
+    for line in best_words(found): say(line)
     page = write_sizes(found, out, lines)
     say(f'Page:   {page.resolve().as_uri()}\nFigure: {page.with_suffix(".png")}\nTable:  {page.with_suffix(".csv")}')

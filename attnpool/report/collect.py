@@ -115,7 +115,9 @@ def _value(column, text):
 
 def _known(recipe):
     "Of a log's recipe, only the epochs."
-    return recipe if recipe['bs'] else dict(name='', epochs=recipe['epochs'])
+    if not recipe['bs']: return dict(name='', epochs=recipe['epochs'])
+    whole = (recipe.get('micro_bs') or 0) >= recipe['bs']   # then batches are not in parts
+    return recipe | (dict(micro_bs=None) if whole else {})
 
 def write_runs(
     results: Sequence[Result], # Of any settings
@@ -247,7 +249,9 @@ def group_by_setting(
     for r in results:
         others = tuple(o for o in r.spec.options if o not in _of_head(r.spec, of_arch))
         start = r.spec.start if not r.spec.start.after else Start(fingerprint=r.spec.start.after)   # each has its own
-        setting = replace(r.spec, head='', seed=0, options=others, start=start, recipe=replace(r.spec.recipe, lr=None))
+        r_, whole = r.spec.recipe, (r.spec.recipe.micro_bs or 0) >= (r.spec.recipe.bs or 1)
+        decided = replace(r_, lr=None, micro_bs=None if whole else r_.micro_bs)
+        setting = replace(r.spec, head='', seed=0, options=others, start=start, recipe=decided)
         groups.setdefault((setting, str(r.pictures)), []).append(r)
     return list(groups.values())
 
@@ -292,5 +296,14 @@ def tell_apart(
     names = dict.fromkeys(k for s in every for k in s if k not in first)
     others = [k for k in names if len({str(s.get(k)) for s in every if 'arch' in s}) > 1]   # not of logs
     chosen = [{k: s[k] for k in (*first, *others) if k in s} for s in every]
-    words = dict.fromkeys(first, '{}') | dict(start='from {}', size='{} px', epochs='{} epochs')
-    return [(', '.join(words.get(k, f'{k} {{}}').format(v) for k, v in s.items()), s) for s in chosen]
+    words = dict.fromkeys(first, '{}') | dict(
+        start='from {}', size='{} px', epochs='{} epochs', bs='batches of {}', micro_bs='in parts of {}',
+        fingerprint='pictures {:.6}', start_setting='after runs of setting {}', weights='weights {:.6}')
+    hashes = 'fingerprint', 'start_setting', 'weights'   # where words tell nothing
+    def word(k, v):
+        if k == 'options': return ' '.join(f'{name}={value}' for name, value in v.items())
+        if k == 'pictures': return f"{' and '.join(map(str, v))} pictures"
+        return '1 epoch' if (k, v) == ('epochs', 1) else words.get(k, f'{k} {{}}').format(v)
+    def title(s, without): return ', '.join(word(k, v) for k, v in s.items() if k not in without)
+    short = [title(s, hashes) for s in chosen]
+    return [(t if short.count(t) == 1 else title(s, ()), s) for t, s in zip(short, chosen)]

@@ -24,6 +24,7 @@ from ..data.pictures import validation_pictures
 from ..data.splits import SHARE
 from ..maps.compute import maps_of
 from ..maps.measures import agreement, deletion_insertion, energy_in_box, entropy, pointing_game
+from ..pooling.paper import PAPER_HEADS
 from ..registry import BadInput
 from .collect import by_row, group_by_setting, tell_apart
 from ..runs.store import Result
@@ -148,7 +149,7 @@ def _rich(texts, title=None):
     def plain(v): return Text(str(v))   # a name may look like markup
     title = title and Text(title, no_wrap=True, overflow='ignore')   # names in one piece
     out = Table(title=title, box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
-    for name in texts: out.add_column(plain(name), justify='left' if name == 'head' else 'right')
+    for name in texts: out.add_column(plain(name), justify='left' if name in ('head', 'curve') else 'right')
     for row in texts.itertuples(index=False): out.add_row(*map(plain, row))
     return out
 
@@ -233,8 +234,9 @@ def _runs(results, *_):
 
 def _alone(results, *_):
     compared = {r.spec.head for r in results if r.value is not None}
-    if compared and all(r.spec.head != 'avg' for r in results):
-        return "Without avg there are no differences to average pooling: add it to --heads."
+    if not compared or any(r.spec.head == 'avg' for r in results): return ''
+    if compared <= {*PAPER_HEADS}: return 'Differences are to avg, which is not among these heads.'
+    return "Without avg there are no differences to average pooling: add it to --heads."
 
 def remarks(
     results: Sequence[Result], # Of one setting
@@ -260,12 +262,15 @@ def on_tests(
 # %% ../../nbs/610_report.stats.ipynb #de26c2c0
 def learning_rates(
     results: Sequence[Result] # Runs of several heads at several learning rates
-) -> tuple[dict, pd.DataFrame]: # Head: best rate, None if all diverged; and the means by head (rows) and rate (columns)
-    "Each head's learning rate with the best mean of the primary metric. A run that diverged counts as 0."
+) -> tuple[dict, pd.DataFrame]: # Head: the best rates, none if none learned, None if all diverged; and the means
+    "Each head's learning rates with the best mean of the primary metric. A run that diverged counts as 0."
     rows = [dict(head=r.spec.head, lr=r.spec.recipe.lr, value=r.value or 0.) for r in results]
     table = pd.DataFrame(rows).pivot_table(index='head', columns='lr', values='value', sort=False).sort_index(axis=1)
     learned = {r.spec.head for r in results if r.status == 'complete'}
-    return {head: rate if head in learned else None for head, rate in table.idxmax(axis=1).items()}, table
+    n, guess = min((r.pictures[1] for r in results if r.classes), default=1), guess_of(results)
+    bound = guess + 2 * (guess * (1 - guess) / n)**.5   # as `near_guessing`; NaN is below nothing
+    def best(means): return [] if means.max() <= bound else [*means.index[np.isclose(means, means.max(), atol=1e-6)]]
+    return {head: best(means) if head in learned else None for head, means in table.iterrows()}, table
 
 # %% ../../nbs/610_report.stats.ipynb #0d89f905
 def _measures(learn, x, boxes):

@@ -22,6 +22,7 @@ from ..models.body import check_arch
 from ..models.deit import VARIANTS
 from ..recipe import Recipe, find_recipe, network_for
 from ..registry import BadInput, Registry, unknown
+from ..settings import GO_ON
 from .options import read_options
 from .spec import Spec, data_for, make_spec
 from .store import load_run
@@ -127,6 +128,9 @@ def ablation_specs(
 ) -> dict[str, list[Spec]]: # By the name of the row, in the order of the seeds
     "The runs of an ablation."
     chosen, recipe, given = find_rows(sweep, rows), find_recipe(recipe), dict(options or {})
+    if recipe.name in GO_ON:
+        raise BadInput(f"recipe: ablations train from scratch, and {recipe.name} goes on from trained weights. Take "
+                       "paper-small, or paper.")
     of_one = any('num_heads' in dict(row.options) for row in SWEEPS[sweep])   # a number that the paper does not give
     heads = {k: given.pop(k) for k in ('num_heads',) if of_one and k in given}
     _check_changes(sweep, chosen, arch, given, common.get('train') or recipe.train, common)

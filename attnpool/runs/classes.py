@@ -117,7 +117,8 @@ def match_classes(
         same = [v for v in vocab if _plain(lost[0]) in map(_plain, (v, v.partition(' (')[0]))]
         near = same or get_close_matches(classes[lost[0]], vocab, 1)
         guess = f" Did you mean {' or '.join(near[:3])} by {lost[0]!r}?" if near else ''
-        raise BadInput(f"data: {len(lost):,} of its {len(classes):,} classes are not among the {len(vocab):,} of the "
+        are = 'is' if len(lost) == 1 else 'are'
+        raise BadInput(f"data: {len(lost):,} of its {len(classes):,} classes {are} not among the {len(vocab):,} of the "
                        f"network: {first_few(map(repr, lost), 5)}.{guess} The network knows {first_few(vocab, 5)}. "
                        "Give pictures of its classes, WordNet's ids as names of the folders, or what its outputs are "
                        "called as vocab (--vocab).")

@@ -226,7 +226,10 @@ def _from_name(name, vocab, size, device, options):
     "The Learner of a network with its published weights."
     try: check_arch(name)
     except BadInput as e:
-        guess = near_path(name) or ''.join(re.findall(r' Did you mean .*?\?', str(e))[:1])
+        guess = near_path(name)
+        near = Path(guess.removeprefix(' Did you mean ').removesuffix('?'))
+        if near.is_dir() and not is_model(near): guess = ''   # a folder of something else
+        guess = guess or ''.join(re.findall(r' Did you mean .*?\?', str(e))[:1])
         raise FileNotFoundError(f"model: there is no file or folder {name}, and no network has that name.{guess} Give "
                                 "the folder of a run, a file, or a name of timm or torchvision.") from None
     try:
