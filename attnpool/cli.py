@@ -265,7 +265,7 @@ def lr(
     say(table.to_string())
     table.to_csv(out/'rates.csv')
     for head, its in best.items():
-        edge = ' (at the edge of the grid: try further)' if len(grid) > 1 and {*(its or ())} & {min(grid), max(grid)} else ''
+        edge = ' (at the edge of the grid: try further)' if grid[1:] and {*(its or ())} & {min(grid), max(grid)} else ''
         say(f'{head}: ' + (
             'all runs diverged: try smaller rates' if its is None else
             'all near guessing, nothing to choose: train longer, or try other rates' if not its else

@@ -133,8 +133,9 @@ def _belongs(checkpoint, model):
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError):
         other = 'nothing that can be read: it is torn'
     if not other:
-        shapes = {f'weights.{k}': t.shape for k, t in _weights(model).items()}
-        if shapes != {k: t.shape for k, t in tensors.items() if k.startswith('weights.')}: other = 'a network with other weights'
+        mine = {f'weights.{k}': t.shape for k, t in _weights(model).items()}
+        there = {k: t.shape for k, t in tensors.items() if k.startswith('weights.')}
+        if mine != there: other = 'a network with other weights'
     if other: checkpoint.tell(f'begins anew. Its checkpoint is of {other}.', 0)
     else: checkpoint.tell(f'goes on after epoch {len(rows)}', len(rows))
     return not other
@@ -167,7 +168,8 @@ class Checkpoint:
         if not seconds >= 0: raise BadInput(f"checkpoint_seconds: expected 0 or more seconds, got {seconds!r}.")
         self.path, self.seconds, self.tell, self.name = Path(folder)/CHECKPOINT, seconds, tell or self._print, spec.name
         libraries = {m.__name__: m.__version__ for m in (attnpool, torch, fastai, timm)}
-        self.made = dict(layout=_LAYOUT, run=spec.name, **libraries, device=torch.device(device).type, processes=processes())
+        self.made = dict(layout=_LAYOUT, run=spec.name, **libraries, device=torch.device(device).type,
+                         processes=processes())
         self.start = self.last = time.perf_counter()   # `start` is earlier by what the run had taken before
         self.wait, self.state, self.failed, self.done = seconds, None, False, 0
 

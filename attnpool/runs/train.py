@@ -108,7 +108,9 @@ def check_sizes(
         except (RuntimeError, AssertionError, ValueError, MemoryError) as e:   # a full memory is told when it is needed
             return None if isinstance(e, MemoryError) or MACHINES.search(str(e)) else e.__cause__ or e
     for size in sizes:
-        if not 8 <= size <= 2048: raise BadInput(f"{parameter}: expected 8 to 2048 pixels, got {size}. 224 is usual.")
+        if not 8 <= size <= 2048:
+            usual = f'{name} is for {own}' if (own := getattr(learn.dls, 'size', None)) else '224 is usual'
+            raise BadInput(f"{parameter}: expected 8 to 2048 pixels, got {size}. {usual}.")
         if not (e := fault(size)): continue
         if parameter == 'size' and fault(256): raise e   # the size is not to blame
         near = [next((s for s in range(size + way, max(7, size + 65 * way), way) if not fault(s)), None)
