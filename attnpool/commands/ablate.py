@@ -97,7 +97,8 @@ def ablate(
     """Make one of the paper's ablations on your data, beside the paper's numbers.
 
     Shows a table (mean, paired difference to the row that the paper compares with; the paper's own values apart) and
-    writes it to OUT as ablation-TABLE.html. Printed rates are for batches of 2048; they are taken in proportion to the recipe's.
+    writes it to OUT as ablation-TABLE.html. Printed rates are for batches of 2048; they are taken in proportion to the
+    recipe's.
 
     \b
     Examples:
