@@ -265,9 +265,9 @@ def lr(
     say(table.to_string())
     table.to_csv(out/'rates.csv')
     for head, its in best.items():
-        edge = ' (at the edge of the grid: try further)' if grid[1:] and {*(its or ())} & {min(grid), max(grid)} else ''
-        say(f'{head}: ' + (
-            'all runs diverged: try smaller rates' if its is None else
+        at_edge = len(grid) > 1 and {*(its or ())} & {min(grid), max(grid)}
+        edge = ' (at the edge of the grid: try further)' if at_edge else ''
+        say(f'{head}: ' + ('all runs diverged: try smaller rates' if its is None else
             'all near guessing, nothing to choose: train longer, or try other rates' if not its else
             f"{', '.join(f'{rate:g}' for rate in its)}{' are equally good' if len(its) > 1 else ''}{edge}"))
 

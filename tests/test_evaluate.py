@@ -428,9 +428,9 @@ def test_evaluate_takes_a_learner_of_somebody_elses(photos, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("words, told", [
     (["photos"], "DATA: expected models and then data, got photos alone"),
-    (["killed", "photos"], "^attnpool: model: no run in killed is complete: .*did not finish. The command"),
+    (["killed", "photos"], "^attnpool: model: no run in killed is complete .*did not finish.. The command"),
     (["nothere", "photos"], "there is no file or folder nothere, and no network has that name. Give"),
-    (["net.pth", "photos", "--arch", "test_resnet", "--sizes", "4"], "sizes: .*net.pth is for 224"),
+    (["net.pth", "photos", "--arch", "test_resnet", "--sizes", "4"], "sizes: .*net.pth is for 160"),
     (["resnet18q", "photos"], "model: there is no file or folder resnet18q.*Did you mean"),
     (["net.pth", "photoz", "--arch", "test_resnet"], "data: .*photoz"),
     (["net.pth", "photos", "--arch", "test_resnet"], "data: 3 of its 3 classes are not among the 1,000 of net.pth"),

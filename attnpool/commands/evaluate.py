@@ -27,7 +27,7 @@ def _runs_in(path):
         return []
     results, problems = collect([path])
     if not (found := [str(r.folder) for r in results if r.status == 'complete']):
-        why = ': ' * bool(problems) + first_few(problems, 2).rstrip('.')
+        why = f" ({first_few(problems, 2).rstrip('.')})" if problems else ''
         raise BadInput(f'model: no run in {path} is complete{why}. The command that began them goes on.')
     for line in problems: fail(f'left out: {line}')
     return found

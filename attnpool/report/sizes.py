@@ -95,6 +95,7 @@ def curves_table(
             for name, models in by_series(evaluated).items()]
     return pd.DataFrame(rows)
 
+# %% ../../nbs/639_report.sizes.ipynb #45e80007
 def best_sizes(
     evaluated: Sequence[Evaluated], # What `evaluate` returned
 ) -> dict[str, list[int]]: # Name of a curve: its best size, and others that are as good as that; of seeds together
@@ -115,7 +116,7 @@ def _best(evaluated):
         found[name] = best, alike, [e.size for e in its if e.right() == best.right()]
     return found
 
-# %% ../../nbs/639_report.sizes.ipynb #29c6f9eb
+# %% ../../nbs/639_report.sizes.ipynb #8a285ea9
 def best_words(
     evaluated: Sequence[Evaluated], # What `evaluate` returned
 ) -> list[str]: # A sentence for each curve; none where there is one size only
