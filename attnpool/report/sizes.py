@@ -116,7 +116,6 @@ def _best(evaluated):
         found[name] = best, alike, [e.size for e in its if e.right() == best.right()]
     return found
 
-# %% ../../nbs/639_report.sizes.ipynb #8a285ea9
 def best_words(
     evaluated: Sequence[Evaluated], # What `evaluate` returned
 ) -> list[str]: # A sentence for each curve; none where there is one size only
