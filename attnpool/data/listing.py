@@ -72,7 +72,7 @@ class Listing:
     ) -> 'Listing':
         "The same without some pictures."
         files, labels = ([o for o, g in zip(values, good) if g] for values in (self.files, self.labels))
-        return replace(self, files=files, labels=labels, n_train=sum(good[:self.n_train]))
+        return replace(self, files=files, labels=labels, n_train=int(sum(good[:self.n_train])))
 
     def split(self,
         number: int # From 0
