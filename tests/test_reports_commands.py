@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from attnpool import recipe as recipes
+from attnpool import choices
 from attnpool.cli import main
 from attnpool.data import DataId
 from attnpool.recipe import get_recipe, Recipe, network_for
@@ -77,7 +77,7 @@ FIELDS += ['head of one', 'option', 'version', 'size', 'metric', 'primary']
 @pytest.fixture
 def registered(monkeypatch):
     "A recipe's names are those of tables, and everybody can register one."
-    for table in recipes.TABLES:
+    for table in choices.TABLES:
         for name in (NASTY, LEADING, 'tame'): monkeypatch.setitem(table.data, name, next(iter(table.values())))
 
 

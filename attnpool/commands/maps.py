@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ..registry import BadInput
-from ..runs.options import check_device, check_out, expand, path_of, read_list, read_options, say
+from ..runs.options import check_device, check_out, expand, fail, path_of, read_list, read_options, say
 
 # %% ../../nbs/692_commands.maps.ipynb #017225da
 FILE = dict(parser=path_of, metavar='PATH')   # of an option that is a path

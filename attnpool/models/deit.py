@@ -149,10 +149,10 @@ def variant_of(
         more['in_chans'] = state['stem.0.weight'].shape[1]
     return f"timm.create_model({', '.join([repr(name), *(f'{n}={value}' for n, value in more.items())])})"
 
-def _refuse(parameter, state, own):
+def _refuse(parameter, state, own, whole=None):
     "Raise unless the weights are of the network."
     if not (wrong := mismatches(state, own)): return
-    more, of = f'; and {len(wrong) - 3} more' if wrong[3:] else '', variant_of(state)
+    more, of = f'; and {len(wrong) - 3} more' if wrong[3:] else '', variant_of(whole or state)
     raise BadInput(f"{parameter}: not the weights of this network: {'; '.join(wrong[:3])}{more}. " + (
                    f"They look like those of {of}." if of else "They are of another kind than PatchConvNet."))
 
@@ -184,7 +184,7 @@ def _weights(state, model):
         theirs.append('pool.query')
         if state['pool.query'].shape != own['pool.query'].shape: del state['pool.query']
     def ours(d): return {key: value for key, value in d.items() if not key.startswith(tuple(theirs))}
-    _refuse('pretrained', ours(state), ours(own))
+    _refuse('pretrained', ours(state), ours(own), state)
     return state
 
 def _as_ours(net, state, prefix, *_):
