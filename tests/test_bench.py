@@ -199,8 +199,8 @@ def test_help_names_everything_that_is_registered(capsys):
     for args in (["--help"], ["bench", "--help"]):
         with pytest.raises(SystemExit) as e: main(args)
         assert e.value.code == 0
-    text = capsys.readouterr().out
-    assert all(re.search(rf"\b{name}\b", text) for name in [*HEADS, *RECIPES])
+    text = re.sub(r"-\s+", "-", re.sub("[│|]", " ", capsys.readouterr().out))   # a name may be broken at its hyphen
+    assert [name for name in [*HEADS, *RECIPES] if not re.search(rf"\b{name}\b", text)] == []
     with pytest.raises(SystemExit) as e: main([])
     assert e.value.code == 0 and "bench" in capsys.readouterr().out
 

@@ -356,7 +356,9 @@ def test_titles_are_words_a_user_understands():
     assert titles(result(), result(micro_bs=16)) == [plain + "8 epochs", plain + "8 epochs, in parts of 16"]
     said = titles(result(), result(data=DataId("other", "", "f00")))
     assert len(said) == 2 and not any("pictures" in t or "f00" in t for t in said)   # their names tell
-    assert titles(result(), result(options=dict(stem="linear"), arch="patchconvnet_tiny"))[1].endswith("stem=linear")
+    linear = result()
+    linear = replace(linear, spec=replace(linear.spec, arch="patchconvnet_tiny", options=(("stem", "linear"),)))
+    assert titles(replace(linear, spec=replace(linear.spec, options=())), linear)[1].endswith("stem=linear")
 
 
 def test_rates_that_are_alike_or_learned_nothing_are_told_so():
