@@ -84,18 +84,19 @@ def read_specs(
     from attnpool.runs.spec import data_for, make_spec
     groups, recipe = dict(all=HEADS, peers=PEERS), find_recipe(recipe)
     given, follows = read_options(options), is_followed(common.get('start'), recipe)
-    heads = None if follows and heads in (None, 'all') else read_list('heads', heads or HEADS_USUAL)
+    heads = None if follows and heads in (None, 'all') else read_list('heads', HEADS_USUAL if heads is None else heads)
     heads = heads and list(dict.fromkeys(head for word in heads for head in groups.get(word, [word])))
     if splits and seeds: raise BadInput(f"--splits: each has its own seed, got --seeds {seeds} too. Leave one out.")
     if follows:
+        seeds_given = None if seeds is None else read_list('seeds', seeds, int)
         if splits: raise BadInput(f"--splits: each run keeps its own split, got {splits}. Leave it out.")
-        specs = _following(data, heads, seeds and read_list('seeds', seeds, int), recipe, given, rates, **common)
+        specs = _following(data, heads, seeds_given, recipe, given, rates, **common)
     else:
-        common['arch'] = common.get('arch') or ARCH_USUAL
+        common['arch'] = ARCH_USUAL if common.get('arch') is None else common['arch']
         of_heads, start, of_arch = _asked_of(recipe, given, heads, **common)
         train = common.get('train') or recipe.train
-        if train == 'frozen' and not (splits or seeds) and (is_path(data) or data in SOURCES): splits = 10
-        numbers = range(1, splits + 1) if splits else read_list('seeds', seeds or '1,2,3', int)
+        if train == 'frozen' and not splits and seeds is None and (is_path(data) or data in SOURCES): splits = 10
+        numbers = range(1, splits + 1) if splits else read_list('seeds', '1,2,3' if seeds is None else seeds, int)
         def on(data):
             split = dict(split='seed') if splits else {}
             return [make_spec(data, head, seed, recipe=recipe, **of_heads[head] | split | dict(lr=r))
