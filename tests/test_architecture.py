@@ -17,8 +17,8 @@ HEAVY = ("fastai", "fastxtend", "timm", "torchvision")
 
 
 def rooms(root):
-    "`{module: number}` of the notebooks that are rooms; `57_a.b.ipynb` is room 57, module `a.b`."
-    return {m[2]: int(m[1]) for f in (root / "nbs").glob("*.ipynb") if (m := re.fullmatch(r"(\d\d)_(.+)", f.stem))}
+    "`{module: number}` of the notebooks that are rooms; `570_a.b.ipynb` is room 570, module `a.b`."
+    return {m[2]: int(m[1]) for f in (root / "nbs").glob("*.ipynb") if (m := re.fullmatch(r"(\d{3})_(.+)", f.stem))}
 
 
 def modules(root):
@@ -76,11 +76,11 @@ def on_no_floor(root):
     for file, page in notebooks(root).items():
         where = file.relative_to(root / "nbs")
         if where.parts[0] == "tutorials" or str(where) == "index.ipynb": continue
-        named = re.fullmatch(r"[0-7]\d_(.+)", file.stem)
+        named = re.fullmatch(r"[0-7]\d\d_(.+)", file.stem)
         source = "\n".join("".join(c["source"]) for c in page["cells"])
         exports = re.search(r"^#\|\s*default_exp\s+(\S+)", source, re.M)
         if len(where.parts) > 1 or not named:
-            yield f"nbs/{where}: on no floor; call it NN_module.ipynb, the first digit its floor"
+            yield f"nbs/{where}: on no floor; call it NNN_module.ipynb, the first digit its floor"
         elif not exports or exports[1].removesuffix(".__init__") != named[1]:
             yield f"nbs/{where}: exports {exports and exports[1]}, not {named[1]}"
     numbers = rooms(root)
@@ -88,7 +88,7 @@ def on_no_floor(root):
         if module not in numbers: yield f"{file.relative_to(root)}: comes from no notebook"
     taken = {}
     for module, number in sorted(numbers.items()):
-        if number in taken: yield f"nbs/{number:02}_{module}.ipynb: the number of {taken[number]}"
+        if number in taken: yield f"nbs/{number:03}_{module}.ipynb: the number of {taken[number]}"
         taken[number] = module
 
 
@@ -106,12 +106,12 @@ def upward_imports(root):
 def heavy_imports(root):
     known = rooms(root)
     for module, file, where, tree in parsed(root):
-        if known.get(module, 0) >= 20: continue
+        if known.get(module, 0) >= 200: continue
         top = {id(node) for node in at_import(tree)}
         for node, name, _ in imports(tree):
             library = name.split(".")[0]
             if library in ("fastai", "fastxtend") or library in HEAVY and id(node) in top:
-                yield f"{where}:{node.lineno}: floor {known.get(module, 0) // 10} loads {library}"
+                yield f"{where}:{node.lineno}: floor {known.get(module, 0) // 100} loads {library}"
 
 
 def private(name): return re.match("_(?!_)", name)
@@ -139,7 +139,7 @@ def private_names(root):
         if re.search(r"^#\|\s*export", source, re.M): continue
         try: tree = ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.M))
         except SyntaxError: continue   # another language
-        sources.append((re.sub(r"^\d\d_", "", Path(where.rpartition(":")[0]).stem), where, (), tree))
+        sources.append((re.sub(r"^\d{3}_", "", Path(where.rpartition(":")[0]).stem), where, (), tree))
     for module, where, package, tree in sources:
         for line, name, room in taken_names(tree, package, known):
             if private(name) and room != module: yield f"{where}:{line}: {name} is private to {room}"
@@ -191,7 +191,7 @@ def test_the_house_keeps_the_rule(rule):
 
 
 def test_importing_floors_0_and_1_loads_no_framework():
-    low = sorted((m for m, n in rooms(ROOT).items() if n < 20), key=rooms(ROOT).get)
+    low = sorted((m for m, n in rooms(ROOT).items() if n < 200), key=rooms(ROOT).get)
     code = f"""if True:
         import sys, importlib
         for module in {low}:
@@ -211,7 +211,7 @@ def test_package_init_holds_the_version_only():
 def house(root, modules=(), pages=()):
     "A small tree: modules by dotted name, with a notebook for each that is numbered, and further pages of code cells."
     for name, source in dict(modules).items():
-        number, module = re.fullmatch(r"(?:(\d\d)_)?(.+)", name).groups()
+        number, module = re.fullmatch(r"(?:(\d{3})_)?(.+)", name).groups()
         file = root / "attnpool" / (module.replace(".", "/") + ".py")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(source)
@@ -225,34 +225,34 @@ def house(root, modules=(), pages=()):
 
 
 HOUSES = [
-    (upward_imports, {"00_a": "from attnpool.b import x", "01_b": ""}, {}, "attnpool/a.py:1: a .0. imports b .1., which is not below"),
-    (upward_imports, {"11_p.q": "from ..b import x", "12_b": ""}, {}, r"attnpool/p/q.py:1: p\.q .11. imports b"),
-    (upward_imports, {"11_p.q": "\nfrom . import r", "12_p.r": ""}, {}, r"attnpool/p/q.py:2: p\.q .11. imports p\.r"),
-    (upward_imports, {"11_p.q": "from .. import b", "12_b": ""}, {}, r"attnpool/p/q.py:1: p\.q .11. imports b"),
-    (upward_imports, {"27_p.__init__": "from .q import x", "28_p.q": ""}, {}, r"attnpool/p/__init__.py:1: p .27. imports p\.q"),
-    (upward_imports, {"00_a": "def f():\n    import attnpool.b", "01_b": ""}, {}, "attnpool/a.py:2: .*b .1."),
-    (upward_imports, {"00_a": "from attnpool.lost import x"}, {}, "attnpool/a.py:1: imports attnpool.lost, which is no room"),
-    (heavy_imports, {"10_a": "try: import timm\nexcept ImportError: pass"}, {}, "attnpool/a.py:1: floor 1 loads timm"),
-    (heavy_imports, {"03_a": "class A:\n    from torchvision import ops"}, {}, "attnpool/a.py:2: floor 0 loads torchvision"),
-    (heavy_imports, {"03_a": "def f():\n    from fastai.vision.all import Learner"}, {}, "attnpool/a.py:2: floor 0 loads fastai"),
-    (private_names, {"00_a": "", "01_b": "from attnpool.a import x, _y"}, {}, "attnpool/b.py:1: _y is private to a"),
-    (private_names, {"00_a": "", "01_p.b": "from .. import a as c\nc._y()"}, {}, "attnpool/p/b.py:2: _y is private to a"),
-    (private_names, {"00_a": "", "01_b": "import attnpool.a\nattnpool.a._y"}, {}, "attnpool/b.py:2: _y is private to a"),
-    (private_names, {"00_a": ""}, {"tutorials/t": ["", "from attnpool.a import _y"]}, "nbs/tutorials/t.ipynb:cell 1:1: _y is private to a"),
-    (mocks, {"00_a": "def f():\n    from unittest import mock"}, {}, "attnpool/a.py:2: unittest"),
-    (stars_and_strangers, {"00_a": "from attnpool.b import *"}, {}, "attnpool/a.py:1: imports \\* from"),
-    (stars_and_strangers, {"00_a": "import fastxtend.vision.models.xresnet"}, {}, "attnpool/a.py:1: fastxtend's models"),
-    (long_modules, {"00_a": "x = 1\n" * 321}, {}, "attnpool/a.py:320: 321 lines"),
-    (long_lines, {"00_a": "\nx = " + "1" * 117}, {}, "attnpool/a.py:2: 121 characters"),
-    (long_lines, {"00_a": f"__all__ = ['{'a' * 120}',\n           '{'b' * 120}']\n{'c' * 121}"}, {}, "attnpool/a.py:3: 121"),
-    (long_lines, {}, {"00_a": ["x", "# " + "y" * 119]}, "nbs/00_a.ipynb:cell 1:1: 121 characters"),
-    (long_cells, {}, {"00_a": ["#| export\n" + "x = 1\n" * 61]}, "nbs/00_a.ipynb:cell 0: an exported cell of 61 lines"),
+    (upward_imports, {"000_a": "from attnpool.b import x", "010_b": ""}, {}, "attnpool/a.py:1: a .0. imports b .10., which is not below"),
+    (upward_imports, {"110_p.q": "from ..b import x", "120_b": ""}, {}, r"attnpool/p/q.py:1: p\.q .110. imports b"),
+    (upward_imports, {"110_p.q": "\nfrom . import r", "120_p.r": ""}, {}, r"attnpool/p/q.py:2: p\.q .110. imports p\.r"),
+    (upward_imports, {"110_p.q": "from .. import b", "120_b": ""}, {}, r"attnpool/p/q.py:1: p\.q .110. imports b"),
+    (upward_imports, {"270_p.__init__": "from .q import x", "280_p.q": ""}, {}, r"attnpool/p/__init__.py:1: p .270. imports p\.q"),
+    (upward_imports, {"000_a": "def f():\n    import attnpool.b", "010_b": ""}, {}, "attnpool/a.py:2: .*b .10."),
+    (upward_imports, {"000_a": "from attnpool.lost import x"}, {}, "attnpool/a.py:1: imports attnpool.lost, which is no room"),
+    (heavy_imports, {"100_a": "try: import timm\nexcept ImportError: pass"}, {}, "attnpool/a.py:1: floor 1 loads timm"),
+    (heavy_imports, {"030_a": "class A:\n    from torchvision import ops"}, {}, "attnpool/a.py:2: floor 0 loads torchvision"),
+    (heavy_imports, {"030_a": "def f():\n    from fastai.vision.all import Learner"}, {}, "attnpool/a.py:2: floor 0 loads fastai"),
+    (private_names, {"000_a": "", "010_b": "from attnpool.a import x, _y"}, {}, "attnpool/b.py:1: _y is private to a"),
+    (private_names, {"000_a": "", "010_p.b": "from .. import a as c\nc._y()"}, {}, "attnpool/p/b.py:2: _y is private to a"),
+    (private_names, {"000_a": "", "010_b": "import attnpool.a\nattnpool.a._y"}, {}, "attnpool/b.py:2: _y is private to a"),
+    (private_names, {"000_a": ""}, {"tutorials/t": ["", "from attnpool.a import _y"]}, "nbs/tutorials/t.ipynb:cell 1:1: _y is private to a"),
+    (mocks, {"000_a": "def f():\n    from unittest import mock"}, {}, "attnpool/a.py:2: unittest"),
+    (stars_and_strangers, {"000_a": "from attnpool.b import *"}, {}, "attnpool/a.py:1: imports \\* from"),
+    (stars_and_strangers, {"000_a": "import fastxtend.vision.models.xresnet"}, {}, "attnpool/a.py:1: fastxtend's models"),
+    (long_modules, {"000_a": "x = 1\n" * 321}, {}, "attnpool/a.py:320: 321 lines"),
+    (long_lines, {"000_a": "\nx = " + "1" * 117}, {}, "attnpool/a.py:2: 121 characters"),
+    (long_lines, {"000_a": f"__all__ = ['{'a' * 120}',\n           '{'b' * 120}']\n{'c' * 121}"}, {}, "attnpool/a.py:3: 121"),
+    (long_lines, {}, {"000_a": ["x", "# " + "y" * 119]}, "nbs/000_a.ipynb:cell 1:1: 121 characters"),
+    (long_cells, {}, {"000_a": ["#| export\n" + "x = 1\n" * 61]}, "nbs/000_a.ipynb:cell 0: an exported cell of 61 lines"),
     (on_no_floor, {}, {"extra": ["#| default_exp extra"]}, "nbs/extra.ipynb: on no floor"),
-    (on_no_floor, {}, {"80_a": ["#| default_exp a"]}, "nbs/80_a.ipynb: on no floor"),
-    (on_no_floor, {}, {"p/00_a": ["#| default_exp a"]}, "nbs/p/00_a.ipynb: on no floor"),
-    (on_no_floor, {}, {"00_a": ["#| default_exp b"]}, "nbs/00_a.ipynb: exports b, not a"),
+    (on_no_floor, {}, {"800_a": ["#| default_exp a"]}, "nbs/800_a.ipynb: on no floor"),
+    (on_no_floor, {}, {"p/000_a": ["#| default_exp a"]}, "nbs/p/000_a.ipynb: on no floor"),
+    (on_no_floor, {}, {"000_a": ["#| default_exp b"]}, "nbs/000_a.ipynb: exports b, not a"),
     (on_no_floor, {"hand_made": "x = 1"}, {}, "attnpool/hand_made.py: comes from no notebook"),
-    (on_no_floor, {"00_a": "", "00_b": ""}, {}, "nbs/00_b.ipynb: the number of a"),
+    (on_no_floor, {"000_a": "", "000_b": ""}, {}, "nbs/000_b.ipynb: the number of a"),
 ]
 
 
@@ -264,10 +264,10 @@ def test_a_fault_is_found(tmp_path, rule, modules, pages, fault):
 
 def test_a_sound_house_has_no_fault(tmp_path):
     own = "from attnpool import __version__\nfrom .low import work\ndef f():\n    import timm\n_x = 1\n"
-    house(tmp_path, {"00_low": "import torch\n", "10_p.room": "from ..low import work\nfrom .. import low\nlow.__doc__\n", "11_mid": own,
-                     "20_p.__init__": "from .room import a\nimport torchvision\nfrom fastai.vision.all import Learner\n"},
+    house(tmp_path, {"000_low": "import torch\n", "100_p.room": "from ..low import work\nfrom .. import low\nlow.__doc__\n", "110_mid": own,
+                     "200_p.__init__": "from .room import a\nimport torchvision\nfrom fastai.vision.all import Learner\n"},
           {"tutorials/any": ["%matplotlib inline\nfrom attnpool.p import a"], "index": ["1"],
-           "11_mid": ["#| default_exp mid", "from attnpool.mid import _x\n_x", "#| export\n" + "x = 1\n" * 60]})
+           "110_mid": ["#| default_exp mid", "from attnpool.mid import _x\n_x", "#| export\n" + "x = 1\n" * 60]})
     (tmp_path / "attnpool/p2").mkdir()
     (tmp_path / "attnpool/p2/__init__.py").write_text("\n")   # nbdev's, empty
     assert {rule.__name__: faults for rule in RULES if (faults := list(rule(tmp_path)))} == {}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from inspect import signature
 from io import StringIO
 from pathlib import Path
 
@@ -154,6 +155,13 @@ def test_what_slurm_is_told(tmp_path, fake_slurm):
     (bin / "queue").write_text("")
     with pytest.raises(ValueError, match="cluster: Slurm refuses the jobs: .*invalid partition specified: gpuu"):
         submit(specs, tmp_path, "slurm", partition="gpuu", wait=False)
+
+
+def test_the_help_says_how_many_jobs_a_run_has():
+    assert signature(submit).parameters["retries"].default + 1 == 4
+    for command in ("bench", "ablate"):
+        done = subprocess.run([sys.executable, "-m", "attnpool.cli", command, "--help"], capture_output=True, text=True)
+        assert "a run that takes longer has four in all" in " ".join(re.sub("[^ -~]", " ", done.stdout).split())
 
 
 def test_a_job_comes_back_as_it_was():

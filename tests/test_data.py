@@ -36,7 +36,8 @@ from attnpool.data.listing import (
     differences, digests, family_of, fingerprint, list_csv, list_folder, OFFICIAL, read_digests, WORDNET, write_digests)
 from attnpool.data.petals import unpack_tfrecords
 from attnpool.data.pictures import (
-    blog_version, data_name, DATASETS, fetch, find_pictures, picture_dls, SOURCES, valid_dl, validation_pictures)
+    blog_version, data_name, DATASETS, find_pictures, picture_dls, SOURCES, valid_dl, validation_pictures)
+from attnpool.data.transfer import fetch
 from attnpool.registry import BadInput
 
 FORK = multiprocessing.get_context("fork")

@@ -7,11 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fastai.vision.all import BalancedAccuracy, CrossEntropyLossFlat, F1Score, Learner, MatthewsCorrCoef, accuracy, set_seed
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, load_model
 from torch import nn
 
@@ -19,6 +21,8 @@ from attnpool.runs import train as runs
 from attnpool.data.digits import digits_dls
 from attnpool.runs.spec import make_spec
 from attnpool.runs.store import load_run
+from attnpool.runs.tested import read_predictions
+from attnpool.runs.train import open_run
 from attnpool.distributed import (
     Distributed, distributed, is_first, join_processes, on_first_process, processes, scale_up, shard, shard_dl, _sync_norms)
 from attnpool.layers import TokenBatchNorm
@@ -27,8 +31,8 @@ from attnpool.recipe import get_recipe, recipe_learner
 ROOT = Path(__file__).parent.parent
 
 
-def torchrun(*command, n=2, **kwargs):
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+def torchrun(*command, n=2, extra=None, **kwargs):
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | (extra or {})
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *map(str, command)],
                           capture_output=True, text=True, env=env, timeout=300, **kwargs)
 
@@ -253,3 +257,33 @@ def test_mixed_pictures_are_normalised_once(tmp_path, n):
     seen = json.loads(done.stdout.splitlines()[-1])
     assert {t for t, *_ in seen} == {True, False}
     for _, mean, std in seen: assert abs(mean) < .5 and .5 < std < 1.5
+
+
+def test_the_papers_recipe_on_two_processes_from_pictures_to_report(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 24), ("val", 5)):
+        for c, colour in enumerate(((180, 60, 60), (60, 60, 180))):
+            (folder := tmp_path / "photos" / part / f"class-{c}").mkdir(parents=True)
+            for i in range(n):
+                levels = rng.integers(-50, 50, (30 + i, 44, 3)) + np.array(colour)
+                Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg")
+    command = ["-m", "attnpool.cli", "bench", tmp_path / "photos", "--device", "cpu", "--recipe", "paper-small", "--arch", "patchconvnet_tiny", "--heads", "paper",
+               "--seeds", "1", "--epochs", "2", "--size", "32", "--bs", "16", "--repeats", "3", "--micro-bs", "4", "--eval-sizes", "40", "--out", tmp_path / "runs"]
+    env = dict(FASTAI_HOME=str(tmp_path / "home"))
+    done = torchrun(*command, extra=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall("run 1/1  paper seed 1: accuracy", done.stdout)) == 1 and done.stdout.count("Report:") == 1
+    folder, = (f for f in (tmp_path / "runs").iterdir() if (f / "result.json").is_file())
+    result = load_run(folder)
+    r = result.spec.recipe
+    assert result.status == "complete" and result.processes == 2 and result.pictures == [48, 10] and list(result.sizes) == ["40"]
+    assert (r.bs, r.micro_bs, r.repeats, r.augment, r.opt) == (16, 4, 3, "imagenet", "timm-lamb")
+    history = result.history()
+    assert len(history) == 2 and np.isfinite(history[["train_loss", "valid_loss"]]).all(axis=None) and history.valid_loss.nunique() == 2
+    learn = open_run(folder, "cpu", data=tmp_path / "photos")   # one process gets the same from the weights, through the same crop
+    with learn.no_bar(): loss, right, *_ = learn.validate()
+    assert result.value == pytest.approx(right) and result.metrics["valid_loss"] == pytest.approx(loss, rel=1e-4)
+    said = read_predictions(result)
+    assert len(said) == 10 and (said.label == said.said).mean() == pytest.approx(right) and said.loss.mean() == pytest.approx(loss, rel=1e-4)
+    again = torchrun(*command, extra=env)
+    assert again.returncode == 0 and "1 of 1 runs are in" in again.stdout

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from attnpool.cli import main
-from attnpool.heads import ABLATIONS, fold, get_head, HEADS, LearnedAggregationHead
+from attnpool.heads import ABLATIONS, fold, get_head, HEADS, LearnedAggregationHead, PAPER_HEADS
 from attnpool.learner import vision_learner
 from attnpool.maps.compute import attention_maps
 from attnpool.models.surgery import body_of, build_network, restore_pool, swap_pool, with_head
@@ -341,7 +341,7 @@ def test_door_is_open_to_what_keeps_the_contract(head):
     assert all(torch.equal(v, stands[k]) for k, v in module.state_dict().items())   # no statistics of the check in it
 
 
-@pytest.mark.parametrize("name", [*HEADS, *PEERS, *ABLATIONS])
+@pytest.mark.parametrize("name", [*HEADS, *PEERS, *PAPER_HEADS, *ABLATIONS])
 def test_door_contract_of_every_head(name): check_head(get_head(name), 64, 3, name)
 
 
@@ -516,7 +516,7 @@ def test_door_no_table_has_an_empty_name():
 
 def test_door_a_recipe_is_not_written_over_other_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("attnpool.runs.train.sweep", lambda *args: [])
+    monkeypatch.setattr("attnpool.runs.sweep.sweep", lambda *args: [])
     common = "bench", "digits", "--heads", "avg", "--seeds", "1", "--device", "cpu", "--save-recipe"
     assert called(*common, "r.toml", "--mix", "cutmixup", "--lr", ".1") == 0 and called(*common, "r.toml", "--epochs", "3") == 0
     assert read_recipe("r.toml").for_head("slim") == get_recipe("quick", "slim", epochs=3)

@@ -359,6 +359,7 @@ INTERRUPTED = textwrap.dedent("""
     from attnpool.recipe import recipe_learner
     from fastai.vision.all import Callback
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a process in the background of a shell ignores it
     class Say(Callback):
         order = 90
         def after_pred(self):

@@ -108,7 +108,7 @@ def test_the_docment_rule_sees_what_it_should():
 
 def test_every_page_has_its_place_in_the_navigation():
     listed = re.findall(r"^ *- (?:.*: )?(\S+)\.ipynb$", (ROOT / "mkdocs.yml").read_text(), re.M)
-    pages = [re.sub(r"^\d\d_", "", str(p.relative_to(ROOT / "nbs").with_suffix(""))) for p in NOTEBOOKS]
+    pages = [re.sub(r"^\d{3}_", "", str(p.relative_to(ROOT / "nbs").with_suffix(""))) for p in NOTEBOOKS]
     assert sorted(listed) == sorted(pages)
 
 
@@ -125,7 +125,7 @@ def lost_references(text, folder, pages, modules):
 
 
 def test_links_and_names_of_modules_lead_somewhere():
-    pages = {re.sub(r"^\d\d_", "", str(p.relative_to(ROOT / "nbs").with_suffix(""))) for p in NOTEBOOKS}
+    pages = {re.sub(r"^\d{3}_", "", str(p.relative_to(ROOT / "nbs").with_suffix(""))) for p in NOTEBOOKS}
     modules = {p for p in pages if "/" not in p and p != "index"}
     lost = [f"{path.stem}: {reference}" for path in NOTEBOOKS for cell in PAGES[path.stem]["cells"]
             for reference in lost_references(source(cell), path.parent.relative_to(ROOT / "nbs"), pages, modules)]

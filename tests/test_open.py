@@ -283,7 +283,7 @@ def test_door_the_name_of_a_network_means_its_published_weights(tmp_path, monkey
     save_file(theirs.model.state_dict(), folder / "snapshots/abc/model.safetensors")
     learn = open_model(LITE)
     with learn.no_bar(), theirs.no_bar(): assert torch.equal(learn.predict(cat)[2], theirs.predict(cat)[2])
-    assert learn.about == dict(name=LITE, arch=LITE, head="", data="", source="published weights", path="")
+    assert learn.about == dict(name=LITE, arch=LITE, head="", data="", source="published weights", path="", options={})
 
 
 def test_door_without_a_net_the_error_says_how_to_go_on(tmp_path, monkeypatch):

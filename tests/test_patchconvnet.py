@@ -319,7 +319,7 @@ def test_mistakes_say_what_to_type(make, message):
 
 def test_registered():
     names = timm.list_models("patchconvnet*")
-    assert set(names) == set(VARIANTS) and len(names) == 24
+    assert set(names) == set(VARIANTS) and len(names) == 25
     assert {f"patchconvnet_{w}{d}" for w in "sbl" for d in (20, 36, 60, 120)} < set(names)
     assert len(timm.list_models("patchconvnet*", pretrained=True)) == 13
     gammas = {n: VARIANTS[f"patchconvnet_{n}"]["gamma_init"] for n in ("s60", "s60_multi", "s120", "b60", "b120", "l60", "l120")}
@@ -331,7 +331,7 @@ def test_registered():
 def test_every_variant_builds_with_its_config(name):
     with torch.device("meta"): model = timm.create_model(name, num_classes=3)
     cfg = model.default_cfg
-    assert cfg["pool_size"] == (cfg["input_size"][1] // 16, cfg["input_size"][2] // 16) and model.get_submodule(cfg["first_conv"]) is model.stem[0] and model.get_submodule(cfg["classifier"]) is model.head
+    assert cfg["pool_size"] == (cfg["input_size"][1] // model.patch_size, cfg["input_size"][2] // model.patch_size) and model.get_submodule(cfg["first_conv"]) is model.stem[0] and model.get_submodule(cfg["classifier"]) is model.head
     assert model.num_features == VARIANTS[name]["embed_dim"] and len(model.blocks) == VARIANTS[name]["depth"]
     assert getattr(named, name).__name__ == name
 
@@ -529,4 +529,4 @@ def test_with_head_mistakes(make, error, message):
 
 def test_importing_models_registers_and_loads_no_fastai():
     code = ("import sys, timm, attnpool.models; print(len(timm.list_models('patchconvnet*')), *[m for m in ('fastai', 'fastxtend') if m in sys.modules])")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["24"]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["25"]

@@ -27,7 +27,7 @@ from attnpool.pooling.others import BlogAttention, ClipAttention
 from attnpool.pooling.peers import AttentionPeer, PEERS
 from attnpool.recipe import name_of, recipe_learner
 from attnpool.registry import BadInput
-from attnpool.runs.options import read_specs
+from attnpool.runs.asked import read_specs
 from attnpool.runs.store import load_run
 from attnpool.runs.train import open_run
 

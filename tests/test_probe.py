@@ -36,7 +36,8 @@ from attnpool.report.stats import format_table, paired_difference, summarize
 from attnpool.runs.probe import find_rates, forget_shared, inner_split, shared_by
 from attnpool.runs.spec import make_spec
 from attnpool.runs.store import load_run, read_run_weights
-from attnpool.runs.train import open_run, run, sweep
+from attnpool.runs.sweep import sweep
+from attnpool.runs.train import open_run, run
 from attnpool.weights import weights_hash
 
 ARCH, SIZE = "xeca_resnext_tiny", 32
@@ -552,7 +553,7 @@ def test_splits_on_the_command_line(home, tmp_path, capsys):
     assert call(*base, "--splits", "3", "--seeds", "1,2") == 2 and "--splits: each has its own seed" in capsys.readouterr().err
     assert call(*base, "--splits", "1") == 2 and "greater than or equal to 2" in capsys.readouterr().err
     assert call("bench", "digits", "--splits", "3") == 2 and "split: digits are made" in capsys.readouterr().err
-    from attnpool.runs.options import read_specs
+    from attnpool.runs.asked import read_specs
     common = dict(arch=ARCH, start=str(home / "body.pth"))
     ten = read_specs(str(home / "photos"), "avg", None, "probe", **common)
     assert [s.seed for s in ten] == [*range(1, 11)] and {s.split for s in ten} == {"seed"}

@@ -31,9 +31,9 @@ def other(field):
 @pytest.fixture
 def asked(monkeypatch):
     "The specs that a command would have made runs of."
-    import attnpool.runs.train as train
+    import attnpool.runs.sweep as sweeping
     specs = []
-    monkeypatch.setattr(train, "sweep", lambda todo, *args: specs.extend(todo) or [])
+    monkeypatch.setattr(sweeping, "sweep", lambda todo, *args: specs.extend(todo) or [])
     return specs
 
 
@@ -68,7 +68,7 @@ def test_tuning_has_the_same_options_but_the_rate(asked, capsys):
 def test_a_new_field_is_an_option_without_a_word_elsewhere(monkeypatch, capsys, tmp_path):
     line = "    views: int = 1 # Views of each picture that stand in one batch\n    noisy: bool = False # Whether noise is added\n"
     source = inspect.getsource(Recipe).replace("    train: str", line + "    train: str")
-    (tmp_path / "wider.py").write_text("import attnpool.recipe\nglobals().update({k: v for k, v in vars(attnpool.recipe).items() if k[:2] != '__'})\n\n" + source)
+    (tmp_path / "wider.py").write_text("import attnpool.settings\nglobals().update({k: v for k, v in vars(attnpool.settings).items() if k[:2] != '__'})\n\n" + source)
     monkeypatch.syspath_prepend(tmp_path)
     import wider
     monkeypatch.setattr(attnpool.recipe, "Recipe", wider.Recipe)

@@ -345,7 +345,32 @@ def test_settings_are_told_apart_by_what_differs(tmp_path):
     assert "mix cutmixup" in (tmp_path / "r.md").read_text() and sorted(pd.read_csv(tmp_path / "r.csv").mix) == ["cutmixup", "none"]
     other = result(data=DataId("digits", "digits", "f00"))
     assert [t for t, _ in tell_apart([[result()], [other]])] == ["digits, xeca_resnext_tiny, quick, 40 px, 8 epochs",
-                                                                  "digits, xeca_resnext_tiny, quick, 40 px, 8 epochs, fingerprint f00"]
+                                                                  "digits, xeca_resnext_tiny, quick, 40 px, 8 epochs, pictures f00"]
+
+
+def test_titles_are_words_a_user_understands():
+    def titles(*its): return [t for t, _ in tell_apart(group_by_setting(its))]
+    plain = "digits, xeca_resnext_tiny, quick, 40 px, "
+    assert titles(result(epochs=1)) == [plain + "1 epoch"]
+    assert titles(result(), result(micro_bs=64)) == [plain + "8 epochs"]   # whole batches: without effect
+    assert titles(result(), result(micro_bs=16)) == [plain + "8 epochs", plain + "8 epochs, in parts of 16"]
+    said = titles(result(), result(data=DataId("other", "", "f00")))
+    assert len(said) == 2 and not any("pictures" in t or "f00" in t for t in said)   # their names tell
+    linear = result()
+    linear = replace(linear, spec=replace(linear.spec, arch="patchconvnet_tiny", options=(("stem", "linear"),)))
+    assert titles(replace(linear, spec=replace(linear.spec, options=())), linear)[1].endswith("stem=linear")
+
+
+def test_rates_that_are_alike_or_learned_nothing_are_told_so():
+    def at(lr, accuracy, head="avg"): return replace(result(head, 1, accuracy, lr=lr), pictures=[48, 12], classes=[3, 4, 4])
+    best = learning_rates([at(.1, 1/3), at(.2, .5), at(.1, .9, "slim"), at(.2, .9, "slim"), at(.4, .7, "slim")])[0]
+    assert best == {"avg": [], "slim": [.1, .2]}
+    assert learning_rates([replace(at(.1, 0.), status="diverged", metrics={})])[0] == {"avg": None}
+
+
+def test_the_paper_s_own_heads_are_not_asked_for_avg():
+    assert not any("--heads" in line for line in remarks([result("paper"), result("paper-avg")]))
+    assert any("add it to --heads" in line for line in remarks([result("slim"), result("paper")]))
 
 
 def test_a_history_with_other_epochs_is_not_a_complete_run(tmp_path):
@@ -444,3 +469,10 @@ def test_the_text_beside_the_page_stands_alone(tmp_path, capsys):
 def test_without_average_pooling_the_way_to_differences_is_told(tmp_path, capsys):
     for text in told([probe_of("max"), probe_of("gem")], tmp_path, capsys): assert text.count("add it to --heads") == 1
     for text in told([probe_of("max"), probe_of("avg")], tmp_path, capsys): assert "--heads" not in text
+
+
+def test_the_usual_rates_hold_the_recipe_s_own():
+    from attnpool.cli import _usual_rates
+    assert _usual_rates(None) == _usual_rates(4e-3) == [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3]
+    assert 3e-3 in _usual_rates(3e-3) and len(_usual_rates(3e-3)) == 7
+    assert min(_usual_rates(4e-4)) < 4e-4 < max(_usual_rates(4e-4)) and 4e-4 in _usual_rates(4e-4)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from attnpool import recipe as recipes
+from attnpool import choices
 from attnpool.cli import main
 from attnpool.data import DataId
 from attnpool.recipe import get_recipe, Recipe, network_for
@@ -77,7 +77,7 @@ FIELDS += ['head of one', 'option', 'version', 'size', 'metric', 'primary']
 @pytest.fixture
 def registered(monkeypatch):
     "A recipe's names are those of tables, and everybody can register one."
-    for table in recipes.TABLES:
+    for table in choices.TABLES:
         for name in (NASTY, LEADING, 'tame'): monkeypatch.setitem(table.data, name, next(iter(table.values())))
 
 
@@ -440,7 +440,7 @@ def test_a_folder_with_one_run_stands_for_it(place, capsys):
 def test_settings_to_measure_are_named(place, capsys):
     run('bench', 'photos', *FAST, '--size', '24', '--out', 'R', capsys=capsys)
     code, out, err = run('maps', 'R', '--measure', '--out', 'm.csv', '--device', 'cpu', capsys=capsys)
-    assert code == 2 and 'several settings: photos, xeca_resnext_tiny, quick, 24 px, 1 epochs; photos, xeca_resnext_tiny, quick, 20 px, 1 epochs. Name' in err, err
+    assert code == 2 and 'several settings: photos, xeca_resnext_tiny, quick, 24 px, 1 epoch; photos, xeca_resnext_tiny, quick, 20 px, 1 epoch. Name' in err, err
 
 
 # Terminals and homes
@@ -498,7 +498,7 @@ def test_narrow_and_colourless(place, capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '40')
     monkeypatch.setenv('NO_COLOR', '1')
     code, out, err = run('report', 'R', '--out', 'r.html', capsys=capsys)
-    assert code == 0 and '\x1b' not in out and 'photos, xeca_resnext_tiny, quick, 20 px, 1 epochs' in out   # in one piece
+    assert code == 0 and '\x1b' not in out and 'photos, xeca_resnext_tiny, quick, 20 px, 1 epoch' in out   # in one piece
 
 
 # Mistakes
@@ -538,22 +538,23 @@ def test_a_mistake_is_one_line(args, words, tmp_path, capsys, monkeypatch):
     assert code == 2 and words in err and err.startswith('attnpool: ') and err.count('\n') == 1, err
 
 
-@pytest.mark.parametrize("more, words", [
-    ("--arch densenet121 --size 16", "size: densenet121 with the head avg cannot take pictures of 16 px (Given input size"),
-    ("--arch vit_tiny_patch16_224 --size 32 --eval-sizes 48", "eval_sizes: vit_tiny_patch16_224 with the head avg cannot take pictures of 48 px (Input height")])
-def test_a_size_that_the_network_cannot_take_is_told_before_the_training(place, more, words, capsys):
+@pytest.mark.parametrize("more, words, end", [
+    ("--arch densenet121 --size 16", "size: densenet121 with the head avg cannot take pictures of 16 px (Given input size", "It takes 29."),
+    ("--arch vit_tiny_patch16_224 --size 32 --eval-sizes 48", "eval_sizes: vit_tiny_patch16_224 with the head avg cannot take pictures of 48 px (Input height",
+     "It takes 32. By its name it can be built for others: --options dynamic_img_size=True.")])
+def test_a_size_that_the_network_cannot_take_is_told_before_the_training(place, more, words, end, capsys):
     code, out, err = run('bench', 'photos', *FAST, *more.split(), '--out', 'N', capsys=capsys)
-    assert code == 2 and err.startswith(f'attnpool: {words}') and err.count('\n') == 1, err
+    assert code == 2 and err.startswith(f'attnpool: {words}') and err.endswith(f'{end}\n') and err.count('\n') == 1, err
     assert 'epochs' not in out and not list((place / 'N').glob('photos-*'))   # nothing trained, nothing left
 
 
 def test_trying_the_sizes_leaves_the_network_as_it_was(dls):
-    from attnpool.runs.train import _check_sizes, _learner
+    from attnpool.runs.train import _learner, check_sizes
     spec = make_spec('digits', 'slim', size=64, bs=16, eval_sizes=[48, 96])
     learn = _learner(spec, dls)
     before, modes = {k: v.clone() for k, v in learn.model.state_dict().items()}, [m.training for m in learn.model.modules()]
     state = torch.get_rng_state()
-    _check_sizes(learn, spec)
+    check_sizes('net', learn, [64, *spec.eval_sizes])
     assert torch.equal(state, torch.get_rng_state()) and modes == [m.training for m in learn.model.modules()]
     assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
 

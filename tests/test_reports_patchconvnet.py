@@ -496,9 +496,10 @@ def test_a_file_of_something_else_is_named(tmp_path):
     assert variant_of(small(in_chans=1, num_classes=9).state_dict()) == "timm.create_model('patchconvnet_s20', embed_dim=32, depth=2, num_classes=9, in_chans=1)"
     # one query for a network with one per class, and the other way round
     one, many = (small(name, num_classes=1000).state_dict() for name in NAMES)
-    for name, state in zip(NAMES, (many, one)):
-        for classes in (1000, 7):
-            with pytest.raises(BadInput, match="pool.query is"): small(name, num_classes=classes, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
+    for classes in (1000, 7):
+        with pytest.raises(BadInput, match="pool.query is"): small(NAMES[0], num_classes=classes, pretrained=True, pretrained_cfg_overlay=dict(state_dict=many))
+        each = small(NAMES[1], num_classes=classes, pretrained=True, pretrained_cfg_overlay=dict(state_dict=one)).pool.query
+        assert torch.equal(each, one["pool.query"].expand(classes, -1))   # the single query for each class
     assert mismatches(one, one) == []
 
 

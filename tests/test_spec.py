@@ -134,9 +134,9 @@ def test_the_recipe_blog_takes_the_blogs_version_and_sizes(home, tmp_path, monke
     assert make_spec("imagenette", recipe="blog", eval_sizes=[288]).eval_sizes == (288,)
     own = imagenette(tmp_path / "mine")   # of the same family, and nobody knows a larger version
     assert make_spec(own, recipe="blog").eval_sizes == () and make_spec(own, recipe="blog").data.name == "mine"
-    import attnpool.runs.train as train
+    import attnpool.runs.sweep as sweeping
     asked = []
-    monkeypatch.setattr(train, "sweep", lambda specs, *args: asked.extend(specs) or [])
+    monkeypatch.setattr(sweeping, "sweep", lambda specs, *args: asked.extend(specs) or [])
     for words in (["--recipe", "blog"], ["--recipe", "blog", "--eval-sizes", ""]):
         with pytest.raises(SystemExit): main(["bench", "imagenette", "--heads", "avg", "--seeds", "1", "--device", "cpu", *words])
     said = capsys.readouterr().out

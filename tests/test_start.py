@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from attnpool.cli import main
 from attnpool.data import get_dls
 from attnpool.learner import vision_learner
-from attnpool.models.start import expected, find_start, fit_body, nearest_timm, Start
+from attnpool.models.fit import fit_body, nearest_timm
+from attnpool.models.start import expected, find_start, Start
 from attnpool.models.surgery import body_of, build_network, with_head
 from attnpool.models.xresnet import ARCHS
 from attnpool.registry import BadInput
 from attnpool.report.collect import collect, group_by_setting, tell_apart, write_runs
-from attnpool.runs.options import read_specs
+from attnpool.runs.asked import read_specs
 from attnpool.runs.spec import make_spec, read_spec
 from attnpool.runs.train import open_run, run
 from attnpool.weights import read_weights, weights_hash

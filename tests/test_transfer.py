@@ -24,8 +24,8 @@ from attnpool.data.augment import STATS
 from attnpool.data.cache import made_once
 from attnpool.data.check import check_pictures, doubles_of, make_pixels
 from attnpool.data.listing import list_folder
-from attnpool.data.pictures import DATASETS, fetch, find_pictures
-from attnpool.data.transfer import TRANSFER, official_layout
+from attnpool.data.pictures import DATASETS, find_pictures
+from attnpool.data.transfer import fetch, TRANSFER, official_layout
 from attnpool.registry import BadInput
 
 
