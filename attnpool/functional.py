@@ -68,6 +68,9 @@ def attention_pool_plain(
     "Attention pooling in its plain form: keys and values for every position. Slow; made to be read and compared with."
     q, k, v, proj = map(affine, (q, k, v, proj))
     _check(x, query, q, k, num_heads)
+    return _plain(x, query, q, k, v, proj, norm, scale, num_heads, dropout_p, return_mean)
+
+def _plain(x, query, q, k, v, proj, norm, scale, num_heads, dropout_p, return_mean):
     def split(t): return t.unflatten(-1, (num_heads, -1)).transpose(-3, -2)  # (..., n, c) -> (..., heads, n, c/heads)
     t = x.flatten(2).transpose(1, 2)
     if norm is not None: t = norm(t)
@@ -128,7 +131,7 @@ def attention_pool(
         raise TypeError(f"query: it is {query.dtype}, the weights are {q[0].dtype}. Use query.to(weight.dtype).")
     if form_asked_for() == 'plain' or callable(k) or callable(v) or not foldable(norm, x.shape[1]):
         note_form('plain')
-        return attention_pool_plain(x, query, q, k, v, proj, norm, scale, num_heads, dropout_p, return_mean)
+        return _plain(x, query, q, k, v, proj, norm, scale, num_heads, dropout_p, return_mean)
     queries, c, n, m = len(query), x.shape[1], x.shape[2] * x.shape[3], x.flatten(2)
     # multiply-adds over c: values behind the sum, or before it, as always where the size of the map is open
     late = queries == 1 or not is_traced(x) and queries * num_heads * n + queries * c <= (c + queries) * n
@@ -145,19 +148,20 @@ def attention_pool(
             t, r, s = scores(m.to(dtype), u, **how)
             weights = F.dropout(s.softmax(-1), dropout_p)
             t, left = (t * r).transpose(1, 2), weights.sum(-1, keepdim=True)       # (b, n, c), (b, queries*heads, 1)
-        if getattr(norm, 'weight', None) is not None: t = t * norm.weight.to(dtype)
-        if getattr(norm, 'bias', None) is not None:
-            bias = norm.bias.to(dtype)
-            t = t + (bias * left if late and left is not None else bias)
-    wv, bv = (None if o is None else o.unflatten(0, (num_heads, -1)) for o in v)   # (heads, d, c), (heads, d)
-    def split(o): return o.to(wv.dtype).unflatten(1, (queries, num_heads))         # (b, queries, heads, ...)
-    if not late:
-        values = torch.einsum('bnc,hdc->bnhd', t.to(wv.dtype), wv)
-        pooled = torch.einsum('bqhn,bnhd->bqhd', split(weights), values)
-    elif num_heads == 1: pooled = F.linear(split(t), v[0])
-    else: pooled = torch.einsum('bqhc,hdc->bqhd', split(t), wv)
-    if bv is not None: pooled = pooled + (bv if left is None else bv * split(left))
-    if k[1] is not None: pooled = pooled + 0 * k[1].sum()   # a gradient of exactly zero, not None: DDP waits for all
-    pooled = pooled.flatten(2)
+        weight, bias = (None if (w := getattr(norm, name, None)) is None else w.to(dtype) for name in ('weight', 'bias'))
+        if bias is not None: t = torch.addcmul(bias * left if late and left is not None else bias, t, weight)
+        elif weight is not None: t = t * weight
+    (wv, bv), t = v, t.to(v[0].dtype)
+    def split(o): return o.unflatten(1, (queries, num_heads))          # (b, queries, heads, ...)
+    if late and num_heads == 1: pooled = F.linear(t, wv, bv if left is None else None)
+    else:
+        wv = wv.unflatten(0, (num_heads, -1))                          # (heads, d, c)
+        if late: pooled = torch.einsum('bqhc,hdc->bqhd', split(t), wv).flatten(2)
+        else:
+            values = torch.einsum('bnc,hdc->bnhd', t, wv)
+            pooled = torch.einsum('bqhn,bnhd->bqhd', split(weights.to(wv.dtype)), values).flatten(2)
+        if bv is not None and left is None: pooled = pooled + bv
+    if bv is not None and left is not None:
+        pooled = pooled + (bv.unflatten(0, (num_heads, -1)) * split(left.to(wv.dtype))).flatten(2)
     pooled = linear(pooled if callable(proj) else pooled.to(proj[0].dtype), proj)
     return (pooled, mean.to(x.dtype)) if return_mean else pooled
