@@ -11,18 +11,21 @@ import threading
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .forms import is_traced, wide
 
 # %% ../nbs/030_chunks.ipynb #7917ef2c
 CHUNK = 7 << 19   # bytes of float32, four pictures of (1024, 14, 14); larger leave the cache, smaller cost calls
-SMALL = 1 << 16   # numbers of a map for which the calls cost more than the work
+SMALL = 1 << 13   # numbers of a map for which the calls of a training step cost more than its work
 
-def in_chunks(x: Tensor) -> bool:
+def in_chunks(
+    x: Tensor, # Map
+    learns: bool = True, # With a backward pass; without, chunks are more calls than plain operations, up to larger maps
+) -> bool:
     "Whether reading `x` in chunks pays, and nobody traces the operations."
-    return not is_traced(x) and x.numel() > (SMALL if x.is_cpu else 0)   # in this order: no guard on a size
+    small = SMALL * (1 if learns else 16) if x.is_cpu else 0
+    return not is_traced(x) and x.numel() > small   # in this order: no guard on a size
 
 def chunks(x: Tensor) -> list[slice]:
     "Slices of pictures of a map `(b, c, n)`: `CHUNK` bytes on a CPU; elsewhere 256 MB, for the sake of memory."
@@ -60,15 +63,7 @@ def dots(
     x: Tensor, # Map `(b, c, n)`
 ) -> Tensor: # `(b, k, n)`
     "`rows @ x`: dot products over the channels of every position."
-    (b, c, n), k = x.shape, rows.shape[-2]
-    if k > 4 or x.numel() < 1 << 18 or x.dtype != torch.float32 or not (x.is_cpu and x.is_contiguous()):
-        return torch.bmm(rows.expand(b, k, c), x)   # the rows first, also where the channels are last
-    bag = 128 if c % 128 == 0 else c   # short sums, summed again, round less
-    index = torch.arange(b * c, dtype=torch.int32).view(b, 1, c).expand(b, k, c).flatten()
-    starts = torch.arange(0, b * k * c, bag, dtype=torch.int32)
-    weights = rows.expand(b, k, c).reshape(-1)
-    sums = F.embedding_bag(index, x.view(b * c, n), starts, mode='sum', per_sample_weights=weights)
-    return sums.view(b, k, c // bag, n).sum(2)
+    return torch.bmm(rows.expand(x.shape[0], -1, -1), x)   # `rows @ x` would turn the map round first
 
 def weighted_sum(
     p: Tensor, # Weights `(b, k, n)`

@@ -293,11 +293,12 @@ class _InChunks(torch.autograd.Function):
             found = iter(torch.autograd.grad(outs, [t for t, n in zip(given, need) if n], gs, create_graph=more))
             return None, None, *(next(found) if n else None for n in need), None
 
-def _run(way, options, x, *given):
+def _learns(*given): return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+
+def _run(way, options, learns, x, *given):
     x = x.as_subclass(Tensor)
     if not (x.is_contiguous() or x.mT.is_contiguous()): x = x.contiguous()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given)):
-        return _InChunks.apply(way, options, x, *given)
+    if learns: return _InChunks.apply(way, options, x, *given)
     return way.forward(x, *given, **options)[0]
 
 # %% ../nbs/040_fold.ipynb #7be0e8b7
@@ -314,12 +315,13 @@ def gather(
     options, asked = dict(centre=centre, eps=eps, mean=mean), form_asked_for()
     with no_autocast(x):
         u = u.to(wide(x.dtype))
-        if asked == 'plain' or not in_chunks(x):
+        learns = _learns(x, u)
+        if asked == 'plain' or not in_chunks(x, learns):
             note_form(asked or 'folded')
             return gather_plain(x, u, mask=mask, **options)
         with_kernels = mask is None and kernels_for(x, u) is not None
         note_form('kernels' if with_kernels else 'folded')
-        return Gathered(*_run(_KERNELS if with_kernels else _GATHER, options, x, u, None, mask))
+        return Gathered(*_run(_KERNELS if with_kernels else _GATHER, options, learns, x, u, None, mask))
 
 def gather_own(
     x: Tensor, # Map `(b, c, n)`, any float dtype
@@ -332,6 +334,7 @@ def gather_own(
     note_form(asked := form_asked_for() or 'folded')
     with no_autocast(x):
         u, v = (None if t is None else t.to(wide(x.dtype)) for t in (u, v))
-        if asked == 'plain' or not in_chunks(x): return gather_own_plain(x, u, v, share, eps)
+        learns = _learns(x, u, v, share if isinstance(share, Tensor) else None)
+        if asked == 'plain' or not in_chunks(x, learns): return gather_own_plain(x, u, v, share, eps)
         if share is not None and not isinstance(share, Tensor): share = u.new_full((len(x), 1, 1), share)
-        return _run(_OWN, dict(eps=eps), x, u, v, share)[0]
+        return _run(_OWN, dict(eps=eps), learns, x, u, v, share)[0]

@@ -68,9 +68,10 @@ def training_step(
 ) -> Callable[[], object]: # Runs forward and backward, leaves no gradients behind
     "Forward and backward of a layer on a map."
     x = x.detach().requires_grad_()
-    inputs = [x] + [p for p in layer.parameters() if matrices or p.numel() <= 4 * x.shape[1]]
+    own = {p: matrices or p.numel() <= 4 * x.shape[1] for p in layer.parameters()}
+    inputs = [x] + [p for p, wanted in own.items() if wanted]
     def step():
-        for p in layer.parameters(): p.requires_grad_(matrices or p.numel() <= 4 * x.shape[1])
+        for p, wanted in own.items(): p.requires_grad_(wanted)
         out = layer(x)
         return torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
     return step
