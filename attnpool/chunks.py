@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'SMALL', 'in_chunks', 'chunks', 'scratch', 'clear_scratch', 'widen', 'dots', 'weighted_sum', 'mean_square',
-           'is_near', 'centred', 'with_mean', 'Read', 'read_chunk']
+           'is_near', 'centred', 'with_mean', 'Read', 'read_chunk', 'whole', 'read_again', 'map_gradient']
 
 # %% ../nbs/030_chunks.ipynb #697affbd
 import threading
-from typing import NamedTuple
+from typing import Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -133,3 +133,36 @@ def read_chunk(
     var = torch.addcmul(square, rest, rest, value=-1)
     if far: var.clamp_(min=0)
     return Read(x, mu, far, var.add_(eps).rsqrt_(), found[:, 1:])
+
+# %% ../nbs/030_chunks.ipynb #b6344bc6
+def whole(
+    parts: list[tuple[Tensor | None, ...]], # What was found in each chunk
+) -> Sequence[Tensor | None]: # The same for all pictures; None where there was nothing
+    "Put together what chunks gave; one chunk is handed on as it is."
+    if len(parts) == 1: return parts[0]
+    return [None if part[0] is None else torch.cat(part) for part in zip(*parts)]
+
+def read_again(
+    x: Tensor, # Map `(b, c, n)`
+    gx: Tensor | None, # Memory for its gradient, None for no gradient
+    mu: Tensor | None, # Means of the positions, from `read_chunk`
+    fars: Sequence[bool], # Of each chunk, whether its mean was subtracted
+) -> Iterator[tuple[slice, Tensor, bool, Tensor | None]]:
+    "For each chunk its pictures, its numbers as they were read, whether the mean is missing, where its gradient goes."
+    for s, far in zip(chunks(x), fars):
+        t = chunk = widen(x[s])
+        out = None if gx is None else gx[s] if gx.dtype == chunk.dtype else chunk   # a widened chunk is ours
+        if far: t = torch.sub(t, mu[s], out=scratch(t, 'chunk') if out is None else out)
+        yield s, t, far, out
+        if out is chunk: gx[s] = out
+
+def map_gradient(
+    t: Tensor, # Chunk `(b, c, n)`
+    kappa: Tensor, # Factor of each position `(b, 1, n)`
+    rows: Tensor, # `(b, k, c)`
+    factors: Tensor, # `(b, k, n)`
+    out: Tensor, # Takes the result; it may be `t` itself
+):
+    "`kappa * t` plus the sum of the rows' outer products with their factors."
+    if out is t: out.mul_(kappa).baddbmm_(rows.mT, factors)
+    else: torch.bmm(rows.mT, factors, out=out).addcmul_(t, kappa)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 # some of these are here for those who import them from fold
 from .chunks import (
-    centred, chunks, clear_scratch, dots, in_chunks, read_chunk, scratch, weighted_sum, widen, with_mean)
+    centred, chunks, clear_scratch, dots, in_chunks, map_gradient, read_again, read_chunk, scratch, weighted_sum, whole,
+    widen, with_mean)
 from attnpool.forms import (
     Affine, affine, form, form_asked_for, forms_used, is_traced, kernels_for, linear, no_autocast, note_form, readable,
     wide)
@@ -102,11 +103,6 @@ def gather_plain(
     return Gathered((a * r) @ t.transpose(1, 2), left, m.mean(-1) if mean else None)
 
 # %% ../nbs/040_fold.ipynb #90a0d288
-def _whole(parts):
-    "What was found in each chunk, for all pictures."
-    if len(parts) == 1: return parts[0]
-    return [None if part[0] is None else torch.cat(part) for part in zip(*parts)]
-
 def _gather_forward(x, u, v, mask, centre, eps, mean):
     "The results of `gather_plain`, what the backward pass needs, and for each chunk whether its mean was subtracted."
     n, parts, fars = x.shape[2], [], []
@@ -124,29 +120,15 @@ def _gather_forward(x, u, v, mask, centre, eps, mean):
         if centre: z = centred(z)
         parts.append((z, None if mask is None else left.sum(-1, keepdim=True), m, mu, r, a))
         fars.append(far)
-    z, left, m, *kept = _whole(parts)
+    z, left, m, *kept = whole(parts)
     return [z, left, m], [*kept, rows], fars
-
-def _read_again(x, gx, mu, fars):
-    "Slice, chunk, whether its mean was subtracted, and where its gradient goes: None without `gx`."
-    for s, far in zip(chunks(x), fars):
-        t = chunk = widen(x[s])
-        out = None if gx is None else gx[s] if gx.dtype == chunk.dtype else chunk   # a widened chunk is ours
-        if far: t = torch.sub(t, mu[s], out=scratch(t, 'chunk') if out is None else out)
-        yield s, t, far, out
-        if out is chunk: gx[s] = out
-
-def _map_gradient(t, kappa, rows, factors, out):
-    "`kappa * t` plus the sum of the rows' outer products with their factors, to `out`, which may be `t` itself."
-    if out is t: out.mul_(kappa).baddbmm_(rows.mT, factors)
-    else: torch.bmm(rows.mT, factors, out=out).addcmul_(t, kappa)
 
 def _gather_backward(x, u, v, mask, kept, fars, grads, centre, eps, mean, need_x):
     "Gradients of the map (None unless asked for) and of `u`."
     (mu, r, a, rows), (gz, gleft, gmean), (c, n), k = kept, grads, x.shape[1:], u.shape[0]
     if centre: gz = centred(gz)
     gx, gu = torch.empty_like(x) if need_x else None, []
-    for s, t, far, out in _read_again(x, gx, mu, fars):
+    for s, t, far, out in read_again(x, gx, mu, fars):
         R, A = r[s], a[s]
         G = torch.cat([gz[s], rows.expand(A.shape[0], -1, -1)], 1)
         found = dots(G, t)
@@ -164,7 +146,7 @@ def _gather_backward(x, u, v, mask, kept, fars, grads, centre, eps, mean, need_x
         if gmean is not None:
             G = torch.cat([G, gmean[s, None]], 1)
             factors.append(R.new_full((A.shape[0], 1, n), 1 / n))
-        _map_gradient(t, kappa, G, torch.cat(factors, 1), out)
+        map_gradient(t, kappa, G, torch.cat(factors, 1), out)
     gu = reduce(torch.add, gu)
     return gx, centred(gu) if centre else gu, None
 
@@ -207,8 +189,7 @@ def _own_sum(w, x):
     return torch.bmm(w.reshape(b * k, 1, n), x.reshape(b * k, -1, n).mT).view(b, -1)
 
 def _own_forward(x, u, v, share, eps):
-    """`gather_own_plain`, what the backward pass needs (mean, `r`, weights before the mixture, `u·x`, `v·x`), and for
-    each chunk whether its mean was subtracted."""
+    "`gather_own_plain`, what the backward pass needs, and for each chunk whether its mean was subtracted."
     k, parts, fars = len(u), [], []
     u = centred(u)
     rows = with_mean(u if v is None else torch.cat([u, v]))
@@ -222,7 +203,7 @@ def _own_forward(x, u, v, share, eps):
         if far and v is None: z = (z.unflatten(1, (k, -1)) + (w * mu).sum(-1, keepdim=True)).flatten(1)
         parts.append((z, mu, r, a, d, l))
         fars.append(far)
-    z, *kept = _whole(parts)
+    z, *kept = whole(parts)
     return [z], [*kept, rows], fars
 
 # %% ../nbs/040_fold.ipynb #d9985e58
@@ -230,7 +211,7 @@ def _own_backward(x, u, v, share, kept, fars, grads, eps, need_x):
     "Gradients of the map (None unless asked for), of `u` and of `v`."
     (mu, r, a, d, l, rows), (g,), (k, c) = kept, grads, u.shape
     gx, gu, gv = torch.empty_like(x) if need_x else None, torch.zeros_like(u), v if v is None else torch.zeros_like(v)
-    for s, t, far, out in _read_again(x, gx, mu, fars):
+    for s, t, far, out in read_again(x, gx, mu, fars):
         M, R, A, G, W = mu[s], r[s], a[s], g[s], a[s]
         da = _own_dots(G, t, k) if v is None else l[s] * G[:, :, None]
         if far and v is None: da = da + M * G.unflatten(1, (k, -1)).sum(-1, keepdim=True)
@@ -246,7 +227,7 @@ def _own_backward(x, u, v, share, kept, fars, grads, eps, need_x):
         its, factors = rows.expand(len(G), -1, -1), [torch.zeros_like(M) if far else kappa * M * -c, dd]
         if v is not None: factors.append(dl)
         elif t.mT.is_contiguous(): its, factors = torch.cat([its, _block_rows(G, k)], 1), [*factors, W]
-        _map_gradient(t, kappa, its, torch.cat(factors, 1), out)
+        map_gradient(t, kappa, its, torch.cat(factors, 1), out)
         if v is None and not t.mT.is_contiguous():
             out.unflatten(1, (k, -1)).addcmul_(W[:, :, None], G.unflatten(1, (k, -1))[..., None])
     return gx, centred(gu), gv
@@ -315,8 +296,7 @@ def gather(
     options, asked = dict(centre=centre, eps=eps, mean=mean), form_asked_for()
     with no_autocast(x):
         u = u.to(wide(x.dtype))
-        learns = _learns(x, u)
-        if asked == 'plain' or not in_chunks(x, learns):
+        if asked == 'plain' or not in_chunks(x, learns := _learns(x, u)):
             note_form(asked or 'folded')
             return gather_plain(x, u, mask=mask, **options)
         with_kernels = mask is None and kernels_for(x, u) is not None
@@ -334,7 +314,7 @@ def gather_own(
     note_form(asked := form_asked_for() or 'folded')
     with no_autocast(x):
         u, v = (None if t is None else t.to(wide(x.dtype)) for t in (u, v))
-        learns = _learns(x, u, v, share if isinstance(share, Tensor) else None)
-        if asked == 'plain' or not in_chunks(x, learns): return gather_own_plain(x, u, v, share, eps)
+        if asked == 'plain' or not in_chunks(x, learns := _learns(x, u, v)):
+            return gather_own_plain(x, u, v, share, eps)
         if share is not None and not isinstance(share, Tensor): share = u.new_full((len(x), 1, 1), share)
         return _run(_OWN, dict(eps=eps), learns, x, u, v, share)[0]

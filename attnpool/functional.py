@@ -108,7 +108,7 @@ def attention_scores(
         found = scores(x.flatten(2).to(dtype), u, **norm_options(norm, dtype)).scores
         return found + scale * lack.sum(-1).flatten().to(dtype)[:, None]
 
-# %% ../nbs/050_functional.ipynb #ab85a061
+# %% ../nbs/050_functional.ipynb #b2565ebc
 FEW = 1 << 22   # multiply-adds that take no longer than the calls that the fold needs more
 
 def spared(
@@ -164,22 +164,19 @@ def attention_pool(
             note_form('folded')
             if return_mean: mean = m.mean(-1)
             t, r, s = scores(m.to(dtype), u, **how)
-            weights = F.dropout(s.softmax(-1), dropout_p)
-            t, left = (t * r).transpose(1, 2), weights.sum(-1, keepdim=True)       # (b, n, c), (b, queries*heads, 1)
-        weight, bias = (None if (w := getattr(norm, name, None)) is None else w.to(dtype) for name in ('weight', 'bias'))
-        if bias is not None: t = torch.addcmul(bias * left if late and left is not None else bias, t, weight)
+            weights, t = F.dropout(s.softmax(-1), dropout_p), (t * r).transpose(1, 2)    # (b, n, c)
+        weight, bias = (None if (w := getattr(norm, n, None)) is None else w.to(dtype) for n in ('weight', 'bias'))
+        if bias is not None: t = torch.addcmul(bias if left is None else bias * left, t, weight)
         elif weight is not None: t = t * weight
     (wv, bv), t = v, t.to(v[0].dtype)
-    def split(o): return o.unflatten(1, (queries, num_heads))          # (b, queries, heads, ...)
-    if late and num_heads == 1: pooled = F.linear(t, wv, bv if left is None else None)
-    else:
-        wv = wv.unflatten(0, (num_heads, -1))                          # (heads, d, c)
-        if late: pooled = torch.einsum('bqhc,hdc->bqhd', split(t), wv).flatten(2)
-        else:
-            values = torch.einsum('bnc,hdc->bnhd', t, wv)
-            pooled = torch.einsum('bqhn,bnhd->bqhd', split(weights.to(wv.dtype)), values).flatten(2)
-        if bv is not None and left is None: pooled = pooled + bv
-    if bv is not None and left is not None:
+    def split(o): return o.unflatten(1, (queries, num_heads))                # (b, queries, heads, ...)
+    if not late:
+        values = F.linear(t, wv, bv).unflatten(2, (num_heads, -1))           # (b, n, heads, d)
+        pooled = torch.einsum('bqhn,bnhd->bqhd', split(weights.to(wv.dtype)), values).flatten(2)
+    elif num_heads == 1: pooled = F.linear(t, wv, bv if left is None else None)
+    else: pooled = torch.einsum('bqhc,hdc->bqhd', split(t), wv.unflatten(0, (num_heads, -1))).flatten(2)
+    if late and left is not None and bv is not None:
         pooled = pooled + (bv.unflatten(0, (num_heads, -1)) * split(left.to(wv.dtype))).flatten(2)
+    elif late and num_heads > 1 and bv is not None: pooled = pooled + bv
     pooled = linear(pooled if callable(proj) else pooled.to(proj[0].dtype), proj)
     return (pooled, mean.to(x.dtype)) if return_mean else pooled

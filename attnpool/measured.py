@@ -57,8 +57,8 @@ def _write(file, kept):
     except OSError: pass   # a folder that is read-only, or a full disk
 
 def measured(
-    question: str, # In words, with all that the answer depends on beside the machine; a new meaning is a new question
-    measure: Callable[[], Any], # Finds the answer, where nobody has: numbers, text, lists, dictionaries with text as keys
+    question: str, # In words, with all that the answer depends on but the machine; a new meaning is a new question
+    measure: Callable[[], Any], # Finds the answer, where nobody has: numbers, text, lists, dictionaries by text
     device: str | torch.device = 'cpu', # Whose name is part of the machine's
 ) -> Any: # The answer as JSON gives it back: tuples are lists
     "The answer to a question about this machine: measured once, then remembered. It never changes within a process."

@@ -24,7 +24,7 @@ def speed(
     growth: Annotated[bool, typer.Option('--growth', help='Against the size of the map and the queries.')] = False,
     steps: Annotated[bool, typer.Option('--steps', help='Whole training steps of XECA-XResNeXt50S with the concat head '
                                         "instead: fastxtend's body, what changes in it, and where time goes.")] = False,
-    dispatch: Annotated[bool, typer.Option('--dispatch', help='Attention in its plain form, folded, and as it is chosen, '
+    dispatch: Annotated[bool, typer.Option('--dispatch', help='Attention in its plain form, folded, and as chosen, '
                                            'over a grid of sizes.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='Folder for the CSV and the plot.', **_FILE)] = 'speed',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRID', 'QUICK', 'measure_dispatch', 'dispatch_summary', 'plot_dispatch']
 
-# %% ../../nbs/655_cost.dispatch.ipynb #428d93d4
+# %% ../../nbs/655_cost.dispatch.ipynb #2fb6301d
 from itertools import product
 from typing import Callable, Sequence
 
@@ -19,7 +19,7 @@ from .pools import FORMATS, InForm, Looking
 from .timing import forms_of, time_in_turns, training_step
 from ..registry import unknown
 
-# %% ../../nbs/655_cost.dispatch.ipynb #1ecb3e74
+# %% ../../nbs/655_cost.dispatch.ipynb #1c1e48a6
 GRID = dict(sides=(1, 2, 4, 7, 14, 28, 64), channels=(64, 256, 1024, 2048), batches=(1, 8, 32, 256), queries=(1, 16),
             dtypes=(torch.float32, torch.bfloat16), formats=tuple(FORMATS), largest=1 << 22, rounds=5)
 QUICK = dict(sides=(1, 4, 7, 14), channels=(64, 512), batches=(1, 32), queries=(1, 16), dtypes=(torch.float32,),
@@ -37,7 +37,7 @@ def measure_dispatch(
     device: str | torch.device = 'cpu', # Where it runs
     progress: Callable[[str], None] | None = None, # Called with a line of text before each number of channels
 ) -> pd.DataFrame: # Two rows for each size, forward and training: milliseconds of each form, what was chosen, ratios
-    "Every size in the plain form, folded, and as `attention_pool` chooses; `over_plain` is the choice ÷ the plain form."
+    "Every size in the plain form, folded, and as `attention_pool` chooses; `over_plain`: the choice ÷ the plain form."
     for name in formats:
         if name not in FORMATS: raise unknown('formats', name, FORMATS)
     rows = []
@@ -70,10 +70,10 @@ def dispatch_summary(
     at = [' '.join(map(str, table.loc[i, names])) for i in by.over_plain.idxmax()]
     return its.round(2).assign(**{f"at ({', '.join(names)})": at})
 
-# %% ../../nbs/655_cost.dispatch.ipynb #94d28ab3
+# %% ../../nbs/655_cost.dispatch.ipynb #5e3f1208
 def plot_dispatch(
     table: pd.DataFrame, # From `measure_dispatch`
-) -> plt.Figure: # Rows forward and training; the fold's and the choice's time ÷ the plain form's, the worst of each size
+) -> plt.Figure: # Forward above, training below; the fold's time ÷ the plain form's left, the choice's right
     "Heat maps over sides and channels × pictures: red is slower than the plain form, blue is quicker."
     titles = dict(folded_over_plain='folded ÷ plain', over_plain='chosen ÷ plain')
     kinds, sizes = list(table.kind.unique()), len(table[['channels', 'batch']].drop_duplicates())

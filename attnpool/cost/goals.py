@@ -169,6 +169,7 @@ def _step(g, device, rounds):
     steps = step_variants(['fastxtend', 'ours, channels last'], g.batch, g.shape[1], device)
     return _quotient(*steps.values(), device, rounds)
 
+# %% ../../nbs/680_cost.goals.ipynb #031da9ef
 def _linear(g, device, rounds):
     "A layer's time, `option` says which and of what, over that of average pooling and a linear layer of its width."
     kind, name = g.option.split(' ', 1)

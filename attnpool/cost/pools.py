@@ -78,8 +78,8 @@ def multiply_adds(
 # %% ../../nbs/650_cost.pools.ipynb #0c98de80
 MAPS = (512, 7, 7), (1024, 8, 8), (1024, 14, 14), (2048, 7, 7), (1024, 24, 24)
 FORMATS = dict(contiguous=torch.contiguous_format, channels_last=torch.channels_last)
-QUICK = dict(maps=((256, 5, 5), (256, 8, 8), (512, 7, 7), (1024, 14, 14)), batches=(32,), dtypes=(torch.float32,), formats=('contiguous',),
-             rounds=3)
+QUICK = dict(maps=((256, 5, 5), (256, 8, 8), (512, 7, 7), (1024, 14, 14)), batches=(32,), dtypes=(torch.float32,),
+             formats=('contiguous',), rounds=3)
 
 def measure_pools(
     maps: Sequence[tuple[int, int, int]] = MAPS, # Channels, height and width
@@ -127,7 +127,8 @@ def pool_tables(
         if {LINEAR, 'fold'} <= set(its.index):
             f, t = (number(its.loc['fold', kind] / its.loc[LINEAR, kind]) for kind in ('forward_ms', 'training_ms'))
             caption = f'fold ÷ {LINEAR}: forward {f}, training {t}'
-        out = Table(title=' '.join(map(str, setting)), caption=caption, box=SIMPLE, padding=0, show_edge=False, collapse_padding=True)
+        out = Table(title=' '.join(map(str, setting)), caption=caption, box=SIMPLE, padding=0, show_edge=False,
+                    collapse_padding=True)
         for name in ('layer', 'forward', 'training', 'maps', 'Mparams', 'MMACs', 'form'):
             out.add_column(name, justify='left' if name in ('layer', 'form') else 'right')
         for _, r in rows.iterrows():
