@@ -20,7 +20,7 @@ CHUNK = 7 << 19   # bytes of float32, four pictures of (1024, 14, 14); larger le
 SMALL = 1 << 13   # numbers of a map for which the calls of a training step cost more than its work
 
 def in_chunks(
-    x: Tensor, # Map
+    x: Tensor, # Map, of any shape
     learns: bool = True, # With a backward pass; without, chunks are more calls than plain operations, up to larger maps
 ) -> bool:
     "Whether reading `x` in chunks pays, and nobody traces the operations."
@@ -94,8 +94,8 @@ def is_near(
     return mu.is_cpu and torch.addcmul(square, mu, mu, value=-1 - 1 / _FAR).amin().item() >= 0
 
 def centred(
-    t: Tensor, # `(..., c)`
-) -> Tensor:
+    t: Tensor, # Vectors `(..., c)`
+) -> Tensor: # The same shape
     "Less the mean over the channels."
     return torch.add(t, t.sum(-1, keepdim=True), alpha=-1 / t.shape[-1])
 

@@ -113,7 +113,7 @@ FEW = 1 << 22   # multiply-adds that take no longer than the calls that the fold
 
 def spared(
     weights: int, # Numbers in the values' matrix
-    batch: int, # Pictures
+    batch: int, # Number of pictures
     positions: int, # Of each
     queries: int = 1, # Learned vectors that look
     late: bool = True, # Values behind the sum
