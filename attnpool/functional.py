@@ -108,8 +108,8 @@ def attention_scores(
         found = scores(x.flatten(2).to(dtype), u, **norm_options(norm, dtype)).scores
         return found + scale * lack.sum(-1).flatten().to(dtype)[:, None]
 
-# %% ../nbs/050_functional.ipynb #b2565ebc
-FEW = 1 << 22   # multiply-adds that take no longer than the calls that the fold needs more
+# %% ../nbs/050_functional.ipynb #1b170abf
+FEW = 1 << 23   # multiply-adds that take no longer than the calls that the fold needs more; in half precision 4 times
 
 def spared(
     weights: int, # Numbers in the values' matrix
@@ -149,7 +149,7 @@ def attention_pool(
     # multiply-adds over c: values behind the sum, or before it, as always where the size of the map is open
     late = queries == 1 or not traced and queries * num_heads * n + queries * c <= (c + queries) * n
     if x.is_cpu and not (plain or asked or traced or dropout_p or INTERPRETED or autocast_on(x)):
-        plain = spared(v[0].numel(), b, n, queries, late) < FEW
+        plain = spared(v[0].numel(), b, n, queries, late) < (FEW if x.dtype.itemsize > 2 else 4 * FEW)
     if plain:
         note_form('plain')
         return _plain(x, query, q, k, v, proj, norm, scale, num_heads, dropout_p, return_mean)
