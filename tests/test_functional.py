@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from attnpool import chunks, fold, layers
+from attnpool import chunks, fold, functional, layers
 from attnpool.chunks import clear_scratch
 from attnpool.fold import gather, gather_own, gather_plain
 from attnpool.forms import form, form_asked_for, forms_used, is_traced
@@ -27,9 +27,10 @@ NORMS = dict(none=lambda c: None, layer=nn.LayerNorm, plain_layer=lambda c: nn.L
 
 @pytest.fixture(autouse=True, scope="module")
 def every_map_is_large():
-    "These maps are small; the chunks are what is tested."
+    "These maps are small; the fold and its chunks are what is tested."
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "SMALL", 0)
+        patch.setattr(functional, "FEW", -(1 << 62))
         yield
 
 

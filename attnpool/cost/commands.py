@@ -24,6 +24,8 @@ def speed(
     growth: Annotated[bool, typer.Option('--growth', help='Against the size of the map and the queries.')] = False,
     steps: Annotated[bool, typer.Option('--steps', help='Whole training steps of XECA-XResNeXt50S with the concat head '
                                         "instead: fastxtend's body, what changes in it, and where time goes.")] = False,
+    dispatch: Annotated[bool, typer.Option('--dispatch', help='Attention in its plain form, folded, and as chosen, '
+                                           'over a grid of sizes.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='Folder for the CSV and the plot.', **_FILE)] = 'speed',
 ):
@@ -41,6 +43,11 @@ def speed(
     if figures:
         from attnpool.cost.goals import goals
         name, table = 'figures', goals(device, progress=say)
+    elif dispatch:
+        from attnpool.cost import dispatch as d
+        name, plot = 'dispatch', d.plot_dispatch
+        table = d.measure_dispatch(**d.QUICK if quick else d.GRID, device=device, progress=say)
+        say(d.dispatch_summary(table).to_string())
     elif growth:
         name, table, plot = 'growth', pools.measure_growth(device=device, progress=say), pools.plot_growth
         say(table.to_string(index=False))
