@@ -17,49 +17,54 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .chunks import scratch, widen
-from .forms import is_traced
+from .forms import is_traced, wide
 from .registry import BadInput, Registry
 
 # %% ../nbs/100_layers.ipynb #90121720
-_MISH_CHUNK = 1 << 18   # numbers
+_MISH_CHUNK = 1 << 16   # numbers in each thread: what is worked on stays in the cache next to it
+_MISH_SLOPE = 1 << 22   # numbers of a map up to which the slope is kept too
 
 def _flat_chunks(*ts):
     "Chunks of tensors of the same strides, in the order of memory, the first one widened; three buffers with each."
-    buffers = None
-    for first, *others in zip(*(t.as_strided((t.numel(),), (1,)).split(_MISH_CHUNK) for t in ts)):
+    step, buffers = _MISH_CHUNK * min(16, torch.get_num_threads()), None
+    for first, *others in zip(*(t.as_strided((t.numel(),), (1,)).split(step) for t in ts)):
         if buffers is None or len(buffers[0]) != len(first): buffers = [scratch(first, f'mish {i}') for i in range(3)]
         yield widen(first), buffers, *others
 
-def _rho(x, p, rho):
-    two = torch.full((), 2., dtype=p.dtype)
-    torch.sub(two, torch.sigmoid(x, out=p), out=rho).mul_(p)
-    return two
+def _tanh(x, p, t, two):
+    "Into `p` the sigmoid, into `t` the hyperbolic tangent; `two` is overwritten."
+    torch.sub(2., torch.sigmoid(x, out=p), out=t).mul_(p)
+    return t.div_(torch.sub(2., t, out=two))
+
+def _slope(x, p, t, out): return torch.addcmul(t, x, torch.ops.aten.tanh_backward.grad_input(p, t, grad_input=p), out=out)
 
 def _laid_out(x, like): return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 class _Mish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        ctx.save_for_backward(x)
         y = torch.empty_like(x)   # of x's strides, if x fills its memory
-        for X, (p, rho, _), Y in _flat_chunks(_laid_out(x, y), y):
-            two = _rho(X, p, rho)
-            torch.sub(two, rho, out=p)
-            torch.mul(X, rho, out=Y).div_(p) if Y.dtype == rho.dtype else Y.copy_(rho.mul_(X).div_(p))
+        keep = ctx.needs_input_grad[0] and x.numel() <= _MISH_SLOPE and x.dtype == wide(x.dtype)
+        kept = [torch.empty_like(y)] if keep else []
+        ctx.save_for_backward(x, *kept)
+        for X, (p, t, two), Y, *D in _flat_chunks(_laid_out(x, y), y, *kept):
+            if keep: t, two = *D, Y
+            _tanh(X, p, t, two)
+            torch.mul(X, t, out=Y) if Y.dtype == t.dtype else Y.copy_(t.mul_(X))
+            if keep: _slope(X, p, t, t)
         return y
 
     @staticmethod
     def backward(ctx, g):
-        x, = ctx.saved_tensors
+        x, *kept = ctx.saved_tensors
         if (more := torch.is_grad_enabled()) or is_traced(g):   # a second derivative is asked for, or many at once
             with torch.enable_grad(): y = F.mish(x)
             return torch.autograd.grad(y, x, g, create_graph=more)[0]
         out = torch.empty_like(x)
         if g.stride() != out.stride(): g = out.copy_(g)   # once, instead of in every operation
+        if kept: return torch.mul(g, *kept, out=out)
         for X, (p, t, d), G, O in _flat_chunks(_laid_out(x, out), g, out):
-            two = _rho(X, p, t)
-            t.div_(torch.sub(two, t, out=d))
-            torch.ops.aten.tanh_backward.grad_input(p.mul_(X), t, grad_input=d).add_(t)   # x p (1 - t²) + t
+            _slope(X, p, _tanh(X, p, t, d), d)
             torch.mul(d, G, out=O) if O.dtype == d.dtype else O.copy_(d.mul_(G))
         return out
 
