@@ -37,7 +37,8 @@ def _tanh(x, p, t, two):
     return t.div_(torch.sub(2., t, out=two))
 
 def _slope(x, p, t, out):
-    return torch.addcmul(t, x, torch.ops.aten.tanh_backward.grad_input(p, t, grad_input=p), out=out)   # t + x p (1 - t²)
+    "t + x p (1 - t²)"
+    return torch.addcmul(t, x, torch.ops.aten.tanh_backward.grad_input(p, t, grad_input=p), out=out)
 
 def _laid_out(x, like): return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
