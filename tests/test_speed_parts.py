@@ -98,7 +98,7 @@ def test_speed_of_augmentation_for_any_number_of_pictures():
 
 def network(dtype=torch.float64):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Mish(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Mish(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     return net.to(dtype).to(memory_format=LAST), torch.randn(16, 3, 9, 9).to(dtype)
 
 
@@ -125,10 +125,10 @@ def test_speed_of_the_optimizer_gives_fastais_numbers(make, options):
     "Groups, rates by group, a schedule, norms without decay; fifty steps, the first ones without the second moment."
     if make is Adam and "beta" in options: pytest.skip("RAdam's alone")
     (theirs, a), (ours, b) = train(make, **options), train(partial(quick, make), **options)
-    assert (weights(theirs) - weights(ours)).abs().max() < 1e-12 and (weights(ours) - weights(network()[0])).abs().max() > .01
+    assert (weights(theirs) - weights(ours)).abs().max() < 1e-12 and (weights(ours) - weights(network()[0])).abs().max() > .005
     assert isinstance(getattr(b, "opt", b), QuickAdam) and isinstance(b, Lookahead) == (make is ranger)
     for s, t in zip(a.state_dict()["state"], b.state_dict()["state"]):
-        assert s.keys() == t.keys() and s["step"] == t["step"] == 50 and torch.allclose(s["sqr_avg"], t["sqr_avg"], rtol=1e-12, atol=0)
+        assert s.keys() == t.keys() and s["step"] == t["step"] == 50 and torch.allclose(s["sqr_avg"], t["sqr_avg"], rtol=1e-11, atol=1e-20)
 
 
 @pytest.mark.parametrize("first, second", [(ranger, partial(quick, ranger)), (partial(quick, ranger), ranger), (partial(quick, ranger),) * 2])
