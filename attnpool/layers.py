@@ -26,7 +26,7 @@ _MISH_SLOPE = 1 << 22   # numbers of a map up to which the slope is kept too
 
 def _flat_chunks(*ts):
     "Chunks of tensors of the same strides, in the order of memory, the first one widened; three buffers with each."
-    step, buffers = _MISH_CHUNK * min(16, torch.get_num_threads()), None
+    step, buffers = _MISH_CHUNK * min(8, torch.get_num_threads()), None
     for first, *others in zip(*(t.as_strided((t.numel(),), (1,)).split(step) for t in ts)):
         if buffers is None or len(buffers[0]) != len(first): buffers = [scratch(first, f'mish {i}') for i in range(3)]
         yield widen(first), buffers, *others

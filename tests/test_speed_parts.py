@@ -226,6 +226,10 @@ def test_speed_of_channel_attention_calls_what_somebody_watches():
     hook = e.sigmoid.register_forward_hook(lambda m, i, o: seen.append(o.shape))
     assert torch.allclose(e(x), plain, atol=1e-6) and seen == [(2, 8, 1, 1)]
     hook.remove()
+    e.sigmoid, e.conv = nn.Hardsigmoid(), nn.Conv1d(1, 1, 3, padding=1)   # somebody's change
+    assert torch.equal(e(x), FastxtendECA.forward(e, x))
+    e = ECA(8)
+    plain = e(x)
     with torch.autocast("cpu", torch.bfloat16): half = e(x.bfloat16())
     assert half.dtype == FastxtendECA.forward(e, x.bfloat16().float()).bfloat16().dtype and (half.float() - plain).abs().max() < .1
 
@@ -247,6 +251,14 @@ def test_speed_of_the_body_changes_neither_names_nor_numbers():
             nn.functional.cross_entropy(out, y).backward()
             found.append([out.detach(), *(p.grad for p in net.parameters())])
         for a, b in zip(*found): assert (a - b).abs().max() <= 1e-12 * max(1, a.abs().max())
+
+
+def test_speed_of_the_body_is_no_matter_where_it_is_traced():
+    net, x = xeca_resnext_tiny(3).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad(): out = net(x)
+    assert torch.allclose(torch.export.export(net, (x,)).module()(x), out, atol=1e-5)
+    assert torch.allclose(torch.compile(net, backend="eager")(x), out, atol=1e-5)
+    assert torch.allclose(torch.jit.trace(net, x)(x), out, atol=1e-5)
 
 
 def test_speed_of_mish_keeps_the_slope_of_small_maps(monkeypatch):

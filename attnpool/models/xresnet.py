@@ -23,8 +23,9 @@ from ..registry import BadInput, Registry
 class ECA(FastxtendECA):
     "fastxtend's, the same weights and numbers, which trains quicker on a CPU."
     def forward(self, x: Tensor) -> Tensor:
-        alone = readable(self.conv, nn.Conv1d) and not (self.avg_pool._forward_hooks or self.sigmoid._forward_hooks)
-        return channel_attention(x, self.conv.weight) if alone and x.is_cpu else super().forward(x)
+        kinds = {self.avg_pool: nn.AdaptiveAvgPool2d, self.conv: nn.Conv1d, self.sigmoid: nn.Sigmoid}
+        known = x.is_cpu and self.conv.bias is None and all(readable(m, kind) for m, kind in kinds.items())
+        return channel_attention(x, self.conv.weight) if known else super().forward(x)
 
 # %% ../../nbs/200_models.xresnet.ipynb #28125826
 def build_xresnet(
