@@ -19,12 +19,12 @@ from .callback.cutmixup import CutMixUp, CutMixUpAugment
 from .callback.ends import BodyStands
 from .callback.precision import MixedPrecision
 from .data.augment import AUGMENTS
-from .optimizers import SparingWrapper
+from .optimizers import SparingWrapper, quick
 from .registry import Registry
 
 # %% ../nbs/440_choices.ipynb #b374688d
 OPTIMIZERS, SCHEDULES, LOSSES, MIXES = map(Registry, ('opt', 'schedule', 'loss', 'mix'))
-OPTIMIZERS['adam'], OPTIMIZERS['ranger'], OPTIMIZERS['lamb'] = Adam, ranger, Lamb
+OPTIMIZERS['adam'], OPTIMIZERS['ranger'], OPTIMIZERS['lamb'] = partial(quick, Adam), partial(quick, ranger), Lamb
 OPTIMIZERS['timm-lamb'] = partial(SparingWrapper, opt=timm.optim.Lamb)   # the paper's; the one above is another
 OPTIMIZERS['timm-lamb-1e-8'] = partial(OPTIMIZERS['timm-lamb'], eps=1e-8)   # as the authors' script calls it
 OPTIMIZERS['adamw'] = partial(SparingWrapper, opt=torch.optim.AdamW, fused=True)   # one pass over the weights

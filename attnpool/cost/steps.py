@@ -61,7 +61,7 @@ def step_variants(
 # %% ../../nbs/670_cost.steps.ipynb #82985e05
 _KINDS = {'convolution': '(?i)conv', 'batch norm': 'batch_norm|BatchNorm', 'Mish': 'Mish|mish',
           'max pooling': 'max_pool|MaxPool',
-          'ECA and residuals': 'aten::add|aten::mul|Mul|aten::sigmoid|Sigmoid|adaptive_avg|Mean|AddBackward',
+          'ECA and residuals': '_Channel|aten::add|aten::mul|Mul|aten::sigmoid|Sigmoid|adaptive_avg|Mean|AddBackward',
           'head': '_InChunks|layer_norm|LayerNorm|gelu|Gelu|linear|Addmm|aten::mm|aten::cat|Cat',
           'gradients to parameters': 'AccumulateGrad'}
 
