@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'SETTINGS', 'make_photos', 'part_of', 'write_part', 'Way', 'Setting', 'epoch_of', 'peak_rate',
-           'measure_epochs', 'epoch_tables', 'plot_epochs']
+           'usual_settings', 'measure_epochs', 'epoch_tables', 'plot_epochs']
 
 # %% ../../nbs/675_cost.epochs.ipynb #5e4cf8cc
 import csv
@@ -157,11 +157,23 @@ def peak_rate(
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return side**3 / time_in_turns({'product': lambda: a @ b}, rounds, .05, device)['product'].min()
 
-# %% ../../nbs/675_cost.epochs.ipynb #4d31becb
-SETTINGS = dict(
-    cpu=(Setting('xeca_resnext_tiny', 64, 64, 640, 160), Setting('xeca_resnext50s', 128, 32, 128, 32)),
-    quick=(Setting('xeca_resnext_tiny', 64, 64, 256, 64), Setting('xeca_resnext50s', 128, 16, 32, 16)),
-    cuda=(Setting('xeca_resnext50s', 128, 64, None, None), Setting('xeca_resnext50s', 224, 64, None, None)))
+# %% ../../nbs/675_cost.epochs.ipynb #73e5583d
+_TINY, _LARGE = Setting('xeca_resnext_tiny', 64, 64, 640, 160), Setting('xeca_resnext50s', 128, 32, 128, 32)
+_WHOLE = replace(_LARGE, bs=64, n_train=None, n_valid=None)
+SETTINGS = {   # by kind of device, and whether it has to be quick; with how often each way trains
+    ('cpu', False): ((_TINY, _LARGE), 5), ('cuda', False): ((_WHOLE, replace(_WHOLE, size=224)), 2),
+    ('cpu', True): ((replace(_TINY, n_train=256, n_valid=64), replace(_LARGE, bs=16, n_train=32, n_valid=16)), 3),
+    ('cuda', True): ((replace(_WHOLE, n_train=1280, n_valid=320),), 3)}
+
+def usual_settings(
+    device: str | torch.device = 'cpu', # 'cpu' or 'cuda', also 'cuda:1'
+    quick: bool = False, # Whether it has to be quick
+) -> tuple[tuple[Setting, ...], int]: # What is trained, and how often by each way
+    "What `attnpool speed --epochs` measures: on a GPU all pictures, twice."
+    kind = torch.device(device).type
+    if kind not in WAYS: raise BadInput(f"device: epochs are measured on cpu or cuda, got {device}. Use cpu.")
+    return SETTINGS[kind, quick]
+
 _DTYPES = dict(float32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 _LOADING, _STEP = ('decode', 'item transforms', 'batch transforms'), ('forward', 'backward', 'step')
 
@@ -172,7 +184,7 @@ def _shown(learn, epoch, macs, peak):
     loading, step = (sum(seconds[part] for part in parts) for parts in (_LOADING, _STEP))
     n = len(train) * train.bs
     loads = loading_rate(train) if train.fake_l.num_workers else (n + len(valid.dataset)) / loading
-    return dict(peak_share=3 * macs * n / step / peak, loading_rate=loads, step_rate=n / step,
+    return dict(peak=peak, peak_share=3 * macs * n / step / peak, loading_rate=loads, step_rate=n / step,
                 **{part: s / sum(seconds.values()) for part, s in seconds.items()})
 
 def _measured(setting, listing, rounds, device, folder, progress):
@@ -199,20 +211,19 @@ def _measured(setting, listing, rounds, device, folder, progress):
 
 def measure_epochs(
     data: str | Path | None = None, # Folder, archive or CSV of pictures, or a name in `DATASETS`; None to make some
-    settings: Sequence[Setting] | None = None, # What to train; None for those of the device in `SETTINGS`
-    rounds: int = 5, # Times that each way trains an epoch
+    settings: Sequence[Setting] | None = None, # What to train; None for `usual_settings`
+    rounds: int | None = None, # Times that each way trains an epoch; None for as often as usual
     device: str | torch.device = 'cpu', # 'cpu' or 'cuda'
     progress: Callable[[str], None] | None = None, # Called with a line of text for each setting, and after each round
 ) -> pd.DataFrame: # A row for each setting and way
     "An epoch of the same pictures by each way in turns, then once more to see where the time goes."
-    device, rows = torch.device(device), []
-    if device.type not in WAYS: raise BadInput(f"device: epochs are measured on cpu or cuda, got {device}. Use cpu.")
-    settings = SETTINGS[device.type] if settings is None else settings
+    device, rows, (usual, times) = torch.device(device), [], usual_settings(device)
+    settings, rounds = usual if settings is None else settings, rounds or times
     with TemporaryDirectory() as tmp:
         folder = Path(tmp)
         if data is None:
-            most = [max(getattr(s, k) or default for s in settings) for k, default in (('n_train', 640), ('n_valid', 160))]
-            data = make_photos(folder/'photos', *most)
+            most = (max(getattr(s, k) or 0 for s in settings) for k in ('n_train', 'n_valid'))
+            data = make_photos(folder/'photos', *(n or 1280 for n in most))
         (whole := find_pictures(data)).tell()
         for s in settings:
             part = part_of(whole, s.n_train, s.n_valid)
@@ -234,14 +245,14 @@ def epoch_tables(
         figures = pd.DataFrame({
             'seconds': [spread(r, 'low', 'seconds', 'high') for _, r in rows.iterrows()],
             'blog ÷ it': [spread(r, 'ratio_low', 'ratio', 'ratio_high') for _, r in rows.iterrows()],
-            'pictures/s': rows.pictures_per_second.round(1).tolist(),
-            'of peak': [f'{v:.1%}' for v in rows.peak_share],
-            'loading ÷ step': (rows.loading_rate / rows.step_rate).round(2).tolist()}, index=rows.way.tolist())
-        shares = rows.set_index('way')[list(PARTS)].T.rename_axis(columns=None)
-        shares = shares.map(lambda v: f'{v:.1%}')
-        shares.loc['once before, s'] = [f'{s:.1f}' for s in rows.once]
-        out += [f'{arch} at {size} px: an epoch of {first.train:,} pictures in batches of {first.batch}, and {first.valid:,} '
-                'that validate', figures.to_string(), '', shares.to_string(), '']
+            'pictures/s': rows.pictures_per_second.round(1).tolist()}, index=rows.way.tolist())
+        shares = rows.set_index('way')[[*PARTS, 'peak_share']].T.rename_axis(columns=None)
+        shares = shares.map(lambda v: f'{v:.1%}').rename({'peak_share': 'step, of the peak'})
+        more = {"rate of loading ÷ step's": rows.loading_rate / rows.step_rate, 'once before, seconds': rows.once,
+                '80 epochs, minutes': (rows.once + 80 * rows.seconds) / 60}   # the blog's
+        for name, values in more.items(): shares.loc[name] = [f'{v:.1f}' for v in values]
+        out += [f'{arch} at {size} px, batches of {first.batch}: {first.train:,} pictures train, {first.valid:,} validate',
+                figures.to_string(), '', shares.to_string(), '']
     return '\n'.join(out)
 
 def plot_epochs(
@@ -249,7 +260,8 @@ def plot_epochs(
 ) -> plt.Figure: # A panel for each setting, a bar for each way
     "Where the time of an epoch goes, in milliseconds per picture that trains."
     groups = list(table.groupby(['arch', 'size'], sort=False))
-    fig, axs = plt.subplots(len(groups), 1, figsize=(7, .9 + 1.3 * len(groups)), squeeze=False, dpi=80)
+    fig, axs = plt.subplots(len(groups), 1, figsize=(8, .6 + 1.5 * len(groups)), squeeze=False, dpi=80,
+                            layout='constrained')
     for ax, ((arch, size), rows) in zip(axs[:, 0], groups):
         rows, left = rows[::-1], 0.
         for part, color in zip(PARTS, (*PALETTE, '#bbbbbb')):
@@ -259,6 +271,5 @@ def plot_epochs(
         ax.set_title(f'{arch}, {size} px', fontsize=9)
         ax.spines[['top', 'right']].set_visible(False)
     axs[-1, 0].set_xlabel('ms per picture')
-    fig.tight_layout()
     fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside right center', frameon=False, fontsize=8)
     return fig
