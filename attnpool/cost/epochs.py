@@ -178,12 +178,13 @@ _DTYPES = dict(float32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 _LOADING, _STEP = ('decode', 'item transforms', 'batch transforms'), ('forward', 'backward', 'step')
 
 def _shown(learn, epoch, macs, peak):
-    "What a watched epoch shows: the share of the peak, how much faster than a step pictures are loaded, the parts."
-    with watched(learn) as watch: epoch()
-    seconds, train, valid = watch.seconds, learn.dls.train, learn.dls.valid
+    "What a watched epoch shows: the step's share of the peak, pictures per second, shares of the parts."
+    train, valid = learn.dls.train, learn.dls.valid
+    workers = train.fake_l.num_workers   # without them a whole epoch would take long: a tenth is enough
+    with learn.added_cbs([ShortEpochCallback(.1)] if workers else []), watched(learn) as watch: epoch()
+    seconds, n = watch.seconds, watch.times['step'] * train.bs
     loading, step = (sum(seconds[part] for part in parts) for parts in (_LOADING, _STEP))
-    n = len(train) * train.bs
-    loads = loading_rate(train) if train.fake_l.num_workers else (n + len(valid.dataset)) / loading
+    loads = loading_rate(train) if workers else (n + len(valid.dataset)) / loading
     return dict(peak=peak, peak_share=3 * macs * n / step / peak, loading_rate=loads, step_rate=n / step,
                 **{part: s / sum(seconds.values()) for part, s in seconds.items()})
 

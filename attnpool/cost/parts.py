@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PARTS', 'Watch', 'watched']
 
-# %% ../../nbs/672_cost.parts.ipynb #cd2a2ac9
+# %% ../../nbs/672_cost.parts.ipynb #461b1544
 import time
+from collections import Counter
 from contextlib import contextmanager
 from typing import Callable
 
@@ -19,12 +20,12 @@ PARTS = ('decode', 'item transforms', 'batch transforms', 'forward', 'backward',
          'the rest')
 
 class Watch:
-    "Seconds by part. All time since it was made counts for one of them."
+    "Seconds by part, and how often each began. All time since it was made counts for one of them."
     def __init__(self,
         device: str | torch.device = 'cpu', # To wait for at each turn, where it works on its own
     ):
         self.device, self.seconds, self.part = torch.device(device), dict.fromkeys(PARTS, 0.), 'the rest'
-        self.since = time.perf_counter()
+        self.times, self.since = Counter(), time.perf_counter()
 
     def turn(self,
         part: str, # Name in `PARTS`
@@ -34,6 +35,7 @@ class Watch:
         now, before = time.perf_counter(), self.part
         self.seconds[before] += now - self.since
         self.since, self.part = now, part
+        self.times[part] += 1
         return before
 
     def timed(self,
