@@ -17,10 +17,10 @@ from ..runs.options import check_device, check_out, expand, path_of, read_list, 
 
 # %% ../../nbs/690_cost.commands.ipynb #ea97543b
 _FILE = dict(parser=path_of, metavar='PATH')
-_EPOCHS = ("Whole epochs of pictures instead: the blog's own code against attnpool bench's, and where the time goes; with "
-           '--quick under two minutes on two cores.')
-_PICTURES = ('For --epochs: folder, archive or CSV of pictures, or a known data set; a part of them is enough.  [default: '
-             'pictures that are made]')
+_EPOCHS = ("Whole epochs of pictures instead: the blog's own code against attnpool bench's, and where the time goes. "
+           'With --quick under two minutes on two cores.')
+_PICTURES = ('For --epochs: folder, archive or CSV of pictures, or a known data set; a part is enough.  [default: made '
+             'ones]')
 
 # %% ../../nbs/690_cost.commands.ipynb #96b21ab4
 def speed(

@@ -31,6 +31,7 @@ from .steps import blogs_network
 from .timing import time_in_turns
 from ..data import loading_rate
 from ..data.augment import STATS
+from ..data.cache import printable
 from ..data.check import check_pictures, without_broken
 from ..data.find import find_pictures
 from ..data.listing import Listing
@@ -122,7 +123,7 @@ def _blogs(listing, setting, device, workers):
                    8e-3, metrics=accuracy)
 
 def epoch_of(
-    way: Way, # Whose
+    way: Way, # Whose code, and how; one of `WAYS`
     listing: Listing, # The pictures
     setting: Setting, # The network, and the size of pictures and batches
     folder: Path, # For the table of the pictures, and for what is decoded once
@@ -174,6 +175,7 @@ def usual_settings(
     if kind not in WAYS: raise BadInput(f"device: epochs are measured on cpu or cuda, got {device}. Use cpu.")
     return SETTINGS[kind, quick]
 
+# %% ../../nbs/675_cost.epochs.ipynb #0ba4d3da
 _DTYPES = dict(float32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 _LOADING, _STEP = ('decode', 'item transforms', 'batch transforms'), ('forward', 'backward', 'step')
 
@@ -226,6 +228,7 @@ def measure_epochs(
             most = (max(getattr(s, k) or 0 for s in settings) for k in ('n_train', 'n_valid'))
             data = make_photos(folder/'photos', *(n or 1280 for n in most))
         (whole := find_pictures(data)).tell()
+        whole = whole.keep([printable(f) == f for f in whole.files])   # a table names them in UTF-8
         for s in settings:
             part = part_of(whole, s.n_train, s.n_valid)
             part, _ = without_broken(part, check_pictures(part, folder), skip_broken=True)
@@ -234,7 +237,7 @@ def measure_epochs(
             rows += _measured(s, part, rounds, device, folder, progress)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/675_cost.epochs.ipynb #96dc70b2
+# %% ../../nbs/675_cost.epochs.ipynb #fbfaddaf
 def epoch_tables(
     table: pd.DataFrame, # From `measure_epochs`
 ) -> str: # Within 80 columns: two tables for each setting, seconds and shares
@@ -252,8 +255,8 @@ def epoch_tables(
         more = {"rate of loading ÷ step's": rows.loading_rate / rows.step_rate, 'once before, seconds': rows.once,
                 '80 epochs, minutes': (rows.once + 80 * rows.seconds) / 60}   # the blog's
         for name, values in more.items(): shares.loc[name] = [f'{v:.1f}' for v in values]
-        out += [f'{arch} at {size} px, batches of {first.batch}: {first.train:,} pictures train, {first.valid:,} validate',
-                figures.to_string(), '', shares.to_string(), '']
+        title = f'{arch} at {size} px, batches of {first.batch}: {first.train:,} train, {first.valid:,} validate'
+        out += [title, figures.to_string(), '', shares.to_string(), '']
     return '\n'.join(out)
 
 def plot_epochs(

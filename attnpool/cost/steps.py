@@ -99,7 +99,7 @@ def step_profile(
         if e.cpu_parent is None: times[_kind(e)] = times.get(_kind(e), 0) + e.cpu_time_total
     return (pd.Series(times) / sum(times.values())).sort_values(ascending=False)
 
-# %% ../../nbs/670_cost.steps.ipynb #1840c209
+# %% ../../nbs/670_cost.steps.ipynb #c81accdf
 _SIZES = dict(cpu=[(16, 128)], cuda=[(64, 128), (64, 224)])   # batch, and side in pixels
 
 def measure_steps(
