@@ -15,8 +15,9 @@ from typer.main import get_command
 
 from attnpool.cli import app, main
 from attnpool.cost import goals, steps
-from attnpool.cost.epochs import SETTINGS, WAYS, Setting, make_photos
+from attnpool.cost.epochs import SETTINGS
 from attnpool.cost.parts import PARTS
+from attnpool.cost.ways import WAYS, Setting, make_photos
 from attnpool.data import DATASETS
 from attnpool.forms import form, forms_used
 from attnpool.heads import HEADS

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from attnpool.cli import main
-from attnpool.cost import epochs, timing
-from attnpool.cost.epochs import SETTINGS, WAYS, Setting, epoch_of, make_photos, measure_epochs, part_of, usual_settings, write_part
+from attnpool.cost import timing
+from attnpool.cost.epochs import SETTINGS, measure_epochs, usual_settings
 from attnpool.cost.parts import PARTS, Watch, watched
 from attnpool.cost.pools import multiply_adds
 from attnpool.cost.steps import blogs_network
+from attnpool.cost.ways import WAYS, Setting, epoch_of, make_photos, part_of, write_part
 from attnpool.data.find import find_pictures
 from attnpool.data.listing import Listing, list_csv
 from attnpool.models.xresnet import ARCHS
@@ -215,7 +216,7 @@ def test_broken_pictures_are_left_out(photos, tmp_path):
         (copy := tmp_path / f.relative_to(photos)).parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(f.read_bytes() if f.name != "3.jpg" else b"no picture")
     lines = []
-    table = measure_epochs(tmp_path, [SMALL], 1, progress=lines.append)
+    table = measure_epochs(tmp_path, [SMALL], 1, progress=lines.append, together=True)
     assert lines[0].endswith("7 pictures that train, 3 that validate") and (table.train == 4).all()   # a whole batch
 
 
