@@ -1,7 +1,12 @@
 "Whole epochs, the blog's way against ours: what is trained, what is counted, what is written. No test decides by a time."
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
-from dataclasses import replace
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -244,3 +249,53 @@ def test_speed_in_turns_without_warming_up():
     seconds = timing.time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, warm=False, progress=lines.append)
     assert sorted(calls) == ["a"] * 3 + ["b"] * 3 and all(len(s) == 3 for s in seconds.values()) and len(lines) == 3
     assert re.fullmatch(r"3/3  a \S+ s, b \S+ s", lines[-1])
+
+
+# Its processes
+
+SCRIPT = """
+from multiprocessing import active_children
+from attnpool.cli import main
+from attnpool.cost import epochs
+from attnpool.cost.ways import Setting
+from attnpool.registry import BadInput
+
+def killing(line):
+    if line.startswith("1/"): active_children()[0].kill()   # as the system ends a process where the memory is full
+
+if __name__ == "__main__":
+    setting = Setting("xeca_resnext_tiny", 32, 4, 8, 4)
+    try: epochs.measure_epochs(PHOTOS, [setting], progress=killing)
+    except BadInput as e: print(e, flush=True)
+    epochs.SETTINGS["cpu", True] = (setting,), 10**6
+    main(["speed", "--epochs", "--quick", PHOTOS, "--out", OUT])
+"""
+
+
+def processes_of(group):
+    "Those that are alive in a group of processes."
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, its = (path / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(its) == group and state != "Z": found.append(int(path.name))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("signal, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_no_process_of_speed_epochs_is_left(photos, tmp_path, signal, status):
+    (tmp_path / "script.py").write_text(SCRIPT.replace("PHOTOS", repr(str(photos))).replace("OUT", repr(str(tmp_path / "out"))))
+    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    with open(tmp_path / "err", "w") as err:
+        run = subprocess.Popen([sys.executable, tmp_path / "script.py"], stdout=subprocess.PIPE, stderr=err, text=True, env=env, start_new_session=True)
+    assert run.stdout.readline().startswith("quick: a process was ended from outside")
+    assert any(line.startswith("2/") for line in run.stdout)
+    assert len(processes_of(run.pid)) >= 4
+    if status == 130: os.killpg(run.pid, signal)   # as a terminal does
+    else: run.kill()
+    run.communicate(timeout=200)
+    until = time.monotonic() + 20
+    while processes_of(run.pid) and time.monotonic() < until: time.sleep(.1)
+    assert not processes_of(run.pid) and run.returncode == status
+    assert "Traceback" not in (said := (tmp_path / "err").read_text()), said

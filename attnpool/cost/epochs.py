@@ -10,12 +10,13 @@ import os
 import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
+from threading import Thread
 from typing import Callable, Sequence
 
 import matplotlib.pyplot as plt
@@ -66,7 +67,11 @@ def usual_settings(
     if kind not in WAYS: raise BadInput(f"device: epochs are measured on cpu or cuda, got {device}. Use cpu.")
     return SETTINGS[kind, quick]
 
-# %% ../../nbs/675_cost.epochs.ipynb #ec98d1cf
+# %% ../../nbs/675_cost.epochs.ipynb #bedd5934
+def _ends_with_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is for the parent
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
 @contextmanager
 def _processes(names):
     "A process for each name, to call functions in; all ended at once where this one is interrupted."
@@ -76,12 +81,14 @@ def _processes(names):
     warned = os.environ.get('PYTHONWARNINGS')
     os.environ['PYTHONWARNINGS'] = 'ignore'   # other packages', at import
     with ExitStack() as stack:
-        one = partial(ProcessPoolExecutor, 1, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-        pools = {name: stack.enter_context(one()) for name in names}
+        pools = {n: stack.enter_context(ProcessPoolExecutor(1, context, _ends_with_parent)) for n in names}
         started, pids = [pool.submit(os.getpid) for pool in pools.values()], []
         try:
             pids += [future.result() for future in started]
             yield pools
+        except BrokenProcessPool:
+            raise BadInput('quick: a process was ended from outside, most often as the memory is full. Use --quick, or '
+                           'end other programs.') from None
         except BaseException:
             for pid in pids: os.kill(pid, signal.SIGTERM)
             raise
