@@ -24,7 +24,7 @@ from attnpool.cost.epochs import SETTINGS, measure_epochs, usual_settings
 from attnpool.cost.parts import PARTS, Watch, watched
 from attnpool.cost.pools import multiply_adds
 from attnpool.cost.steps import blogs_network
-from attnpool.cost.ways import WAYS, Setting, epoch_of, make_photos, part_of, write_part
+from attnpool.cost.ways import WAYS, Setting, Way, epoch_of, make_photos, part_of, write_part
 from attnpool.data.find import find_pictures
 from attnpool.data.listing import Listing, list_csv
 from attnpool.models.xresnet import ARCHS
@@ -161,6 +161,15 @@ def test_what_is_watched_trains_as_before(photos, tmp_path):
         weights.append((before, torch.cat([p.detach().flatten() for p in learn.model.parameters()]), learn.recorder.values))
     assert torch.equal(weights[0][0], weights[1][0]) and torch.equal(weights[0][1], weights[1][1]) and weights[0][2] == weights[1][2]
     assert not torch.equal(*weights[0][:2])
+
+
+def test_a_compiled_way_trains(photos, tmp_path, monkeypatch):
+    "In groups of layers, which a compiled network has no more; without the minutes of a compiler."
+    def compiled(self): self._compiled_call_impl = torch.compile(self._call_impl, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    learn, epoch = epoch_of(Way("bf16", compiled=True), find_pictures(photos), SMALL, tmp_path)
+    epoch()
+    assert learn.model._compiled_call_impl and len(learn.opt.param_groups) == 2 and np.isfinite(learn.recorder.losses).all()
 
 
 # The pictures
