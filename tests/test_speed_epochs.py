@@ -253,13 +253,6 @@ def test_mistakes_at_speed_epochs(photos, tmp_path, words, message, capsys):
     assert e.value.code == 2 and re.match(f"attnpool: {message}", err := capsys.readouterr().err) and err.count("\n") == 1
 
 
-def test_speed_in_turns_without_warming_up():
-    calls, lines = [], []
-    seconds = timing.time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, warm=False, progress=lines.append)
-    assert sorted(calls) == ["a"] * 3 + ["b"] * 3 and all(len(s) == 3 for s in seconds.values()) and len(lines) == 3
-    assert re.fullmatch(r"3/3  a \S+ s, b \S+ s", lines[-1])
-
-
 # Its processes
 
 SCRIPT = """

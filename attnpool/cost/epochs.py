@@ -100,20 +100,25 @@ _LOADING, _STEP = ('decode', 'item transforms', 'batch transforms'), ('forward',
 _made = {}   # what `epoch_of` made, by way
 
 def _make(way, alone, threads, listing, setting, device, folder):
-    "Make a Learner, train a first batch; what it trains on, and seconds to get so far."
+    "Make a Learner; what it trains on, and how many seconds that took."
     torch.set_num_threads(threads)
     if alone and not way.theirs: keep_memory()
     start = time.perf_counter()
     own = Path(mkdtemp(dir=folder))   # nothing is there yet, for each way
     learn, epoch = _made[way] = epoch_of(way, listing, setting, own, device)
     once, train = time.perf_counter() - start, learn.dls.train
-    with learn.added_cbs([] if way.compiled else [ShortEpochCallback(0)]): epoch()
+    if way.compiled: epoch()   # minutes, in which batches of all sizes are compiled
     return dict(batch=train.bs, train=len(train) * train.bs, valid=len(learn.dls.valid.dataset), once=once)
 
 def _train(way):
-    "Train an epoch, and leave a GPU's memory to the other ways."
-    _made[way][1]()
-    if torch.cuda.is_initialized(): torch.cuda.empty_cache()
+    "Seconds of an epoch, after a batch: while others had their turn, the memory of this process may have been taken."
+    learn, epoch = _made[way]
+    with learn.added_cbs([ShortEpochCallback(0)]): epoch()
+    start = time.perf_counter()
+    epoch()
+    seconds = time.perf_counter() - start   # an epoch ends with its metrics, so a GPU is done
+    if torch.cuda.is_initialized(): torch.cuda.empty_cache()   # for the others
+    return seconds
 
 def _look(way, macs):
     "What a watched epoch shows: the step's share of the peak, pictures per second, shares of the parts."
@@ -134,9 +139,12 @@ def _measured(setting, listing, rounds, device, folder, pools, progress):
     def ask(name, f, *args): return pools[name].submit(f, ways[name], *args).result()
     common = alone, torch.get_num_threads(), listing, setting, device, folder
     about = {name: ask(name, _make, *common) for name in ways}
-    calls = {name: lambda name=name: ask(name, _train) for name in ways}
-    times = time_in_turns(calls, rounds, warm=False, progress=progress)
+    times = {name: [] for name in ways}
+    for i in range(rounds):
+        for name in list(ways)[::1 - i % 2 * 2]: times[name].append(ask(name, _train))   # there and back
+        if progress: progress(f'{i + 1}/{rounds}  ' + ', '.join(f'{n} {s[-1]:.3g} s' for n, s in times.items()))
     if progress: progress('each once more, watched')
+    times = {name: np.array(s) for name, s in times.items()}
     macs = multiply_adds(blogs_network(setting.arch, len(listing.classes)), (3, setting.size, setting.size))
     for name, its in about.items():
         row = dict(arch=setting.arch, size=setting.size, way=name) | its

@@ -29,8 +29,6 @@ def time_in_turns(
     rounds: int = 7, # Each round times every call once
     least: float = .004, # Seconds that a measurement takes at least, by repeating the call
     device: str | torch.device = 'cpu', # To wait for, where it works on its own
-    warm: bool = True, # Two calls of each before; without, each measurement is one call
-    progress: Callable[[str], None] | None = None, # Called with a line of text after each round
 ) -> dict[str, np.ndarray]: # Seconds per call, one for each round
     "Seconds of several functions, measured in turns after two calls to warm up."
     def wait():
@@ -41,15 +39,14 @@ def time_in_turns(
         for _ in range(times): f()
         wait()
         return (time.perf_counter() - start) / times
-    repeats = dict.fromkeys(calls, 1)
-    for name, f in calls.items() if warm else ():
+    repeats = {}
+    for name, f in calls.items():
         run(f, 1)
         repeats[name] = max(1, min(1000, round(least / run(f, 1))))
     names, seconds = list(calls), {name: [] for name in calls}
     order = np.random.default_rng(0)
-    for n in range(rounds):
+    for _ in range(rounds):
         for i in order.permutation(len(names)): seconds[names[i]].append(run(calls[names[i]], repeats[names[i]]))
-        if progress: progress(f'{n + 1}/{rounds}  ' + ', '.join(f'{k} {s[-1]:.3g} s' for k, s in seconds.items()))
     return {name: np.array(s) for name, s in seconds.items()}
 
 def ratios(
