@@ -125,6 +125,7 @@ def _look(way, macs):
     learn, epoch = _made[way]
     peak, train, valid = peak_rate(_DTYPES[way.precision], learn.dls.device), learn.dls.train, learn.dls.valid
     workers = train.fake_l.num_workers   # without them a whole epoch would take long: a tenth is enough
+    with learn.added_cbs([ShortEpochCallback(0)]): epoch()
     with learn.added_cbs([ShortEpochCallback(.1)] if workers else []), watched(learn) as watch: epoch()
     seconds, n = watch.seconds, watch.times['step'] * train.bs
     loading, step = (sum(seconds[part] for part in parts) for parts in (_LOADING, _STEP))
