@@ -162,9 +162,18 @@ def test_copy_ratio(monkeypatch, fmt):
 
 def test_steps():
     variants = steps.step_variants(["fastxtend", "ours, bf16"], batch=2, size=32)
-    assert list(variants) == ["fastxtend", "ours, bf16"] and "ours, compiled" in steps.VARIANTS
+    assert list(variants) == ["fastxtend", "ours, bf16"]
     shares = steps.step_profile(variants["fastxtend"], 1)
     assert shares.sum() == pytest.approx(1) and {"convolution", "BlurPool", "Mish", "head", "batch norm"} < set(shares.index)
+
+
+def test_steps_of_two_sizes():
+    lines = []
+    table, shares = steps.measure_steps(sizes=[(1, 32), (2, 32)], rounds=1, progress=lines.append)
+    assert list(table.columns) == ["step", "ms", "ratio", "low", "high", "batch", "size"] and lines == ["1 pictures of 32 px", "2 pictures of 32 px"]
+    assert list(table.step) == 2 * [name for name, options in steps.VARIANTS.items() if "compiled" not in options] and list(table.batch) == [1] * 5 + [2] * 5
+    assert {options["compiled"] for options in steps.VARIANTS.values() if "compiled" in options} == {"default", "reduce-overhead"}   # minutes; on a GPU
+    assert list(shares) == ["fastxtend", "ours, channels last"] and shares.sum().to_numpy() == pytest.approx([1, 1])
 
 
 # Networks
