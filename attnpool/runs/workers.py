@@ -7,6 +7,7 @@ __all__ = ['keep_memory', 'nurse', 'prepare', 'InWorker', 'Workers']
 
 # %% ../../nbs/543_runs.workers.ipynb #e4060df9
 import ctypes
+import io
 import os
 import pickle
 import platform
@@ -39,30 +40,40 @@ def _portable(error):
     except Exception: return RuntimeError(f'{type(error).__name__}: {error}')
     return error
 
+class _Printed(io.TextIOBase):
+    "What is printed in a worker, in whole lines, which this process would print in the middle of its own."
+    def __init__(self, tell, name): self.tell, self.name, self.rest = tell, name, ''
+
+    def write(self, text):
+        *lines, self.rest = (self.rest + text).split('\n')
+        if lines: self.tell('printed', self.name, '\n'.join(lines) + '\n')
+        return len(text)
+
 def _work(line):
     "One call after the other, until whoever asks is gone."
     import torch
-    calls = SimpleQueue()
+    calls, lock = SimpleQueue(), threading.Lock()
     def listen():
         try:
             while True: calls.put(line.recv_bytes())
         except (EOFError, OSError): os._exit(0)
+    def tell(*told):
+        with lock: line.send(told)
     threading.Thread(target=listen, daemon=True).start()
+    sys.stdout, sys.stderr = (_Printed(tell, name) for name in ('stdout', 'stderr'))
     keep_memory()
     while True:
         try:
             threads, f, args = pickle.loads(calls.get())
             torch.set_num_threads(threads)
-            answer = 'done', f(lambda *told: line.send(told), *args)
-        except BaseException as e: answer = 'failed', _portable(e), ''.join(traceback.format_exception(e))
-        line.send(answer)
+            tell('done', f(tell, *args))
+        except BaseException as e: tell('failed', _portable(e), ''.join(traceback.format_exception(e)))
 
 # %% ../../nbs/543_runs.workers.ipynb #6a2f3769
 def nurse(
     number: int, # Of the socket that is open for it: a line comes through it for each worker to be made
 ):
     "Import what runs need, then become a worker again and again; at the end of the one who asks, end them all."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is for whoever asks
     for category in (FutureWarning, DeprecationWarning): warnings.filterwarnings('ignore', category=category)
     import_module('attnpool.runs.train')
     control, workers = socket.socket(fileno=number), set()
@@ -76,15 +87,21 @@ def nurse(
     for pid in workers: os.kill(pid, signal.SIGKILL)
     for pid in workers: os.waitpid(pid, 0)
 
+def _place():
+    "What a process finds that is begun here and now, but for what torch itself puts there."
+    own = 'KMP_', 'TORCHINDUCTOR_'
+    return os.getcwd(), sys.path[:], {k: v for k, v in os.environ.items() if not k.startswith(own)}
+
 class _Nursery:
     "The process that makes workers, seen from outside. It begins to import when it is made."
     def __init__(self):
+        self.place, self.ready = _place(), False
         self.control, theirs = socket.socketpair()
         with theirs:
             words = f'import sys; sys.path[:] = {sys.path!r}; from {__name__} import nurse; nurse({theirs.fileno()})'
-            self.process = subprocess.Popen(
-                [sys.executable, '-c', words], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                env=os.environ | dict(PYTORCH_NVML_BASED_CUDA_CHECK='1'))   # to look for a GPU otherwise spoils copies
+            env = os.environ | dict(PYTORCH_NVML_BASED_CUDA_CHECK='1')   # to look for a GPU otherwise spoils copies
+            self.process = subprocess.Popen([sys.executable, '-c', words], pass_fds=[theirs.fileno()], env=env,
+                stdin=subprocess.DEVNULL, start_new_session=True)   # Ctrl-C is for whoever asks
 
     def worker(self):
         mine, theirs = Pipe()
@@ -92,15 +109,22 @@ class _Nursery:
         return mine
 
     def close(self):
-        self.control.close()
-        try: self.process.wait(10)
+        self.control.close()   # its workers end, then it
+        try: self.process.wait(10 if self.ready else 0)   # while it imports, it does not listen
         except subprocess.TimeoutExpired: self.process.kill()
 
 _early = []
 
 def prepare():
     "Begin to make a process for workers now; the next `Workers` take it over."
-    if not _early and sys.platform == 'linux': _early.append(_Nursery())
+    if not _early and sys.platform == 'linux' and len(os.sched_getaffinity(0)) > 1: _early.append(_Nursery())
+
+def _nursery():
+    "The one that was begun early, where it lives and nothing has changed since; or a new one."
+    while _early:
+        if (early := _early.pop()).place == _place() and early.process.poll() is None: return early
+        early.close()
+    return _Nursery()
 
 # %% ../../nbs/543_runs.workers.ipynb #adecee66
 class InWorker(Exception):
@@ -138,7 +162,7 @@ class Workers:
         "Make workers; those that are there stay."
         while len(self.lines) < n:
             if self.nursery and self.nursery.process.poll() is not None: self.nursery = None   # it was killed
-            if self.nursery is None: self.nursery = _early.pop() if _early else _Nursery()
+            if self.nursery is None: self.nursery = _nursery()
             self.lines.append(self.nursery.worker())
         return self.lines[:n]
 
@@ -161,7 +185,11 @@ class Workers:
         for line in wait(list(self.busy), seconds) if self.busy else ():
             try: word, *values = line.recv()
             except (EOFError, OSError): word, values = 'gone', []
+            else: self.nursery.ready = True
             if word == 'failed': raise values[0] from InWorker(values[1])
+            if word == 'printed':
+                getattr(sys, values[0]).write(values[1])
+                continue
             args = self.busy.pop(line) if word in ('done', 'gone') else self.busy[line]
             if word == 'gone': self.lines.remove(line)
             yield line, args, word, *values
