@@ -143,7 +143,7 @@ def _measure(spec, device, most, workers, tell, found):
         if n > 1: workers.together(n, 1, pace, spec, str(device), 0., tell=tell)
         its = workers.together(n, max(1, threads // n), pace, spec, str(device), tell=tell)
         found['rates'].append([n, sum(one['rate'] for one in its)])
-        if n == 1: found |= its[0]
+        if n == 1: found |= dict(mb=its[0]['mb'], pictures=its[0]['pictures'])
         best = max(rate for _, rate in found['rates'][:-1]) if n > 1 else 0
         if found['rates'][-1][1] < _GAIN * best: break
         if 2 * n <= most and free_memory(device) < n * found['mb']: raise MemoryError   # not for ever
@@ -162,7 +162,7 @@ def how_many(
     found = dict(rates=[])
     def measure(): return _measure(specs[0], device, most, workers, tell, found)
     try: found = measured(question(specs[0], most), measure, device)
-    except Exception: pass   # a full memory; or what the run itself will tell
+    except Exception: workers.renew()   # a full memory; or what the run itself will tell
     rates = dict(found['rates'])
     if len(rates) < 2: return 1
     room = 1 + free_memory(device) // found['mb']

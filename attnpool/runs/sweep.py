@@ -256,7 +256,8 @@ def sweep(
             firsts = [s for s in {_body(s): s for s in reversed(todo)}.values() if _body(s) and bodies[_body(s)] > 1]
             workers.together(1, threads, _make_maps, firsts, device, tell=tell)
             workers.renew()   # without what they have measured
-            say(f"{told.jobs} runs at a time, with {each} thread{'s' * (each > 1)} each.")
+            say(text := f"{told.jobs} runs at a time, with {each} thread{'s' * (each > 1)} each.")
+            progress.update(told.bar, description=text.rstrip('.'))
             made = _side_by_side(todo, told, each, how, workers)
     results |= made
     return [results[s] for s in specs]

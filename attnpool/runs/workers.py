@@ -42,9 +42,10 @@ def _portable(error):
 
 class _Printed(io.TextIOBase):
     "What is printed in a worker, in whole lines, which this process would print in the middle of its own."
-    def __init__(self, tell, name): self.tell, self.name, self.rest = tell, name, ''
+    def __init__(self, tell, name): self.tell, self.name, self.rest, self.pid = tell, name, '', os.getpid()
 
     def write(self, text):
+        if os.getpid() != self.pid: return getattr(sys, f'__{self.name}__').write(text)   # a process that loads pictures
         *lines, self.rest = (self.rest + text).split('\n')
         if lines: self.tell('printed', self.name, '\n'.join(lines) + '\n')
         return len(text)
@@ -186,12 +187,12 @@ class Workers:
             try: word, *values = line.recv()
             except (EOFError, OSError): word, values = 'gone', []
             else: self.nursery.ready = True
+            args = self.busy.pop(line) if word in ('done', 'failed', 'gone') else self.busy[line]
             if word == 'failed': raise values[0] from InWorker(values[1])
+            if word == 'gone': self.lines.remove(line)
             if word == 'printed':
                 getattr(sys, values[0]).write(values[1])
                 continue
-            args = self.busy.pop(line) if word in ('done', 'gone') else self.busy[line]
-            if word == 'gone': self.lines.remove(line)
             yield line, args, word, *values
 
     def together(self,
