@@ -139,6 +139,7 @@ def question(
 def _measure(spec, device, most, workers, tell, found):
     "Pictures per second of 1, 2, 4, ... processes, as long as there are more of them; into `found`."
     threads = torch.get_num_threads()
+    tell('measures')
     for n in (2**k for k in range(most.bit_length())):
         if n > 1: workers.together(n, 1, pace, spec, str(device), 0., tell=tell)
         its = workers.together(n, max(1, threads // n), pace, spec, str(device), tell=tell)

@@ -121,6 +121,8 @@ class _Told:
         self.share[spec] = left
         self.say(f'{self.title(spec)}: {text}')
 
+    def measures(self, _): self.say('How many runs at a time end first is measured, this once.')
+
     def left(self, spec):
         if spec in self.rows: self.progress.remove_task(self.rows.pop(spec))
 
@@ -254,7 +256,7 @@ def sweep(
         else:
             bodies = Counter(map(_body, todo))
             firsts = [s for s in {_body(s): s for s in reversed(todo)}.values() if _body(s) and bodies[_body(s)] > 1]
-            workers.together(1, threads, _make_maps, firsts, device, tell=tell)
+            if firsts: workers.together(1, threads, _make_maps, firsts, device, tell=tell)
             workers.renew()   # without what they have measured
             say(text := f"{told.jobs} runs at a time, with {each} thread{'s' * (each > 1)} each.")
             progress.update(told.bar, description=text.rstrip('.'))

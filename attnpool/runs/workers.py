@@ -45,7 +45,7 @@ class _Printed(io.TextIOBase):
     def __init__(self, tell, name): self.tell, self.name, self.rest, self.pid = tell, name, '', os.getpid()
 
     def write(self, text):
-        if os.getpid() != self.pid: return getattr(sys, f'__{self.name}__').write(text)   # a process that loads pictures
+        if os.getpid() != self.pid: return getattr(sys, f'__{self.name}__').write(text)   # one that loads pictures
         *lines, self.rest = (self.rest + text).split('\n')
         if lines: self.tell('printed', self.name, '\n'.join(lines) + '\n')
         return len(text)
