@@ -367,3 +367,11 @@ def test_jobs_of_lr_and_ablate(pics, tmp_path, threads, capsys):
         said = capsys.readouterr()
         assert not end.value.code, said.err
         assert "2 runs at a time, with 1 thread each." in said.out and {load_run(f.parent).threads for f in out.glob("*/result.json")} == {1}
+
+
+@pytest.mark.cuda
+def test_jobs_on_one_gpu(pics, tmp_path):
+    specs = [make_spec(str(pics), "avg", seed, epochs=2, size=16, bs=8) for seed in (1, 2, 3)]
+    made, alone = (sweep(specs, tmp_path / str(n), "cuda", Console(quiet=True), jobs=n) for n in (2, 1))
+    for a, b in zip(made, alone): assert a.device.startswith("cuda") and a.metrics["train_loss"] == pytest.approx(b.metrics["train_loss"], rel=.02)
+    with Workers() as workers: assert how_many(specs * 1000, torch.device("cuda"), workers) >= 1

@@ -112,7 +112,9 @@ class _Nursery:
     def close(self):
         self.control.close()   # its workers end, then it
         try: self.process.wait(10 if self.ready else 0)   # while it imports, it does not listen
-        except subprocess.TimeoutExpired: self.process.kill()
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 _early = []
 
