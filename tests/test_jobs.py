@@ -148,18 +148,18 @@ def test_jobs_workers_call_what_they_are_told_and_end_with_whoever_asked(countin
 
 def test_jobs_have_the_numbers_that_a_run_has_alone_with_as_many_threads(tmp_path, threads):
     specs = [make_spec(head=head, seed=seed, **SMALL) for seed in (1, 2) for head in ("avg", "concat")]
-    threads(4)
+    threads(2)
     out = io.StringIO()
     made = sweep(specs[:3], tmp_path / "two", "cpu", Console(file=out, force_terminal=True, width=100), jobs=2)
     said = out.getvalue()
-    assert "2 runs at a time, with 2 threads each." in said and [r.spec for r in made] == specs[:3] and {r.threads for r in made} == {2}
+    assert "2 runs at a time, with 1 thread each." in said and [r.spec for r in made] == specs[:3] and {r.threads for r in made} == {1}
     assert said.count("epochs") > 3 and all(re.search(rf"run {i}/3  \w+ seed \d: accuracy", said) for i in (1, 2, 3))
     one, = sweep(specs[:3] + specs[3:], tmp_path / "two", "cpu", Console(file=(last := io.StringIO())), jobs=2)[3:]   # one is left: here, and no less
-    assert torch.get_num_threads() == 4 and one.threads == 2 and "at a time" not in last.getvalue() and "3 of 4 runs are in" in last.getvalue()
-    threads(2)
+    assert torch.get_num_threads() == 2 and one.threads == 1 and "at a time" not in last.getvalue() and "3 of 4 runs are in" in last.getvalue()
+    threads(1)
     for r in (*made, one): assert numbers(run(r.spec, tmp_path / "alone", "cpu")) == numbers(r)
     assert not any("threads" in text for text in remarks([*made, one]))
-    assert any("made with 2 and 4 threads" in text for text in remarks([*made, replace(one, threads=4)]))
+    assert any("made with 1 and 4 threads" in text for text in remarks([*made, replace(one, threads=4)]))
 
 
 def test_jobs_of_a_probe_share_the_maps(pics, tmp_path, monkeypatch, threads, capsys):
