@@ -87,6 +87,7 @@ def nurse(
         workers.add(pid)
     for pid in workers: os.kill(pid, signal.SIGKILL)
     for pid in workers: os.waitpid(pid, 0)
+    os._exit(0)   # there is nothing to tidy up
 
 def _place():
     "What a process finds that is begun here and now, but for what torch itself puts there."
