@@ -202,16 +202,16 @@ def _side_by_side(todo, told, threads, how, workers):
             keys[line] = shared_key(spec)
             told.began(spec)
             workers.ask(line, threads, _one, spec, *how)
-        if not workers.busy: told.elsewhere(len(queue))
+        if not workers.busy: told.elsewhere(len(queue))   # all of them
         for _, (spec, *_), word, *values in workers.heard(1 if queue else None):
             if word == 'done' and values[0]:
                 results[spec], = values
                 told.ended(spec, *values)
             elif word in ('done', 'gone'):   # another process is making it; or its own was killed
                 told.left(spec)
-                queue.append(spec) if word == 'done' else queue.appendleft(spec)
-                later[spec] = time.monotonic() + 1
-                if word == 'gone': _tell_killed(spec, told, killed)
+                queue.append(spec)
+                if word == 'done': later[spec] = time.monotonic() + 1
+                else: _tell_killed(spec, told, killed)
             else: getattr(told, word)(spec, *values)
     return results
 
