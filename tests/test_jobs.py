@@ -146,8 +146,8 @@ def test_jobs_workers_call_what_they_are_told_and_end_with_whoever_asked(countin
 
 # Numbers
 
-def test_jobs_have_the_numbers_that_a_run_has_alone_with_as_many_threads(tmp_path, threads):
-    specs = [make_spec(head=head, seed=seed, **SMALL) for seed in (1, 2) for head in ("avg", "concat")]
+def test_jobs_have_the_numbers_that_a_run_has_alone_with_as_many_threads(pics, tmp_path, threads):
+    specs = [make_spec(str(pics), head, seed, epochs=2, size=16, bs=8) for seed in (1, 2) for head in ("avg", "concat")]
     threads(2)
     out = io.StringIO()
     made = sweep(specs[:3], tmp_path / "two", "cpu", Console(file=out, force_terminal=True, width=100), jobs=2)
@@ -310,7 +310,7 @@ def answer(spec, **values):
 
 @pytest.mark.parametrize("case, n, gain, mb, pictures, jobs", [
     ("two end sooner", 4, 1.3, 100, 1e5, 2), ("three runs take as long as four", 3, 1.3, 100, 1e5, 1), ("unless two gain more", 3, 1.5, 100, 1e5, 2),
-    ("nothing is gained", 4, 1., 100, 1e5, 1), ("memory for one", 4, 1.9, 1e9, 1e5, 1), ("done sooner than workers begin", 4, 1.9, 100, 100, 1)])
+    ("nothing is gained", 4, 1., 100, 1e5, 1), ("memory for only one", 4, 1.9, 1e9, 1e5, 1), ("done sooner than workers begin", 4, 1.9, 100, 100, 1)])
 def test_jobs_as_many_as_end_first(case, n, gain, mb, pictures, jobs, threads):
     threads(2)
     bs = 60 + len(case)   # a question of its own

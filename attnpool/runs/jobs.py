@@ -113,13 +113,13 @@ def check_jobs(
     cluster: bool = False, # Whether a cluster's queue makes the runs
 ):
     "An error for more runs at a time than there can be."
-    if jobs is None or jobs == 1: return
+    if jobs is None: return
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise BadInput(f"jobs: expected how many runs are made at a time, a whole number from 1 on, got {jobs!r}.")
     why = ('--array-size says how many jobs the queue runs at a time' if cluster else
            'the processes of a launcher train one run together' if processes() > 1 else
            'several runs at a time need Linux' if sys.platform != 'linux' else '')
-    if why: raise BadInput(f"jobs: {why}, got {jobs}. Leave --jobs out.")
+    if why and jobs > 1: raise BadInput(f"jobs: {why}, got {jobs}. Leave --jobs out.")
 
 def _little(specs):
     "Whether all of it is done in seconds."
