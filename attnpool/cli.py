@@ -149,7 +149,7 @@ def bench(
     test: Annotated[bool, typer.Option('--test', help=_TEST)] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
-    out: Annotated[Path, typer.Option(help=_OUT, **_FILE)] = 'runs',
+    out: Annotated[Path, typer.Option(help=_OUT, **_FILE)] = 'runs', jobs: JOBS = None,
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     gpus: Annotated[int, typer.Option(help=_GPUS, min=0)] = 0,
@@ -157,7 +157,6 @@ def bench(
     array_size: Annotated[int | None, typer.Option(help='Jobs at a time.  [default: 1, in Slurm 256]', min=1)] = None,
     wait: Annotated[bool, typer.Option(help='Stay until all jobs are done. The same command later goes on.')] = True,
     checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60,
-    jobs: JOBS = None,
     **overrides
 ):
     """Compare heads on the same network, data and seeds.
@@ -241,7 +240,7 @@ def lr(
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
     out: Annotated[Path, typer.Option(help='Folder for the runs, not below one to be reported.', **_FILE)] = 'runs-lr',
     checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60,
-    jobs: JOBS = None,
+    jobs: JOBS = None, # Runs at a time
     **overrides
 ):
     """Find each head's learning rate in a grid.

@@ -85,7 +85,7 @@ def ablate(
     device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
     out: Annotated[Path, typer.Option(help=_OUT, **FILE)] = 'runs',
     checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60.,
-    jobs: JOBS = None,
+    jobs: JOBS = None, # Runs at a time
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     gpus: Annotated[int, typer.Option(help='GPUs of a job, with one process each.', min=0)] = 0,

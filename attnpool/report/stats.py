@@ -240,8 +240,8 @@ def _alone(results, *_):
 
 def _threads(results, part, _):
     n = sorted({r.threads for r in results if r.threads and r.device == 'cpu' and part != 'test'})
-    return len(n) > 1 and (f"Runs were made with {' and '.join(map(str, n))} threads (--jobs): their times do not compare, "
-                           "and as they round otherwise, the same seed differs a little.")
+    return len(n) > 1 and (f"Runs were made with {' and '.join(map(str, n))} threads (--jobs): their times do not "
+                           "compare, and as they round otherwise, the same seed differs a little.")
 
 def remarks(
     results: Sequence[Result], # Of one setting

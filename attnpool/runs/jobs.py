@@ -121,6 +121,7 @@ def check_jobs(
            'several runs at a time need Linux' if sys.platform != 'linux' else '')
     if why and jobs > 1: raise BadInput(f"jobs: {why}, got {jobs}. Leave --jobs out.")
 
+# %% ../../nbs/544_runs.jobs.ipynb #67e64de9
 def _little(specs):
     "Whether all of it is done in seconds."
     def pixels(n): return sum(s.recipe.epochs * n * s.recipe.size**2 for s in specs)

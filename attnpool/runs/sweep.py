@@ -82,6 +82,7 @@ class _Told:
         self.seen, self.rows, self.numbers, self.quarters, self.waits = Counter(), {}, {}, set(), False
 
     def say(self, text): self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def measures(self, _): self.say('How many runs at a time end first is measured, this once.')
 
     def title(self, spec):
         which = f"{self.titles[spec]} {'split' if spec.split == 'seed' else 'seed'} {spec.seed}"
@@ -120,8 +121,6 @@ class _Told:
         if spec in self.rows: self.progress.update(self.rows[spec], completed=there)
         self.share[spec] = left
         self.say(f'{self.title(spec)}: {text}')
-
-    def measures(self, _): self.say('How many runs at a time end first is measured, this once.')
 
     def left(self, spec):
         if spec in self.rows: self.progress.remove_task(self.rows.pop(spec))
