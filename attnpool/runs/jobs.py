@@ -121,13 +121,6 @@ def check_jobs(
            'several runs at a time need Linux' if sys.platform != 'linux' else '')
     if why and jobs > 1: raise BadInput(f"jobs: {why}, got {jobs}. Leave --jobs out.")
 
-# %% ../../nbs/544_runs.jobs.ipynb #67e64de9
-def _little(specs):
-    "Whether all of it is done in seconds."
-    def pixels(n): return sum(s.recipe.epochs * n * s.recipe.size**2 for s in specs)
-    path = specs[0].data.path if specs[0].data.fingerprint else ''
-    return pixels(100) < _LEAST and pixels(len(find_pictures(path).labels) if path else _MADE) < _LEAST
-
 def question(
     spec: Spec, # Of a run
     most: int, # How many at a time are tried at most
@@ -136,6 +129,13 @@ def question(
     told = dict(decided(spec.recipe), **dict(spec.options))
     told = ' '.join(f'{k}={told[k]}' for k in sorted(told.keys() - {'lr', 'epochs', 'wd', 'label_smoothing', 'warmup'}))
     return f'runs at a time, of up to {most}: {spec.task} {spec.data.name} {spec.arch} {told}'
+
+# %% ../../nbs/544_runs.jobs.ipynb #67e64de9
+def _little(specs):
+    "Whether all of it is done in seconds."
+    def pixels(n): return sum(s.recipe.epochs * n * s.recipe.size**2 for s in specs)
+    path = specs[0].data.path if specs[0].data.fingerprint else ''
+    return pixels(100) < _LEAST and pixels(len(find_pictures(path).labels) if path else _MADE) < _LEAST
 
 def _measure(spec, device, most, workers, tell, found):
     "Pictures per second of 1, 2, 4, ... processes, as long as there are more of them; into `found`."

@@ -100,7 +100,8 @@ class _Nursery:
         self.place, self.ready = _place(), False
         self.control, theirs = socket.socketpair()
         with theirs:
-            words = f'import sys; sys.path[:] = {sys.path!r}; from {__name__} import _nurse; _nurse({theirs.fileno()})'
+            words = (f'import sys; sys.path[:] = {sys.path!r}; from attnpool.runs.workers import _nurse; '
+                     f'_nurse({theirs.fileno()})')
             env = os.environ | dict(PYTORCH_NVML_BASED_CUDA_CHECK='1')   # to look for a GPU otherwise spoils copies
             self.process = subprocess.Popen([sys.executable, '-c', words], pass_fds=[theirs.fileno()], env=env,
                 stdin=subprocess.DEVNULL, start_new_session=True)   # Ctrl-C is for whoever asks
