@@ -124,7 +124,6 @@ class _Told:
 
     def left(self, spec):
         if spec in self.rows: self.progress.remove_task(self.rows.pop(spec))
-
     def ended(self, spec, result):
         self.left(spec)
         self.progress.update(self.bar, advance=self.share[spec] - self.seen[spec])   # a diverged run has fewer epochs
@@ -251,7 +250,9 @@ def sweep(
             say(f'Known in this process only, so one run at a time: {lack}')
             jobs = told.jobs = 1
         how, each = (out, device, checkpoint_seconds), max(1, threads // jobs)   # as many for the last one that is left
-        if told.jobs == 1: made = _one_by_one(todo, told, each, how)
+        if told.jobs == 1:
+            workers.close()
+            made = _one_by_one(todo, told, each, how)
         else:
             bodies = Counter(map(_body, todo))
             firsts = [s for s in {_body(s): s for s in reversed(todo)}.values() if _body(s) and bodies[_body(s)] > 1]
