@@ -46,8 +46,8 @@ def speed(
 
         attnpool speed --epochs photos/
     """
-    if figures + growth + steps + epochs > 1:
-        raise BadInput('--figures, --growth, --steps and --epochs are measured one at a time. Give one of them.')
+    if figures + growth + steps + epochs + dispatch > 1:
+        raise BadInput('--figures, --growth, --steps, --epochs and --dispatch are measured one at a time. Give one.')
     if data is not None and not epochs:
         raise BadInput(f'data: only --epochs reads pictures, got {data}. Add --epochs, or leave the pictures out.')
     from attnpool.cost import pools, timing

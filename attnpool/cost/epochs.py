@@ -36,7 +36,7 @@ from ..data.check import check_pictures, without_broken
 from ..data.find import find_pictures
 from ..maps.draw import PALETTE
 from ..registry import BadInput
-from ..runs.sweep import keep_memory
+from ..runs.workers import keep_memory
 
 # %% ../../nbs/675_cost.epochs.ipynb #89463c6c
 def peak_rate(
