@@ -245,7 +245,7 @@ def test_epochs_speed_of_each_device():
 
 @pytest.mark.parametrize("words, message", [
     (["--epochs", "{}/nowhere"], "data: there is no file or folder"), (["--epochs", "digits"], "data: 'digits' is a data set without files"),
-    (["{}"], "data: only --epochs reads pictures"), (["--epochs", "--steps"], "--figures, --growth, --steps and --epochs are measured one at a time"),
+    (["{}"], "data: only --epochs reads pictures"), (["--epochs", "--steps"], "--figures, --growth, --steps, --epochs and --dispatch are measured one at a time"),
     (["--epochs", "{}/train/cool"], "data:.*"), (["--epochs", "--device", "mps"], "--device: 'mps' is not available here"),
 ])
 def test_mistakes_at_speed_epochs(photos, tmp_path, words, message, capsys):
