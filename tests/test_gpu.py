@@ -43,7 +43,7 @@ def test_speed_commands_of_the_page_exist(command):
 
 
 def test_speed_has_a_command_for_everything():
-    assert len(commands()) == 11 and sum("cuda" in c for c in commands()) == 5
+    assert len(commands()) == 13 and sum("cuda" in c for c in commands()) == 6
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
