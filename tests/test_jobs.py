@@ -318,7 +318,7 @@ def test_jobs_as_many_as_end_first(case, n, gain, mb, pictures, jobs, threads):
     answer(specs[0], rates=[[1, 1000.], [2, 1000. * gain]], mb=mb, pictures=pictures)
     with Workers() as workers:
         assert how_many(specs, torch.device("cpu"), workers) == jobs
-        assert workers.nursery is None   # the answer was there
+        assert workers.server is None   # the answer was there
 
 
 def test_jobs_are_measured_once(threads, monkeypatch, tmp_path):
@@ -330,14 +330,14 @@ def test_jobs_are_measured_once(threads, monkeypatch, tmp_path):
     (asked, found), = kept.items()
     assert first in (1, 2) and "xeca_resnext_tiny" in asked and [n for n, _ in found["rates"]] == [1, 2] and found["pictures"] == 1500
     assert all(rate > 10 for _, rate in found["rates"]) and 20 < found["mb"] < 4000
-    with Workers() as workers: assert (how_many(specs, torch.device("cpu"), workers), workers.nursery) == (first, None)
+    with Workers() as workers: assert (how_many(specs, torch.device("cpu"), workers), workers.server) == (first, None)
     few = [replace(s, recipe=replace(s.recipe, epochs=1)) for s in specs[:2]]
     monkeypatch.setenv("ATTNPOOL_MEASURED", "0")
     with Workers() as workers:   # little to do; nothing is to be kept; one thread
         assert [how_many(its, torch.device("cpu"), workers) for its in (few, specs)] == [1, 1]
         monkeypatch.delenv("ATTNPOOL_MEASURED")
         threads(1)
-        assert how_many(specs, torch.device("cpu"), workers) == 1 and workers.nursery is None
+        assert how_many(specs, torch.device("cpu"), workers) == 1 and workers.server is None
     wrong = [replace(s, recipe=replace(s.recipe, bs=5000)) for s in specs]   # the run itself tells what is wrong
     threads(2)
     with Workers() as workers: assert how_many(wrong, torch.device("cpu"), workers) == 1

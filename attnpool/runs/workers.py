@@ -73,7 +73,7 @@ def _work(line):
         except BaseException as e: tell('failed', _portable(e), ''.join(traceback.format_exception(e)))
 
 # %% ../../nbs/543_runs.workers.ipynb #6a2f3769
-def _nurse(number):
+def _serve(number):
     "Import what runs need, then become a worker again and again; at the end of the one who asks, end them all."
     for category in (FutureWarning, DeprecationWarning): warnings.filterwarnings('ignore', category=category)
     import_module('attnpool.runs.train')
@@ -94,14 +94,14 @@ def _place():
     own = 'KMP_', 'TORCHINDUCTOR_'
     return os.getcwd(), sys.path[:], {k: v for k, v in os.environ.items() if not k.startswith(own)}
 
-class _Nursery:
+class _ForkServer:
     "The process that makes workers, seen from outside. It begins to import when it is made."
     def __init__(self):
         self.place, self.ready = _place(), False
         self.control, theirs = socket.socketpair()
         with theirs:
-            words = (f'import sys; sys.path[:] = {sys.path!r}; from attnpool.runs.workers import _nurse; '
-                     f'_nurse({theirs.fileno()})')
+            words = (f'import sys; sys.path[:] = {sys.path!r}; from attnpool.runs.workers import _serve; '
+                     f'_serve({theirs.fileno()})')
             env = os.environ | dict(PYTORCH_NVML_BASED_CUDA_CHECK='1')   # to look for a GPU otherwise spoils copies
             self.process = subprocess.Popen([sys.executable, '-c', words], pass_fds=[theirs.fileno()], env=env,
                 stdin=subprocess.DEVNULL, start_new_session=True)   # Ctrl-C is for whoever asks
@@ -122,19 +122,19 @@ _early = []
 
 def prepare():
     "Begin to make a process for workers now; the next `Workers` take it over."
-    if not _early and sys.platform == 'linux' and len(os.sched_getaffinity(0)) > 1: _early.append(_Nursery())
+    if not _early and sys.platform == 'linux' and len(os.sched_getaffinity(0)) > 1: _early.append(_ForkServer())
 
-def _nursery():
+def _fork_server():
     "The one that was begun early, where it lives and nothing has changed since; or a new one."
     while _early:
         if (early := _early.pop()).place == _place() and early.process.poll() is None: return early
         early.close()
-    return _Nursery()
+    return _ForkServer()
 
 # %% ../../nbs/543_runs.workers.ipynb #6fe210f8
 class Workers:
     "Processes that each call one function after the other for this one, on Linux. They end with it, or with `with`."
-    def __init__(self): self.nursery, self.lines, self.busy = None, [], {}   # busy: line and what it was asked
+    def __init__(self): self.server, self.lines, self.busy = None, [], {}   # busy: line and what it was asked
 
     def __enter__(self): return self
 
@@ -143,14 +143,14 @@ class Workers:
     def close(self):
         "End all, and what was begun early as well."
         self.renew()
-        for nursery in filter(None, [self.nursery, *_early]): nursery.close()
-        self.nursery = None
+        for server in filter(None, [self.server, *_early]): server.close()
+        self.server = None
         _early.clear()
 
     @property
     def start(self) -> float: # Seconds, roughly
         "How long it takes until a first one is there."
-        return 1. if self.nursery or _early else 6.
+        return 1. if self.server or _early else 6.
 
     def renew(self):
         "End all; those that `grow` makes then are new."
@@ -162,9 +162,9 @@ class Workers:
     ) -> list[Connection]: # The first `n`, by their lines
         "Make workers; those that are there stay."
         while len(self.lines) < n:
-            if self.nursery and self.nursery.process.poll() is not None: self.nursery = None   # it was killed
-            if self.nursery is None: self.nursery = _nursery()
-            self.lines.append(self.nursery.worker())
+            if self.server and self.server.process.poll() is not None: self.server = None   # it was killed
+            if self.server is None: self.server = _fork_server()
+            self.lines.append(self.server.worker())
         return self.lines[:n]
 
 # %% ../../nbs/543_runs.workers.ipynb #0d33edb7
@@ -197,7 +197,7 @@ def heard(self: Workers,
     for line in wait(list(self.busy), seconds) if self.busy else ():
         try: word, *values = line.recv()
         except (EOFError, OSError): word, values = 'gone', []
-        else: self.nursery.ready = True
+        else: self.server.ready = True
         args = self.busy.pop(line) if word in ('done', 'failed', 'gone') else self.busy[line]
         if word == 'failed': raise values[0] from InWorker(values[1])
         if word == 'gone': self.lines.remove(line)
