@@ -26,6 +26,8 @@ from typing import Any, Callable, Iterator
 
 from fastcore.basics import patch
 
+from ..registry import BadInput
+
 # %% ../../nbs/543_runs.workers.ipynb #ac3e7974
 def keep_memory():
     "Have glibc keep the memory of freed tensors for the next ones, in this process; elsewhere nothing."
@@ -76,6 +78,7 @@ def _work(line):
 def _serve(number):
     "Import what runs need, then become a worker again and again; at the end of the one who asks, end them all."
     for category in (FutureWarning, DeprecationWarning): warnings.filterwarnings('ignore', category=category)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # some launchers ignore it: nothing could be waited for
     import_module('attnpool.runs.train')
     control, workers = socket.socket(fileno=number), set()
     while (lines := socket.recv_fds(control, 1, 1)[1]):
@@ -92,7 +95,8 @@ def _serve(number):
 def _place():
     "What a process finds that is begun here and now, but for what torch itself puts there."
     own = 'KMP_', 'TORCHINDUCTOR_'
-    return os.getcwd(), sys.path[:], {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    path = [p for p in sys.path if isinstance(p, str)]   # as Python does, which looks at no others
+    return os.getcwd(), path, {k: v for k, v in os.environ.items() if not k.startswith(own)}
 
 class _ForkServer:
     "The process that makes workers, seen from outside. It begins to import when it is made."
@@ -100,7 +104,7 @@ class _ForkServer:
         self.place, self.ready = _place(), False
         self.control, theirs = socket.socketpair()
         with theirs:
-            words = (f'import sys; sys.path[:] = {sys.path!r}; from attnpool.runs.workers import _serve; '
+            words = (f'import sys; sys.path[:] = {self.place[1]!r}; from attnpool.runs.workers import _serve; '
                      f'_serve({theirs.fileno()})')
             env = os.environ | dict(PYTORCH_NVML_BASED_CUDA_CHECK='1')   # to look for a GPU otherwise spoils copies
             self.process = subprocess.Popen([sys.executable, '-c', words], pass_fds=[theirs.fileno()], env=env,
@@ -108,7 +112,9 @@ class _ForkServer:
 
     def worker(self):
         mine, theirs = Pipe()
-        with theirs: socket.send_fds(self.control, [b'.'], [theirs.fileno()])
+        with theirs:
+            try: socket.send_fds(self.control, [b'.'], [theirs.fileno()])
+            except OSError: pass   # it has just ended: the worker will be heard to be gone
         return mine
 
     def close(self):
@@ -219,7 +225,9 @@ def together(self: Workers,
     for line in lines: self.ask(line, threads, f, *args)
     while len(answers) < n:
         for line, _, word, *values in self.heard():
-            if word == 'gone': raise RuntimeError('a worker was killed')
+            if word == 'gone':
+                raise BadInput('jobs: a process was killed, perhaps as the memory was full. Try --jobs 1, or a smaller '
+                               '--bs.')
             if word == 'done': answers[line] = values[0]
             else: tell(word, *values)
     return [answers[line] for line in lines]
