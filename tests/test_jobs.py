@@ -101,6 +101,7 @@ def slow(tell, n):
     for i in range(n): time.sleep(.01)
     return n
 def length(tell, text): return len(text)
+def wordy(tell): print('a line\\nand', end=' more')
 def harm(tell): os.kill(os.getpid(), 9)
 def wrong(tell, kind):
     class Odd(Exception): pass   # cannot be sent
@@ -118,13 +119,16 @@ def counting(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-def test_jobs_workers_call_what_they_are_told_and_end_with_whoever_asked(counting):
+def test_jobs_workers_call_what_they_are_told_and_end_with_whoever_asked(counting, capsys):
     with Workers() as workers:
         found = workers.together(3, 2, counting.threads)
         assert len({pid for pid, *_ in found} | {os.getpid()}) == 4 and {t for _, t, _ in found} == {2}   # two threads in a copied process
         assert {total for *_, total in found} == {300**3}
         again = workers.together(2, 1, counting.threads)
         assert [pid for pid, *_ in again] == [pid for pid, *_ in found[:2]] and {t for _, t, _ in again} == {1}   # not made anew
+
+        workers.together(1, 1, counting.wordy)
+        assert capsys.readouterr().out == "a line\nand more\n"   # all of it, in whole lines
 
         with pytest.raises(FileNotFoundError) as e: workers.together(1, 1, counting.wrong, "file")
         assert e.value.filename == "photo.png" and e.value.strerror == "no such file"

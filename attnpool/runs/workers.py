@@ -54,6 +54,9 @@ class _Printed(io.TextIOBase):
         if lines: self.tell('printed', self.name, '\n'.join(lines) + '\n')
         return len(text)
 
+    def end(self):
+        if self.rest: self.write('\n')
+
 def _work(line):
     "One call after the other, until whoever asks is gone."
     import torch
@@ -65,13 +68,16 @@ def _work(line):
     def tell(*told):
         with lock: line.send(told)
     threading.Thread(target=listen, daemon=True).start()
-    sys.stdout, sys.stderr = (_Printed(tell, name) for name in ('stdout', 'stderr'))
+    printed = sys.stdout, sys.stderr = [_Printed(tell, name) for name in ('stdout', 'stderr')]
     keep_memory()
     while True:
         try:
             threads, f, args = pickle.loads(calls.get())
             torch.set_num_threads(threads)
-            tell('done', f(tell, *args))
+            try: answer = f(tell, *args)
+            finally:
+                for stream in printed: stream.end()
+            tell('done', answer)
         except BaseException as e: tell('failed', _portable(e), ''.join(traceback.format_exception(e)))
 
 # %% ../../nbs/543_runs.workers.ipynb #6a2f3769
