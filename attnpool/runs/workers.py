@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe, wait
 from queue import SimpleQueue
@@ -118,9 +119,8 @@ class _ForkServer:
 
     def worker(self):
         mine, theirs = Pipe()
-        with theirs:
-            try: socket.send_fds(self.control, [b'.'], [theirs.fileno()])
-            except OSError: pass   # it has just ended: the worker will be heard to be gone
+        with theirs, suppress(OSError):   # where it has just ended, the worker will be heard to be gone
+            socket.send_fds(self.control, [b'.'], [theirs.fileno()])
         return mine
 
     def close(self):
