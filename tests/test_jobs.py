@@ -100,6 +100,9 @@ def slow(tell, n):
     tell("begins", os.getpid())
     for i in range(n): time.sleep(.01)
     return n
+def length(tell, text): return len(text)
+def wordy(tell): print('a line\\nand', end=' more')
+def harm(tell): os.kill(os.getpid(), 9)
 def wrong(tell, kind):
     class Odd(Exception): pass   # cannot be sent
     raise Odd("a local one") if kind == "odd" else FileNotFoundError(2, "no such file", "photo.png")
@@ -116,13 +119,16 @@ def counting(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-def test_jobs_workers_call_what_they_are_told_and_end_with_whoever_asked(counting):
+def test_jobs_workers_call_what_they_are_told_and_end_with_whoever_asked(counting, capsys):
     with Workers() as workers:
         found = workers.together(3, 2, counting.threads)
         assert len({pid for pid, *_ in found} | {os.getpid()}) == 4 and {t for _, t, _ in found} == {2}   # two threads in a copied process
         assert {total for *_, total in found} == {300**3}
         again = workers.together(2, 1, counting.threads)
         assert [pid for pid, *_ in again] == [pid for pid, *_ in found[:2]] and {t for _, t, _ in again} == {1}   # not made anew
+
+        workers.together(1, 1, counting.wordy)
+        assert capsys.readouterr().out == "a line\nand more\n"   # all of it, in whole lines
 
         with pytest.raises(FileNotFoundError) as e: workers.together(1, 1, counting.wrong, "file")
         assert e.value.filename == "photo.png" and e.value.strerror == "no such file"
@@ -142,6 +148,33 @@ def test_jobs_workers_call_what_they_are_told_and_end_with_whoever_asked(countin
         assert workers.together(3, 1, counting.slow, 1) == [1, 1, 1]
         workers.ask(workers.lines[0], 1, counting.slow, 10**6)   # in the middle of something
     wait_for(lambda: not alive(there), 10)
+
+
+LAUNCHED = """
+import os, signal, sys
+from pathlib import Path
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)   # as some launchers leave it to what they begin
+sys.path.insert(0, Path('.'))   # Python looks at text only
+import counting
+from attnpool.runs.workers import Workers
+with Workers() as workers:
+    print([workers.together(n, 1, counting.length, 'four') for n in (1, 3)])
+    lines = workers.grow(3)
+    for line in lines: line.close()
+    workers.lines.clear()
+    workers.server.process.kill()
+    workers.server.process.wait()
+    print(workers.together(2, 1, counting.length, 'again'))
+    try: workers.together(2, 1, counting.harm)
+    except ValueError as e: print(e)
+"""
+
+
+def test_jobs_workers_wherever_they_are_begun_and_when_what_makes_them_is_killed(counting, tmp_path):
+    (tmp_path / "script.py").write_text(LAUNCHED)
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(counting.__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=120)
+    assert done.stdout.splitlines() == ["[[4], [4, 4, 4]]", "[5, 5]", "jobs: a process was killed, perhaps as the memory was full. Try --jobs 1, or a smaller --bs."], done.stderr
 
 
 # Numbers

@@ -95,13 +95,18 @@ def free_memory(
     "Memory that further processes may take."
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0] / 2**20
     free = [int(line.split()[1]) * 2**10 for line in Path('/proc/meminfo').open() if line.startswith('MemAvailable')]
-    for most, used in (('memory.max', 'memory.current'), ('memory.limit_in_bytes', 'memory.usage_in_bytes')):
-        folder = Path('/sys/fs/cgroup', 'memory' if 'limit' in most else '')
-        try:
-            stat = dict(line.split() for line in (folder/'memory.stat').open())
-            files = int(stat.get('total_inactive_file', stat['inactive_file']))   # the system takes them back
-            free.append(int((folder/most).read_text()) - int((folder/used).read_text()) + files)
-        except (OSError, ValueError, LookupError): pass   # another kind of system, or no limit
+    group = Path('/proc/self/cgroup')
+    for line in group.read_text().splitlines() if group.exists() else ():
+        _, kind, own = line.split(':', 2)
+        most, used = ('limit_in_bytes', 'usage_in_bytes') if kind else ('max', 'current')   # two kinds of system
+        inmost = Path('/sys/fs/cgroup', kind, own.lstrip('/'))
+        for folder in (inmost, *inmost.parents) if kind in ('', 'memory') else ():   # a queue limits one of them
+            try:
+                stat = dict(line.split() for line in (folder/'memory.stat').open())
+                files = int(stat.get('total_inactive_file', stat['inactive_file']))   # the system takes them back
+                limit, taken = (int((folder/f'memory.{name}').read_text()) for name in (most, used))
+                free.append(limit - taken + files)
+            except (OSError, ValueError, LookupError): pass   # none here
     return min(free) / 2**20
 
 # %% ../../nbs/544_runs.jobs.ipynb #55ab50a5
@@ -128,7 +133,8 @@ def question(
     "What is asked about a kind of training: all that its pace depends on, without the head."
     told = dict(decided(spec.recipe), **dict(spec.options))
     told = ' '.join(f'{k}={told[k]}' for k in sorted(told.keys() - {'lr', 'epochs', 'wd', 'label_smoothing', 'warmup'}))
-    return f'runs at a time, of up to {most}: {spec.task} {spec.data.name} {spec.arch} {told}'
+    data = f'{spec.data.name} {spec.data.fingerprint[:8]}'.rstrip()   # others of that name may be larger
+    return f'runs at a time, of up to {most}: {spec.task} {data} {spec.arch} {told}'
 
 # %% ../../nbs/544_runs.jobs.ipynb #67e64de9
 def _little(specs):
@@ -145,7 +151,7 @@ def _measure(spec, device, most, workers, tell, found):
         if n > 1: workers.together(n, 1, pace, spec, str(device), 0., tell=tell)
         its = workers.together(n, max(1, threads // n), pace, spec, str(device), tell=tell)
         found['rates'].append([n, sum(one['rate'] for one in its)])
-        if n == 1: found |= dict(mb=its[0]['mb'], pictures=its[0]['pictures'])
+        if n == 1: found |= dict(mb=max(1., its[0]['mb']), pictures=its[0]['pictures'])
         best = max(rate for _, rate in found['rates'][:-1]) if n > 1 else 0
         if found['rates'][-1][1] < _GAIN * best: break
         if 2 * n <= most and free_memory(device) < n * found['mb']: raise MemoryError   # not for ever

@@ -19,12 +19,15 @@ import threading
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe, wait
 from queue import SimpleQueue
 from typing import Any, Callable, Iterator
 
 from fastcore.basics import patch
+
+from ..registry import BadInput
 
 # %% ../../nbs/543_runs.workers.ipynb #ac3e7974
 def keep_memory():
@@ -52,6 +55,9 @@ class _Printed(io.TextIOBase):
         if lines: self.tell('printed', self.name, '\n'.join(lines) + '\n')
         return len(text)
 
+    def end(self):
+        if self.rest: self.write('\n')
+
 def _work(line):
     "One call after the other, until whoever asks is gone."
     import torch
@@ -63,19 +69,23 @@ def _work(line):
     def tell(*told):
         with lock: line.send(told)
     threading.Thread(target=listen, daemon=True).start()
-    sys.stdout, sys.stderr = (_Printed(tell, name) for name in ('stdout', 'stderr'))
+    printed = sys.stdout, sys.stderr = [_Printed(tell, name) for name in ('stdout', 'stderr')]
     keep_memory()
     while True:
         try:
             threads, f, args = pickle.loads(calls.get())
             torch.set_num_threads(threads)
-            tell('done', f(tell, *args))
+            try: answer = f(tell, *args)
+            finally:
+                for stream in printed: stream.end()
+            tell('done', answer)
         except BaseException as e: tell('failed', _portable(e), ''.join(traceback.format_exception(e)))
 
 # %% ../../nbs/543_runs.workers.ipynb #6a2f3769
 def _serve(number):
     "Import what runs need, then become a worker again and again; at the end of the one who asks, end them all."
     for category in (FutureWarning, DeprecationWarning): warnings.filterwarnings('ignore', category=category)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # some launchers ignore it: nothing could be waited for
     import_module('attnpool.runs.train')
     control, workers = socket.socket(fileno=number), set()
     while (lines := socket.recv_fds(control, 1, 1)[1]):
@@ -92,7 +102,8 @@ def _serve(number):
 def _place():
     "What a process finds that is begun here and now, but for what torch itself puts there."
     own = 'KMP_', 'TORCHINDUCTOR_'
-    return os.getcwd(), sys.path[:], {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    path = [p for p in sys.path if isinstance(p, str)]   # as Python does, which looks at no others
+    return os.getcwd(), path, {k: v for k, v in os.environ.items() if not k.startswith(own)}
 
 class _ForkServer:
     "The process that makes workers, seen from outside. It begins to import when it is made."
@@ -100,7 +111,7 @@ class _ForkServer:
         self.place, self.ready = _place(), False
         self.control, theirs = socket.socketpair()
         with theirs:
-            words = (f'import sys; sys.path[:] = {sys.path!r}; from attnpool.runs.workers import _serve; '
+            words = (f'import sys; sys.path[:] = {self.place[1]!r}; from attnpool.runs.workers import _serve; '
                      f'_serve({theirs.fileno()})')
             env = os.environ | dict(PYTORCH_NVML_BASED_CUDA_CHECK='1')   # to look for a GPU otherwise spoils copies
             self.process = subprocess.Popen([sys.executable, '-c', words], pass_fds=[theirs.fileno()], env=env,
@@ -108,7 +119,8 @@ class _ForkServer:
 
     def worker(self):
         mine, theirs = Pipe()
-        with theirs: socket.send_fds(self.control, [b'.'], [theirs.fileno()])
+        with theirs, suppress(OSError):   # where it has just ended, the worker will be heard to be gone
+            socket.send_fds(self.control, [b'.'], [theirs.fileno()])
         return mine
 
     def close(self):
@@ -219,7 +231,9 @@ def together(self: Workers,
     for line in lines: self.ask(line, threads, f, *args)
     while len(answers) < n:
         for line, _, word, *values in self.heard():
-            if word == 'gone': raise RuntimeError('a worker was killed')
+            if word == 'gone':
+                raise BadInput('jobs: a process was killed, perhaps as the memory was full. Try --jobs 1, or a smaller '
+                               '--bs.')
             if word == 'done': answers[line] = values[0]
             else: tell(word, *values)
     return [answers[line] for line in lines]
