@@ -231,7 +231,7 @@ def test_broken_pictures_are_left_out(photos, tmp_path):
         copy.write_bytes(f.read_bytes() if f.name != "3.jpg" else b"no picture")
     lines = []
     table = measure_epochs(tmp_path, [SMALL], 1, progress=lines.append, together=True)
-    assert lines[0].endswith("7 pictures that train, 3 that validate") and (table.train == 4).all()   # a whole batch
+    assert lines[0].endswith("7 pictures that train, 3 that validate; 2 broken or missing, left out") and (table.train == 4).all()   # a whole batch
 
 
 def test_epochs_speed_of_each_device():

@@ -86,8 +86,8 @@ def _processes(names):
         try:
             try: pids += [future.result() for future in started]
             except BrokenProcessPool:   # each begins with the script that calls
-                raise BadInput("together: no process could begin. In a script, call below if __name__ == '__main__':; or "
-                               'together=True needs none.') from None
+                raise BadInput("together: no process could begin. In a script, call below if __name__ == '__main__':, "
+                               'or pass together=True, which needs none.') from None
             yield pools
         except BrokenProcessPool:
             raise BadInput('quick: a process was ended from outside, most often as the memory is full. Use --quick, or '
@@ -182,9 +182,11 @@ def measure_epochs(
         else: pools = stack.enter_context(_processes(ways))
         for s in settings:
             part = part_of(whole, s.n_train, s.n_valid)
+            n = len(part.files)
             part, _ = without_broken(part, check_pictures(part, folder), skip_broken=True)
+            broken = f'; {n - len(part.files):,} broken or missing, left out' if n > len(part.files) else ''
             if progress: progress(f'{s.arch} at {s.size} px, {part.n_train:,} pictures that train, '
-                                  f'{len(part.files) - part.n_train:,} that validate')
+                                  f'{len(part.files) - part.n_train:,} that validate{broken}')
             rows += _measured(s, part, rounds, device, folder, pools, progress)
         _made.clear()
     return pd.DataFrame(rows)
