@@ -11,11 +11,13 @@ from collections import defaultdict
 from typing import Callable, Sequence
 
 import torch
-from fastai.optimizer import Lookahead, Optimizer, l2_reg, radam_step
+from fastai.optimizer import Lookahead, Optimizer, adam_step, l2_reg, radam_step
 from fastai.vision.all import OptimWrapper
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.optim.adamw import adamw
+
+from .registry import BadInput
 
 # %% ../nbs/435_optimizers.ipynb #a0350001
 class QuickAdam(Optimizer):
@@ -34,6 +36,7 @@ class QuickAdam(Optimizer):
                 s['step'] += 1
                 four = p.data, g, s['grad_avg'], s['sqr_avg']
                 laid = p.device.type in ('cpu', 'cuda') and len({t.stride() for t in four}) == 1   # it goes by memory
+                laid = laid and p.is_floating_point()   # not complex
                 alike[s['step'], s.get('do_wd', True), laid, p.device, p.dtype].append(four)
             for (step, decays, laid, *_), fours in alike.items():
                 self._move(*map(list, zip(*fours)), step, laid, **hyper | dict(wd=hyper['wd'] * decays))
@@ -65,7 +68,10 @@ def quick(
 ) -> Optimizer: # Of the same class, or for `ranger` with one inside
     "fastai's optimizer in one pass over the weights."
     opt = make(*args, **kwargs)
-    (opt.opt if isinstance(opt, Lookahead) else opt).__class__ = QuickAdam
+    inner = opt.opt if isinstance(opt, Lookahead) else opt
+    if type(inner) is not Optimizer or inner.cbs[-1] not in (adam_step, radam_step):
+        raise BadInput(f"make: expected fastai's Adam, RAdam or ranger, got {make}. Others are used as they are.")
+    inner.__class__ = QuickAdam
     return opt
 
 # %% ../nbs/435_optimizers.ipynb #62aa5216

@@ -116,7 +116,7 @@ def test_a_watch_counts_for_one_part_at_a_time():
     watch.turn("the rest")
     took, s = time.perf_counter() - start, watch.seconds
     assert tuple(s) == PARTS and sum(s.values()) == pytest.approx(took, abs=2e-3)
-    assert s["decode"] >= .02 and .01 <= s["item transforms"] < .02 and s["step"] >= .01 and watch.part == "the rest"
+    assert s["decode"] >= .02 and s["item transforms"] >= .01 and s["step"] >= .01 and watch.part == "the rest"
 
 
 class Slow(Transform):
@@ -231,7 +231,7 @@ def test_broken_pictures_are_left_out(photos, tmp_path):
         copy.write_bytes(f.read_bytes() if f.name != "3.jpg" else b"no picture")
     lines = []
     table = measure_epochs(tmp_path, [SMALL], 1, progress=lines.append, together=True)
-    assert lines[0].endswith("7 pictures that train, 3 that validate") and (table.train == 4).all()   # a whole batch
+    assert lines[0].endswith("7 pictures that train, 3 that validate; 2 broken or missing, left out") and (table.train == 4).all()   # a whole batch
 
 
 def test_epochs_speed_of_each_device():
@@ -272,6 +272,15 @@ if __name__ == "__main__":
     epochs.SETTINGS["cpu", True] = (setting,), 10**6
     main(["speed", "--epochs", "--quick", PHOTOS, "--out", OUT])
 """
+
+
+def test_speed_epochs_in_a_script_says_how_processes_begin(photos, tmp_path):
+    (tmp_path / "script.py").write_text(f"""from attnpool.cost.epochs import measure_epochs
+from attnpool.cost.ways import Setting
+measure_epochs({str(photos)!r}, [Setting("xeca_resnext_tiny", 32, 4, 8, 4)])""")
+    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 1 and "BadInput: together: no process could begin. In a script, call below if __name__ ==" in done.stderr, done.stderr[-2000:]
 
 
 def processes_of(group):

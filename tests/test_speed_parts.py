@@ -6,9 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.optimizer import Lookahead
+from fastai.optimizer import Lamb, Lookahead, QHAdam, RMSProp, SGD
 from fastai.vision.all import (
-    Adam, aug_transforms, Hue, Learner, load_learner, RAdam, ranger, Saturation, TensorBBox, TensorImage, TensorMask, TensorPoint)
+    Adam, aug_transforms, Hue, Learner, load_learner, OptimWrapper, RAdam, ranger, Saturation, TensorBBox, TensorImage, TensorMask, TensorPoint)
 from fastxtend.vision.models.attention_modules import ECA as FastxtendECA
 from fastxtend.vision.models.pooling import BlurPool
 from fastxtend.vision.models.xresnet import ECAResNeXtBlock, XResNet
@@ -21,6 +21,7 @@ from attnpool.data.augment import AUGMENTS, Hues, Lights, Warps
 from attnpool.layers import channel_attention, mish
 from attnpool.models.xresnet import ECA, xeca_resnext_tiny
 from attnpool.optimizers import quick, QuickAdam
+from attnpool.registry import BadInput
 
 LAST = torch.channels_last
 ROWS = dict(blog=dict(max_rotate=20), petals=dict(flip_vert=True, max_rotate=45))
@@ -92,6 +93,18 @@ def both(transform, target):
 def test_speed_of_augmentation_for_any_number_of_pictures():
     for n in (1, 2, 5): assert AUGMENTS["blog"].batch()[0](photos(n), split_idx=0).shape[0] == n
     for t in AUGMENTS["blog"].batch(): assert drawn(0, t, photos(9, 200, 190))[0].shape == (9, 3, 200, 190)
+
+
+def test_speed_of_augmentation_for_pictures_that_lie_otherwise():
+    "Pixels in columns, channels last, a part of a larger batch: whatever is written to is what comes out."
+    x = photos(4, 48, 64)
+    lying = x.transpose(2, 3).contiguous().transpose(2, 3), x.contiguous(memory_format=LAST), photos(8, 48, 64)[::2]
+    for t in AUGMENTS["blog"].batch():
+        for other in lying:
+            torch.manual_seed(2), random.seed(2)
+            a = t(x if other is not lying[2] else other.clone().contiguous(), split_idx=0)
+            torch.manual_seed(2), random.seed(2)
+            assert (t(other, split_idx=0) - a).abs().max() < 1e-6, type(t).__name__
 
 
 # Optimizers
@@ -174,6 +187,25 @@ def test_speed_of_the_optimizer_leaves_what_is_frozen_and_can_begin_anew():
     with pytest.raises(NotImplementedError, match="closure"): opt.opt.step(lambda: 0)
 
 
+@pytest.mark.parametrize("make", [SGD, Lamb, QHAdam, RMSProp, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=str)
+def test_speed_of_the_optimizer_is_for_adams_alone(make):
+    "Another would take Adam's steps, and nobody would see it."
+    with pytest.raises(BadInput, match="make: expected fastai's Adam, RAdam or ranger, got "): quick(make, [nn.Parameter(torch.ones(2))], lr=1e-3)
+
+
+def test_speed_of_the_optimizer_with_complex_weights():
+    found = []
+    for make in (ranger, partial(quick, ranger)):
+        torch.manual_seed(1)
+        p = nn.Parameter(torch.randn(3, 4, dtype=torch.complex128))
+        opt = make([p], lr=1e-2)
+        for _ in range(12):
+            p.grad = torch.randn_like(p)
+            opt.step()
+        found.append(p.detach())
+    assert (found[0] - found[1]).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("name", ["ranger", "adam"])
 def test_speed_of_the_optimizer_in_a_learner_that_is_saved_and_exported(dls, tmp_path, name):
     "Rates change, weights are saved with the optimizer's state, and the Learner is pickled."
@@ -228,6 +260,9 @@ def test_speed_of_channel_attention_calls_what_somebody_watches():
     hook.remove()
     e.sigmoid, e.conv = nn.Hardsigmoid(), nn.Conv1d(1, 1, 3, padding=1)   # somebody's change
     assert torch.equal(e(x), FastxtendECA.forward(e, x))
+    for change in (dict(padding_mode="circular"), dict(dilation=2, padding=2), dict(groups=1, padding=1)):
+        e.sigmoid, e.conv = nn.Sigmoid(), nn.Conv1d(1, 1, 3, bias=False, **dict(padding=1) | change)
+        assert torch.allclose(e(x), FastxtendECA.forward(e, x), atol=1e-6), change
     e = ECA(8)
     plain = e(x)
     with torch.autocast("cpu", torch.bfloat16): half = e(x.bfloat16())

@@ -11,7 +11,7 @@ import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
@@ -84,13 +84,17 @@ def _processes(names):
         pools = {n: stack.enter_context(ProcessPoolExecutor(1, context, _ends_with_parent)) for n in names}
         started, pids = [pool.submit(os.getpid) for pool in pools.values()], []
         try:
-            pids += [future.result() for future in started]
+            try: pids += [future.result() for future in started]
+            except BrokenProcessPool:   # each begins with the script that calls
+                raise BadInput("together: no process could begin. In a script, call below if __name__ == '__main__':, "
+                               'or pass together=True, which needs none.') from None
             yield pools
         except BrokenProcessPool:
             raise BadInput('quick: a process was ended from outside, most often as the memory is full. Use --quick, or '
                            'end other programs.') from None
         except BaseException:
-            for pid in pids: os.kill(pid, signal.SIGTERM)
+            for pid in pids:
+                with suppress(ProcessLookupError): os.kill(pid, signal.SIGTERM)
             raise
         finally: os.environ.pop('PYTHONWARNINGS') if warned is None else os.environ.update(PYTHONWARNINGS=warned)
 
@@ -178,9 +182,11 @@ def measure_epochs(
         else: pools = stack.enter_context(_processes(ways))
         for s in settings:
             part = part_of(whole, s.n_train, s.n_valid)
+            n = len(part.files)
             part, _ = without_broken(part, check_pictures(part, folder), skip_broken=True)
+            broken = f'; {n - len(part.files):,} broken or missing, left out' if n > len(part.files) else ''
             if progress: progress(f'{s.arch} at {s.size} px, {part.n_train:,} pictures that train, '
-                                  f'{len(part.files) - part.n_train:,} that validate')
+                                  f'{len(part.files) - part.n_train:,} that validate{broken}')
             rows += _measured(s, part, rounds, device, folder, pools, progress)
         _made.clear()
     return pd.DataFrame(rows)

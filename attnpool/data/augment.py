@@ -78,7 +78,8 @@ class Warps(AffineCoordTfm):
 class Lights(LightingTfm):
     "fastai's brightness, contrast and saturation of a batch, as one matrix for each picture."
     def encodes(self, x: TensorImage):
-        x, out = x.as_subclass(Tensor), torch.empty_like(x.as_subclass(Tensor))
+        x = x.as_subclass(Tensor).contiguous()   # so that what is written to lies in rows
+        out = torch.empty_like(x)
         four = F.pad(torch.eye(3, dtype=x.dtype, device=x.device), (1, 0)).view(1, 3, 1, 4).repeat(len(x), 1, 1, 1)
         seen = compose_tfms(four, tfms=self.fs)[:, :, 0].as_subclass(Tensor)
         black, mix = seen[:, :, :1], seen[:, :, 1:] - seen[:, :, :1]

@@ -24,8 +24,10 @@ class ECA(FastxtendECA):
     "fastxtend's, the same weights and numbers, which trains quicker on a CPU."
     def forward(self, x: Tensor) -> Tensor:
         kinds = {self.avg_pool: nn.AdaptiveAvgPool2d, self.conv: nn.Conv1d, self.sigmoid: nn.Sigmoid}
-        known = x.is_cpu and self.conv.bias is None and all(readable(m, kind) for m, kind in kinds.items())
-        return channel_attention(x, self.conv.weight) if known else super().forward(x)
+        c, known = self.conv, x.is_cpu and all(readable(m, kind) for m, kind in kinds.items())
+        known = known and c.bias is None and c.padding_mode == 'zeros' and c.stride == c.dilation == (1,)
+        known = known and c.padding == (c.kernel_size[0] // 2,)
+        return channel_attention(x, c.weight) if known else super().forward(x)
 
 # %% ../../nbs/200_models.xresnet.ipynb #28125826
 def build_xresnet(
