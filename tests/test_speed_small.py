@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from attnpool import chunks
+from attnpool import chunks, functional
 from attnpool.chunks import centred, clear_scratch, dots, is_near, mean_square, read_chunk, with_mean
 from attnpool.fold import gather, gather_own, gather_own_plain, gather_plain
 from attnpool.forms import form
@@ -164,3 +164,85 @@ def test_a_bias_of_the_keys_gets_a_gradient_of_zero():
     assert attn.k.bias.grad is not None and not attn.k.bias.grad.any()
     frozen = attn.requires_grad_(False)(x, query)
     assert torch.autograd.grad(frozen.sum(), query)[0].shape == query.shape
+
+
+NORMS = dict(layer=nn.LayerNorm, unbiased=lambda c: nn.LayerNorm(c, bias=False), bare=lambda c: nn.LayerNorm(c, elementwise_affine=False), rms=nn.RMSNorm)
+
+
+def whole(b=32, shape=(64, 7, 7), queries=1, dtype=torch.float64, fmt=torch.contiguous_format, **options):
+    "A layer with weights that matter, a map, a query; all of them want gradients."
+    attn, x, _ = layer_and_map(shape, b, fmt, **options)
+    for p in attn.parameters(): nn.init.normal_(p, std=shape[0]**-.5)
+    return attn.to(dtype), x.to(dtype).requires_grad_(), torch.randn(queries, shape[0], dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("queries, options", [(1, {}), (3, {}), (1, dict(bias=False)), (2, dict(scale=.3)), *[(2, dict(norm=n)) for n in NORMS.values()]])
+@pytest.mark.parametrize("offset", [0., 300.])
+def test_small_maps_in_float64_with_every_norm_scale_and_gradient(queries, options, fmt, offset):
+    attn, x, query = whole(queries=queries, fmt=fmt, **options)
+    x = (x.detach() + offset).requires_grad_()
+    leaves = [x, query, *attn.parameters()]
+    def run(name):
+        with form(name): out, mean = attn(x, query, return_mean=True)
+        g = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        return [out.detach(), mean.detach(), *torch.autograd.grad((out, mean), leaves, (g, mean.detach().cos()))]
+    found, exact = run("folded"), run("plain")
+    largest = max(e.abs().max() for e in exact[2:])
+    for i, (a, e) in enumerate(zip(found, exact)): assert (a - e).abs().max() <= 1e-10 * (largest if i > 1 else e.abs().max()), i
+
+
+@pytest.mark.parametrize("wanted", ["x", "query", "norm", "q k", "v", "proj", "x proj"])
+def test_small_maps_gradients_of_what_is_not_frozen_alone(wanted):
+    attn, x, query = whole()
+    every = dict(x=x, query=query, **dict(attn.named_parameters()))
+    its = {n: t for n, t in every.items() if n.split(".")[0] in wanted.split()}
+    for n, t in every.items(): t.requires_grad_(n in its)
+    found = torch.autograd.grad(attn(x, query).square().sum(), list(its.values()))
+    with form("plain"): exact = torch.autograd.grad(attn(x, query).square().sum(), list(its.values()))
+    largest = max(e.abs().max() for e in exact)
+    assert all((a - e).abs().max() <= 1e-10 * largest for a, e in zip(found, exact))
+    if "x" in its: return
+    ops = counted(lambda: torch.autograd.grad(attn(x, query).sum(), list(its.values())))
+    assert not ops["empty_like"], ops   # no gradient of the map
+
+
+def test_small_maps_second_and_batched_derivatives_of_the_layer(monkeypatch):
+    monkeypatch.setattr(chunks, "SMALL", 0)
+    monkeypatch.setattr(functional, "FEW", -1)
+    attn, x, query = whole(2, (4, 2, 2), queries=2, scale=.7)
+    names, leaves = zip(*attn.named_parameters())
+    def f(x, query, *ws): return torch.func.functional_call(attn, dict(zip(names, ws)), (x, query, True))
+    assert torch.autograd.gradcheck(f, (x, query, *leaves))
+    assert torch.autograd.gradgradcheck(f, (x, query, *leaves))
+    out, _ = f(x, query, *leaves)
+    basis = torch.eye(out.numel(), dtype=out.dtype).view(-1, *out.shape)
+    rows = torch.autograd.grad(out, (x, query, *leaves), basis, is_grads_batched=True, retain_graph=True)
+    for i in (0, 5, -1):
+        one = torch.autograd.grad(out, (x, query, *leaves), basis[i], retain_graph=True)
+        assert all((r[i] - o).abs().max() <= 1e-12 for r, o in zip(rows, one))
+
+
+def test_small_maps_see_weights_that_changed_behind_the_version_counter():
+    "fastai's optimizers write to `.data`: whoever kept something of the weights would not notice."
+    attn, x, query = whole()
+    attn.eval()
+    with torch.no_grad():
+        before = attn(x, query)
+        for p in (query, *attn.parameters()): p.data.mul_(1.1)
+        with form("plain"): exact = attn(x, query)
+        after = attn(x, query)
+    assert (after - exact).abs().max() <= 1e-12 * exact.abs().max() and (after - before).abs().max() >= 1e-3
+
+
+def test_small_maps_of_a_subclass_checkpointed_and_as_functions_of_their_weights():
+    class Map(torch.Tensor): pass
+    attn, x, query = whole()
+    exact = attn(x, query)
+    assert type(out := attn(x.detach().as_subclass(Map), query)) is torch.Tensor and torch.equal(out, exact)
+    params = {n: p.detach() for n, p in attn.named_parameters()}
+    def loss(params): return torch.func.functional_call(attn, params, (x, query)).square().sum()
+    ours, functions = torch.autograd.grad(exact.square().sum(), list(attn.parameters()), retain_graph=True), torch.func.grad(loss)(params)
+    assert all((a - functions[n]).abs().max() <= 1e-10 * max(t.abs().max() for t in ours) for a, n in zip(ours, params))
+    saved = checkpoint(lambda x: attn(x, query), x, use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(saved.square().sum(), list(attn.parameters())), ours))
