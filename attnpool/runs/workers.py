@@ -28,12 +28,16 @@ from fastcore.basics import patch
 
 # %% ../../nbs/543_runs.workers.ipynb #ac3e7974
 def keep_memory():
-    "Have glibc keep the memory of freed tensors for the next ones, in this process; elsewhere nothing."
+    "Have glibc keep the memory of freed tensors for the next ones, in large pages, in this process; elsewhere nothing."
     if platform.libc_ver()[0] != 'glibc': return
-    libc = ctypes.CDLL(None)
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)   # older ones take 32 MB at most
-    libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    libc, large, size = ctypes.CDLL(None), 1 << 21, os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4
+    M_TRIM_THRESHOLD, M_MMAP_MAX, MADV_HUGEPAGE = -1, -4, 14
+    libc.mallopt(M_TRIM_THRESHOLD, -1), libc.mallopt(M_MMAP_MAX, 0)
+    libc.malloc.restype = ctypes.c_void_p
+    start = libc.malloc(ctypes.c_size_t(size))   # addresses: the system gives memory for what is written to
+    if start is None: return
+    libc.madvise(ctypes.c_void_p(-(-start // large) * large), ctypes.c_size_t(size - large), MADV_HUGEPAGE)
+    libc.free(ctypes.c_void_p(start))
 
 # %% ../../nbs/543_runs.workers.ipynb #4ef8a574
 def _portable(error):
