@@ -8,6 +8,7 @@ __all__ = ['keep_memory', 'prepare', 'Workers', 'InWorker']
 # %% ../../nbs/543_runs.workers.ipynb #e4060df9
 import ctypes
 import io
+import mmap
 import os
 import pickle
 import platform
@@ -33,9 +34,10 @@ def keep_memory():
     libc, large, size = ctypes.CDLL(None), 1 << 21, os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4
     M_TRIM_THRESHOLD, M_MMAP_MAX, MADV_HUGEPAGE = -1, -4, 14
     libc.mallopt(M_TRIM_THRESHOLD, -1), libc.mallopt(M_MMAP_MAX, 0)
+    try: mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError: return   # addresses are few; a malloc that fails would leave this thread with another, smaller heap
     libc.malloc.restype = ctypes.c_void_p
-    start = libc.malloc(ctypes.c_size_t(size))   # addresses: the system gives memory for what is written to
-    if start is None: return
+    if (start := libc.malloc(ctypes.c_size_t(size))) is None: return   # of these, what is written to takes memory
     libc.madvise(ctypes.c_void_p(-(-start // large) * large), ctypes.c_size_t(size - large), MADV_HUGEPAGE)
     libc.free(ctypes.c_void_p(start))
 
