@@ -1,5 +1,8 @@
 "What was made quicker computes what it did: augmentation, optimizers, channel attention, Mish."
+import platform
 import random
+import subprocess
+import sys
 from copy import deepcopy
 from functools import partial
 
@@ -311,3 +314,26 @@ def test_speed_of_mish_keeps_the_slope_of_small_maps(monkeypatch):
     assert [t.data_ptr() for t in found] == [x.data_ptr()] and torch.equal(torch.autograd.grad(y, x, g)[0], from_slope)
     monkeypatch.undo()
     for other in (x.detach(), x.detach().bfloat16().requires_grad_()): assert len(kept(other)[1]) <= 1   # nobody asks; two roundings
+
+
+# Memory
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own")
+@pytest.mark.parametrize("limit", ["unlimited", "6000000"])   # KB of addresses
+def test_speed_freed_tensors_of_any_size_stay(limit):
+    "After a few rounds the system hands out no page for tensors of 64 MB; where addresses are few, no error."
+    code = """
+import resource, torch
+from attnpool.runs.workers import keep_memory
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for n in (24, 20, 24): assert torch.ones(1 << n).sum() == 1 << n
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+before = pages(), pages()
+keep_memory(), keep_memory()
+after = [pages() for _ in range(8)]
+print(before[1], after[-1])
+"""
+    command = ["bash", "-c", f'ulimit -v {limit}; exec "$0" -W ignore -c "$1"', sys.executable, code]
+    before, after = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert before > 4096 and after < before / 16

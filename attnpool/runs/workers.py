@@ -8,6 +8,7 @@ __all__ = ['keep_memory', 'prepare', 'Workers', 'InWorker']
 # %% ../../nbs/543_runs.workers.ipynb #e4060df9
 import ctypes
 import io
+import mmap
 import os
 import pickle
 import platform
@@ -31,12 +32,17 @@ from ..registry import BadInput
 
 # %% ../../nbs/543_runs.workers.ipynb #ac3e7974
 def keep_memory():
-    "Have glibc keep the memory of freed tensors for the next ones, in this process; elsewhere nothing."
+    "Have glibc keep the memory of freed tensors for the next ones, in large pages, in this process; elsewhere nothing."
     if platform.libc_ver()[0] != 'glibc': return
-    libc = ctypes.CDLL(None)
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)   # older ones take 32 MB at most
-    libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    libc, large, size = ctypes.CDLL(None), 1 << 21, os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4
+    M_TRIM_THRESHOLD, M_MMAP_MAX, MADV_HUGEPAGE = -1, -4, 14
+    libc.mallopt(M_TRIM_THRESHOLD, -1), libc.mallopt(M_MMAP_MAX, 0)
+    try: mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError: return   # addresses are few; a malloc that fails would leave this thread with another, smaller heap
+    libc.malloc.restype = ctypes.c_void_p
+    if (start := libc.malloc(ctypes.c_size_t(size))) is None: return   # of these, what is written to takes memory
+    libc.madvise(ctypes.c_void_p(-(-start // large) * large), ctypes.c_size_t(size - large), MADV_HUGEPAGE)
+    libc.free(ctypes.c_void_p(start))
 
 # %% ../../nbs/543_runs.workers.ipynb #4ef8a574
 def _portable(error):
