@@ -190,7 +190,7 @@ def test_speed_of_the_optimizer_leaves_what_is_frozen_and_can_begin_anew():
     with pytest.raises(NotImplementedError, match="closure"): opt.opt.step(lambda: 0)
 
 
-@pytest.mark.parametrize("make", [SGD, Lamb, QHAdam, RMSProp, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=str)
+@pytest.mark.parametrize("make", [SGD, Lamb, QHAdam, RMSProp, partial(OptimWrapper, opt=torch.optim.AdamW)], ids="SGD Lamb QHAdam RMSProp AdamW".split())
 def test_speed_of_the_optimizer_is_for_adams_alone(make):
     "Another would take Adam's steps, and nobody would see it."
     with pytest.raises(BadInput, match="make: expected fastai's Adam, RAdam or ranger, got "): quick(make, [nn.Parameter(torch.ones(2))], lr=1e-3)
