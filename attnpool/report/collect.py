@@ -30,7 +30,7 @@ from ..registry import BadInput, bare_name
 from ..runs.spec import Spec
 from ..runs.store import Result, load_run, read_result
 from ..runs.tested import with_test
-from ..tasks import TASKS, head_options
+from ..tasks import TASK_HEADS, TASKS, head_options
 
 # %% ../../nbs/600_report.collect.ipynb #b9844329
 def _table(text, path, **how):
@@ -233,7 +233,7 @@ def _of_arch(results):
     ours = [r.spec for r in results if _in_tables(r.spec.head)]
     return {k for spec in ours for k, _ in spec.options if k not in head_options(spec.head)}
 
-def _in_tables(head): return any(head in table for table in (HEADS, PEERS, PAPER_HEADS, ABLATIONS))
+def _in_tables(head): return any(head in table for table in (HEADS, PEERS, PAPER_HEADS, ABLATIONS, TASK_HEADS))
 
 def _of_head(spec, of_arch=()):
     "Those of the options that are the head's; of a head that only a file names, which is not loaded, all that may be."
