@@ -201,11 +201,12 @@ def look_at_segments(
     dls, vocab = learn.dls, [*map(str, learn.dls.vocab)]
     counts, found = confusion_of(learn.model, dls.valid), []
     stats = dls.about['mean'], dls.about['std']
-    heads = began is not None and bool(find_pools(began.model))
+    heads = began is not None and bool(find_pools(began.model))   # not of average pooling
     for x, y in _some(dls.valid, _SHOWN):
         mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in stats)
         image = ((x * std + mean).clamp(0, 1) * 255).round().byte()[0].permute(1, 2, 0)
-        found.append([image, y[0], probabilities(learn.model, x).argmax(1)[0]] + ([_looked(began, x, stats)] * heads))
+        found.append([image, y[0], probabilities(learn.model, x).argmax(1)[0]])
+        if heads: found[-1].append(_looked(began, x, stats))
     arrays = {name: _stack(o, fill) for name, o, fill in zip(('images', 'truth', 'said', 'maps'), zip(*found),
                                                              (0, IGNORED, IGNORED, 0.))}
     if heads: arrays['maps_of'] = np.str_(getattr(began, 'about', {}).get('name', ''))

@@ -28,6 +28,7 @@ from ..data.listing import Listing, digests, fingerprint, read_digests
 from ..data.pictures import find_pictures, labelled_dls
 from ..distributed import is_first
 from ..frozen import MapLoader, MapSet, kept_maps
+from ..registry import BadInput
 from .store import Result, load_run, read_about
 from .train import open_run
 from ..tasks import TASKS, count_classes
