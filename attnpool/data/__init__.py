@@ -24,8 +24,10 @@ from .augment import STATS
 from .cache import printable
 from .check import Doubles, check_pictures, doubles_of
 from .listing import OFFICIAL, digests, fingerprint
-from .dense import MASKED, check_kind
-from .find import MADE
+from .dense import dense_dls
+from .find import MADE, MASKED, check_kind
+from .masked import check_masks
+from .masks import MaskListing
 from .pictures import DATASETS, SOURCES, data_name, find_pictures, is_path, picture_dls
 from .reader import MADE_HERE
 from .transfer import TRANSFER

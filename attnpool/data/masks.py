@@ -11,6 +11,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 from PIL import Image
@@ -77,10 +78,12 @@ class MaskListing(Listing):
         meant = self.vocab, self.values, self.ignored, digest_of(self.root/self.labels[i]) if self.labels[i] else ''
         return f'{self.labels[i]} {hashlib.sha256(repr(meant).encode()).hexdigest()[:16]}'
 
-    def table(self) -> np.ndarray: # `(256,)`, uint8
+    def table(self,
+        vocab: Sequence[str] | None = None, # Names of the classes by their labels; None for its own
+    ) -> np.ndarray: # `(256,)`, uint8
         "The label of each number that may stand in a mask; `IGNORED` for all others."
-        labels = np.full(256, IGNORED, np.uint8)
-        labels[list(self.values)] = np.arange(len(self.values))
+        labels, places = np.full(256, IGNORED, np.uint8), [*(vocab or self.vocab)].index
+        labels[list(self.values)] = [places(name) for name in self.vocab]
         return labels
 
     def checked(self,
