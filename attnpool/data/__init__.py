@@ -24,6 +24,10 @@ from .augment import STATS
 from .cache import printable
 from .check import Doubles, check_pictures, doubles_of
 from .listing import OFFICIAL, digests, fingerprint
+from .dense import dense_dls
+from .find import MADE, MASKED, check_kind
+from .masked import check_masks
+from .masks import MaskListing
 from .pictures import DATASETS, SOURCES, data_name, find_pictures, is_path, picture_dls
 from .reader import MADE_HERE
 from .transfer import TRANSFER
@@ -41,6 +45,7 @@ def get_dls(
 ) -> DataLoaders: # With `family`; pictures on a disk with `listing`, digits with `boxes`
     "`DataLoaders` by name or path."
     data_name(data)
+    if data in MASKED: check_kind(data, masks=False)
     make = partial(picture_dls, data) if is_path(data) else DATASETS[data]
     own = augment is True or augment == 'own'
     return make(size=size, bs=bs, device=device, **kwargs, **({} if own else {'augment': augment}))
@@ -64,8 +69,7 @@ def identify(
     20,000 or so, of the others the size alone.
     """
     name = data_name(data)
-    if not is_path(data) and data not in SOURCES:   # made, not read
-        return DataId(name, 'digits' if data == 'digits' else '', path=data)
+    if not is_path(data) and data not in SOURCES: return DataId(name, MADE.get(data, ''), path=data)   # not read
     listing = find_pictures(data, cache=cache)
     listing.tell()
     return DataId(name, listing.family, fingerprint(digests(listing)), str(data))
