@@ -32,7 +32,8 @@ _MODELS = f'Models, then pictures or folders of them. {MODEL} With --measure: ru
 def _measured(runs, out, console, **how):
     "Measure the maps of runs, and write the table."
     from attnpool.report.collect import collect
-    from attnpool.report.stats import measure_maps, plain_table
+    from attnpool.report.measures import measure_maps
+    from attnpool.report.stats import plain_table
     results, problems = collect(runs)
     for line in problems: fail(f'left out: {line}')
     table = measure_maps([r for r in results if r.status == 'complete'], how.pop('device'), console, **how)

@@ -143,10 +143,8 @@ def _layer(mask, n, clear=()):
         palette, im = np.array(im.getpalette()).reshape(-1, 3), Image.fromarray(pixels)
         palette[IGNORED - 1] = 221
         im.putpalette(palette.astype(np.uint8).tobytes())
-    buffer, alpha = io.BytesIO(), bytearray([255] * 256)
-    for k in clear: alpha[k] = 0
-    im.save(buffer, 'png', optimize=True, **(dict(transparency=bytes(alpha)) if clear else {}))
-    return buffer.getvalue()
+    if clear: im.info['transparency'] = bytes(0 if k in clear else 255 for k in range(256))
+    return im
 
 # %% ../../nbs/592_maps.areas.ipynb #s5920012
 def _parts(looks, i, scale):
