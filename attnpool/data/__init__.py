@@ -24,7 +24,7 @@ from .augment import STATS
 from .cache import printable
 from .check import Doubles, check_pictures, doubles_of
 from .listing import OFFICIAL, digests, fingerprint
-from .dense import dense_dls
+from .dense import dense_dls, nuclei_dls, scenes_dls
 from .find import MADE, MASKED, check_kind
 from .masked import check_masks
 from .masks import MaskListing
@@ -32,6 +32,9 @@ from .pictures import DATASETS, SOURCES, data_name, find_pictures, is_path, pict
 from .reader import MADE_HERE
 from .transfer import TRANSFER
 from ..registry import BadInput
+
+# %% ../../nbs/390_data.ipynb #1869f164
+DATASETS['scenes'], DATASETS['nuclei'] = scenes_dls, nuclei_dls
 
 # %% ../../nbs/390_data.ipynb #cf754428
 @delegates(picture_dls)
