@@ -20,12 +20,8 @@ setup(
     keywords=cfg["keywords"],
     url=cfg["git_url"],
     packages=find_packages(include=["attnpool", "attnpool.*"]),
-<<<<<<< HEAD
     package_data={"attnpool": ["*.csv", "cost/*.csv", "report/*.csv", "runs/*.csv", "report/page.*", "maps/page.*",
-                               "data/nuclei*"]},
-=======
-    package_data={"attnpool": ["*.csv", "cost/*.csv", "report/*.csv", "runs/*.csv", "report/page.*", "maps/page.*", "maps/areas.*"]},
->>>>>>> wS
+                               "maps/areas.*", "data/nuclei*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={k[:-len(suffix)]: v.split() for k, v in cfg.items() if k.endswith(suffix)},

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastai.vision.all import Learner, Metric
 from torch import Tensor, nn
 
-from .masks import IGNORED
+from .masks import IGNORED, confusion, iou
 
 # %% ../nbs/485_dense.ipynb #r4850006
 class DenseLoss(nn.Module):
@@ -59,8 +59,7 @@ class Confusion:
         y: Tensor, # Classes `(b, h, w)`, `IGNORED` for pixels without one
     ):
         "Count the pixels of a batch."
-        n, said, y = out.shape[1], out.as_subclass(Tensor).argmax(1), y.as_subclass(Tensor)
-        its = torch.bincount((y * n + said)[y != IGNORED], minlength=n * n).view(n, n)
+        its = confusion(out.as_subclass(Tensor).argmax(1), y.as_subclass(Tensor), out.shape[1])
         self.matrix = its if self.matrix is None else self.matrix + its
 
     @property
@@ -69,7 +68,7 @@ class Confusion:
     @property
     def iou(self) -> Tensor: # `(n,)`, NaN for a class that neither is anywhere nor was said
         "Of each class, pixels that truth and prediction share over those that either has."
-        return self.hits / (self.matrix.sum(0) + self.matrix.sum(1) - self.matrix.diag())
+        return iou(self.matrix)
 
     @property
     def recall(self) -> Tensor: # `(n,)`, NaN for a class that is nowhere

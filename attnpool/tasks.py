@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .callback.loss import knows_reduction
 from .data import get_dls
+from .data.augment import augment_name
 from .data.cache import printable, write_file
 from .data.dense import dense_dls, empty_dense_dls
 from .data.pictures import empty_dls
@@ -224,8 +225,9 @@ TASKS['classify'] = Task(_pictures, _classifier, _loss, small_data_metrics, 'acc
 TASK_HEADS['upernet'] = upernet
 
 def _masks(spec, bs, device):
-    further = {'stats': spec.start.stats} if spec.start.stats else {}
-    return dense_dls(spec.data.path, spec.recipe.size, bs, device, spec.skip_broken, spec.recipe.augment, **further)
+    split = spec.seed if spec.split == 'seed' else None
+    return dense_dls(spec.data.path, spec.recipe.size, bs, device, spec.skip_broken, spec.recipe.augment,
+                     stats=spec.start.stats, split=split)
 
 def _segmenter(spec, dls, head=None):
     of_head, of_arch = split_options(spec.head, spec.arch, dict(spec.options))
@@ -238,8 +240,7 @@ def _check_segment(spec):
     if spec.eval_sizes:
         raise BadInput(f"eval_sizes: masks are validated on whole pictures, got {spec.eval_sizes}. Leave it out; "
                        "attnpool evaluate RUN --ratios .5,1,1.5 asks at several scales.")
-    if spec.split != 'own':
-        raise BadInput(f"split: masks have one split, got {spec.split!r}. Leave --splits out and use --seeds.")
+    augment_name(spec.recipe.augment, spec.data.family, masks=True)
 
 TASKS['segment'] = Task(_masks, _segmenter, _dense_loss, dense_metrics, DENSE_METRICS[0], look_at_segments, None,
                         'segment-small', 'upernet', empty_dense_dls, _check_segment)
