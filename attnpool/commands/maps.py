@@ -51,8 +51,8 @@ def _check_dense(learners, dense, top, further):
     names = [*learners]
     if not all(dense):
         pixel, picture = names[dense.index(True)], names[dense.index(False)]
-        raise BadInput(f'MODEL: {pixel} says a class for each pixel, {picture} one for each picture. Show them on pages '
-                       'of their own (--out).')
+        raise BadInput(f'MODEL: {pixel} says a class for each pixel, {picture} one for each picture. Show them on '
+                       'pages of their own (--out).')
     if top != 3: raise BadInput(f'--top: every class is shown where it is said, got {top}. Leave it out.')
     if further:
         raise BadInput(f"--classes: every class is shown where it is said, got {', '.join(further)}. Leave it out.")

@@ -267,7 +267,8 @@ def by_row(
     def shown(spec):
         if spec.head in TASK_HEADS: return named_start(spec, specs)
         return spec.head if len(versions[bare_name(spec.head)]) > 1 else bare_name(spec.head)
-    names = [' '.join([shown(r.spec), *(f'{k}={v}' for k, v in _of_head(r.spec, of_arch))]) for r in results]
+    alike = set.intersection(*({*_of_head(s)} if s.head in TASK_HEADS else set() for s in specs)) if specs else set()
+    names = [' '.join([shown(s), *(f'{k}={v}' for k, v in _of_head(s, of_arch) if (k, v) not in alike)]) for s in specs]
     rates, rows = {}, {}
     for name, r in zip(names, results): rates.setdefault(name, set()).add(r.spec.recipe.lr)
     for name, r in zip(names, results):
@@ -281,7 +282,8 @@ def setting_of(
 ) -> dict: # By name, the most telling first; nothing that is empty
     "What was decided, apart from the head with its options, seed and learning rate."
     spec = result.spec.to_json()
-    for name, _ in _of_head(result.spec): del spec['options'][name]
+    if result.spec.head not in TASK_HEADS:   # the one head is part of the setting
+        for name, _ in _of_head(result.spec): del spec['options'][name]
     data, start, recipe = spec.pop('data'), spec.pop('start'), _known(spec.pop('recipe'))
     if result.spec.head in TASK_HEADS: start = dict.fromkeys(start, '')   # it tells rows apart
     if start['after']: start |= dict(zip(('name', 'setting'), start['after'].split(' #')), fingerprint='')
