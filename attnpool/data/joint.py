@@ -24,8 +24,8 @@ def sides(
     size: int | tuple[int, int], # Side of the crops in training and shorter side of whole pictures; or `(h, w)` of crops
 ) -> tuple[int, int]: # Height and width of the crops, in pixels
     "A size in pixels, checked."
-    h, w = size = (size, size) if isinstance(size, int) else tuple(size)
-    if all(isinstance(s, int) and 8 <= s <= 2048 for s in size): return h, w
+    both = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(both) == 2 and all(isinstance(s, int) and 8 <= s <= 2048 for s in both): return both
     raise BadInput(f"size: expected 8 to 2048 pixels, or (height, width) of that, got {size}. 128 and 512 are usual.")
 
 def kept_size(
