@@ -165,7 +165,7 @@ def test_the_table_of_segmentation_costs():
 
 # Networks of all kinds
 
-OF_OTHERS = {"patchconvnet_tiny": {}, LITE: {}, "resnet18": {}, "convnext_atto": {}, "densenet121": {}, "convmixer_768_32": {}, "levit_128s": dict(img_size=64),
+OF_OTHERS = {"patchconvnet_tiny": {}, LITE: {}, "resnet18": {}, "convnext_atto": {}, "densenet121": {}, "convmixer_768_32": {},
              "vit_tiny_patch16_224": dict(img_size=(37, 53)), "vit_small_patch14_dinov2": dict(dynamic_img_size=True, depth=2), "swin_tiny_patch4_window7_224": dict(img_size=(37, 53)),
              "mobilenetv4_conv_small": {}, "torchvision.resnet18": {}, "torchvision.mobilenet_v3_small": {}, "torchvision.swin_t": {}, "torchvision.densenet121": {},
              "torchvision.vgg11": {}, "torchvision.efficientnet_b0": {}}
@@ -191,7 +191,7 @@ def test_segmenter_of_any_network_at_odd_sizes(arch):
 @pytest.mark.parametrize("arch, kind, strides, own, multiple", [
     ("patchconvnet_s20", "auto", [4, 8, 16, 32], 2, 32), ("patchconvnet_tiny", "auto", [4, 8, 16, 32], 1, 32), ("xeca_resnext50s", "auto", [4, 8, 16, 32], 2, 32),
     ("xeca_resnext_tiny", "auto", [4, 8, 16, 32], 1, 32), ("xeca_resnext_tiny", "column", [4, 8, 16, 32], 1, 32), (LITE, "auto", [4, 8, 16, 32], 2, 32),
-    (LITE, "column", [4, 8, 16, 32], 3, 32), ("vit_small_patch14_dinov2", "auto", [3.5, 7, 14, 28], 2, 28), ("levit_128s", "auto", [4, 8, 16, 32], 2, 32),
+    (LITE, "column", [4, 8, 16, 32], 3, 32), ("vit_small_patch14_dinov2", "auto", [3.5, 7, 14, 28], 2, 28),
     ("convmixer_768_32", "resize", [3.5, 7, 14, 28], 1, 28)])
 def test_strides_of_the_pyramid(arch, kind, strides, own, multiple):
     with torch.device("meta"): _, pyramid = build_pyramid(body_of(arch).model, kind)

@@ -83,7 +83,7 @@ class Maps(nn.Module):
         if not isinstance(net, TimmMap):
             for parent, i, _ in list(_chain(net))[self.which[-1] + 1:]: parent[i] = nn.Identity()
         elif hasattr(net.model, 'prune_intermediate_layers'):
-            net.model.prune_intermediate_layers(self.which, prune_norm=True, prune_head=True)
+            net.model.prune_intermediate_layers(self.which, prune_norm=True, prune_head=False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         "Pictures `(b, 3, H, W)` to maps `(b, c, h, w)`."
