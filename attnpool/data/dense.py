@@ -253,5 +253,3 @@ def nuclei_dls(
     dls = made_dls(images, masks, n_train, data.vocab, 'nuclei', size, bs, device, augment, stats)
     dls.scenes = data
     return dls
-
-DATASETS['scenes'], DATASETS['nuclei'] = scenes_dls, nuclei_dls

@@ -15,7 +15,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-from .cache import near_path, short_name, unpack
+from .cache import is_zip, near_path, short_name, unpack
 from .listing import LAYOUTS, Listing, list_csv, list_folder
 from .masks import MASK_LAYOUTS, MaskListing, list_masks, mask_layout
 from .petals import record_files, unpack_tfrecords
@@ -59,13 +59,13 @@ def find_pictures(
     path = root = Path(data).expanduser() if is_path(data) else fetch(data)
     table = path if path.suffix.lower() == '.csv' else None
     if path.is_file() and not table:
-        try: known = tarfile.is_tarfile(path)
+        try: known = is_zip(path) or tarfile.is_tarfile(path)
         except (EOFError, zlib.error, lzma.LZMAError): known = False
         except OSError as e: raise BadInput(f"data: cannot read {path} ({e.strerror or e}).") from None
         if not known and not path.stat().st_size: raise BadInput(f"data: {path} has zero bytes.")
         if not known:
-            raise BadInput(f"data: {path} is neither an archive that tar can read (or it is cut short) nor a .csv. "
-                           + LAYOUTS)
+            raise BadInput(f"data: {path} is neither an archive that tar or zip can read (or it is cut short) nor a "
+                           f".csv. {LAYOUTS}")
         root = unpack(path, cache)
         inside = list(root.iterdir())
         if len(inside) == 1 and inside[0].is_dir() and any(record_files(inside[0])): root = inside[0]

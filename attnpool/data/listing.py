@@ -116,8 +116,8 @@ class Listing:
         return self
 
 # %% ../../nbs/300_data.listing.ipynb #14220217
-LAYOUTS = ("Expected train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg for a random split, a .tar or .tar.gz of "
-           "these, a .csv with the columns path and label, Kaggle Petals' TFRecords, or another known data set.")
+LAYOUTS = ("Expected train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg for a random split, a .tar, .tar.gz or .zip "
+           "of these, a .csv with the columns path and label, Kaggle Petals' TFRecords, or another known data set.")
 
 def labelled_files(
     root: Path, # Folder of a data set

@@ -106,9 +106,9 @@ VOC = tuple('background aeroplane bicycle bird boat bottle bus car cat chair cow
 def _pair(folder):
     "The folders of pictures and of masks in a folder, or None."
     inside = {d.name.lower(): d for d in sorted(folder.iterdir()) if d.is_dir()}
-    pair = [next((inside[name] for name in names if name in inside), None) for names in (IMAGES, MASKS)]
-    if None in pair or not any(f.suffix.lower() in PICTURES for f in pair[1].rglob('*')): return None   # boxes, texts
-    return pair
+    def holds(name): return any(f.suffix.lower() in PICTURES for f in inside[name].rglob('*'))   # not boxes, texts
+    pair = [next((inside[n] for n in names if n in inside and holds(n)), None) for names in (IMAGES, MASKS)]
+    return None if None in pair else pair
 
 def mask_layout(
     root: Path | str, # Any folder

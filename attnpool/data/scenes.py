@@ -8,7 +8,7 @@ __all__ = ['Scenes', 'scenes', 'nuclei', 'floor', 'ceiling']
 # %% ../../nbs/362_data.scenes.ipynb #c222f3b8
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from importlib.resources import files
 
 import numpy as np
 import torch
@@ -108,9 +108,8 @@ def scenes(
 @lru_cache(maxsize=1)
 def nuclei() -> Scenes: # Of 256 x 256 pixels, 3 to train and 1 to validate; classes: background, nucleus
     "Quarters of a microscope picture with marked nuclei."
-    here = Path(__file__).parent
     def quarters(name):
-        whole = torch.from_numpy(np.array(Image.open(here/f'{name}.png')))
+        whole = torch.from_numpy(np.array(Image.open(files('attnpool.data')/f'{name}.png')))
         return torch.stack([q for half in whole.chunk(2) for q in half.chunk(2, 1)])
     images, numbers, found = quarters('nuclei'), quarters('nuclei-objects'), []
     instances = torch.zeros_like(numbers)
