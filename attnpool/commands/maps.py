@@ -32,15 +32,31 @@ _MODELS = f'Models, then pictures or folders of them. {MODEL} With --measure: ru
 def _measured(runs, out, console, **how):
     "Measure the maps of runs, and write the table."
     from attnpool.report.collect import collect
-    from attnpool.report.stats import measure_maps, plain_table
+    from attnpool.report.measures import measure_maps
+    from attnpool.report.stats import plain_table
+    from attnpool.tasks import TASK_HEADS
     results, problems = collect(runs)
     for line in problems: fail(f'left out: {line}')
+    if dense := next((o for o in results if o.spec.head in TASK_HEADS), None):
+        raise BadInput(f'runs: {dense.spec.name} says a class for each pixel, and has no maps to measure. attnpool '
+                       'report tells how good it is, class by class.')
     table = measure_maps([r for r in results if r.status == 'complete'], how.pop('device'), console, **how)
     table.to_csv(out, index=False)
     console.print(plain_table(table))
     say(f'Table: {out}')
 
 # %% ../../nbs/692_commands.maps.ipynb #726508a6
+def _check_dense(learners, dense, top, further):
+    "An error for what has no meaning where a network says a class for each pixel."
+    names = [*learners]
+    if not all(dense):
+        pixel, picture = names[dense.index(True)], names[dense.index(False)]
+        raise BadInput(f'MODEL: {pixel} says a class for each pixel, {picture} one for each picture. Show them on '
+                       'pages of their own (--out).')
+    if top != 3: raise BadInput(f'--top: every class is shown where it is said, got {top}. Leave it out.')
+    if further:
+        raise BadInput(f"--classes: every class is shown where it is said, got {', '.join(further)}. Leave it out.")
+
 def maps(
     models: Annotated[list[Path], typer.Argument(help=_MODELS, **FILE | dict(metavar='MODEL... [PHOTO]...'))],
     top: Annotated[int, typer.Option(help='Likeliest classes to offer for each picture.')] = 3,
@@ -63,6 +79,9 @@ def maps(
 
     Several models stand side by side. Without pictures the page shows some that validated the first run.
 
+    Of a segmentation the page shows what the network says of each pixel, of photos of any size. Beside it lie a picture
+    and a folder of masks, PNGs whose pixels are the numbers of the classes.
+
     With --measure: pointing game and energy (where true boxes are known) against chance, entropy, deletion and
     insertion, and the agreement over seeds, for each head.
 
@@ -76,6 +95,7 @@ def maps(
     if measure and out.name: out = out.with_suffix('.csv')
     check_out(out, [*models, *filter(None, [data, vocab])], own='head,runs,' if measure else '')
     if measure: return _measured(models, out, Console(), device=device, data=data, check=check, trust=trust)
+    from attnpool.maps.areas import areas_page, is_dense
     from attnpool.maps.page import maps_page
     from attnpool.runs.open import is_model, open_model
     models, pictures = ([m for m in dict.fromkeys(models) if is_model(m) is wanted] for wanted in (True, False))
@@ -88,9 +108,15 @@ def maps(
             learn = open_model(m, arch, head, vocab, trust, device, data, check, not pictures, size, **how)
             name = getattr(learn, 'about', {}).get('name', m.name)
             learners[str(m) if name in learners else name] = learn
-        status.update(f"{' and '.join(learners)}: looking")
-        page = maps_page(learners, out, pictures or None, top, further, n, pixels)
+        dense = [is_dense(one) for one in learners.values()]
+        if any(dense):
+            _check_dense(learners, dense, top, further)
+            page, picture, masks = areas_page(learners, out, pictures or None, n, pixels, status.update)
+        else:
+            status.update(f"{' and '.join(learners)}: looking")
+            page = maps_page(learners, out, pictures or None, top, further, n, pixels)
     if len(learners) > 1: say(f"{len(learners)} models side by side: {', '.join(learners)}")
     if (megabytes := page.stat().st_size / 1e6) > 20:
         say(f'The page has {megabytes:.0f} MB. A smaller --pixels or fewer pictures make it open faster.')
+    if any(dense): say(f'Picture: {picture}\nMasks: {masks}')
     say(f'Page: {page.resolve().as_uri()}')

@@ -29,6 +29,7 @@ from .masks import MaskListing, read_mask
 from .pictures import ReadPicture, loading_on
 from .reader import shrunk_size
 from .scenes import nuclei, scenes
+from ..maps.masks import show_masks
 from ..registry import BadInput
 
 # %% ../../nbs/385_data.dense.ipynb #e4d3db4f
@@ -73,6 +74,36 @@ class WholeDL(TfmdDL):
     ):
         "As `TfmdDL.new`."
         return super().new(dataset, cls, **({} if dataset is None else {'bs': 1}) | kwargs)
+
+    def _draw(self, b, said, max_n, figsize, cell=None, **_):   # fastai's nrows and ncols have no meaning here
+        x, y = (t.as_subclass(Tensor).cpu() for t in self.decode(b))
+        x = (x * 255).round() if x.is_floating_point() else x
+        images = [*x[:max_n].clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()]
+        fig = show_masks(images, said, self.vocab, y[:max_n], cell=cell)
+        if figsize: fig.set_size_inches(figsize)
+
+    def show_batch(self,
+        b: tuple | None = None, # A batch of pictures and masks; None for the next one
+        max_n: int = 9, # How many of them at most
+        show: bool = True, # Whether to draw; if not, what fastai's gives back
+        figsize: tuple[float, float] | None = None, # Width and height in inches; None for what the pictures need
+        **kwargs # `cell`, the width of a picture in inches; what else fastai's takes has no meaning here
+    ):
+        "Draw pictures and their masks."
+        if not show: return super().show_batch(b, max_n, show=False, **kwargs)
+        self._draw(self.one_batch() if b is None else b, None, max_n, figsize, **kwargs)
+
+    def show_results(self,
+        b: tuple, # A batch of pictures and masks
+        out: Tensor, # What the network says of them, `(b, h, w)`
+        max_n: int = 9, # How many of them at most
+        show: bool = True, # Whether to draw; if not, what fastai's gives back
+        figsize: tuple[float, float] | None = None, # As for `show_batch`
+        **kwargs # As for `show_batch`
+    ):
+        "Draw pictures, truth, prediction and what is wrong: what `learn.show_results()` shows."
+        if not show: return super().show_results(b, out, max_n, show=False, **kwargs)
+        self._draw(b, out[:max_n].as_subclass(Tensor), max_n, figsize, **kwargs)
 
 # %% ../../nbs/385_data.dense.ipynb #abd8943e
 class _Datasets(Datasets):

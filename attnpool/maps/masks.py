@@ -140,7 +140,7 @@ def show_masks(
     truth: Sequence | None = None, # What is true, of the sizes of `said`; None where it is not known
     titles: Sequence[str] | None = None, # One for each picture
     cell: float | None = None, # Width of a picture, in inches; None for 1.2, of large ones 2.4
-) -> plt.Figure: # A row for each picture: itself, truth, prediction, what is wrong
+) -> plt.Figure: # Of each picture side by side: itself, truth, prediction, what is wrong
     "Pictures and their masks side by side, with a legend of the classes that occur."
     if not len(images): raise BadInput("images: there is no picture. Pass at least one.")
     given = {name: _checked(m, len(vocab), name) for name, m in dict(truth=truth, said=said).items() if m is not None}
@@ -152,29 +152,32 @@ def show_masks(
     cell = cell or (1.2 if max(max(im.shape[:2]) for im in pictures) <= 128 else 2.4)
     kinds = ['picture', *(dict(truth='truth', said='prediction')[k] for k in given), *['wrong'] * (len(given) == 2)]
     legend = occurring([m for masks in given.values() for m in masks], vocab)
-    below = .22 * -(-len(legend) // 4) + .1
     side = cell * min(1.5, max(im.shape[0] / im.shape[1] for im in pictures))
-    width, height = cell * len(kinds), (side + .2) * len(pictures) + .2 + below
-    fig, axs = plt.subplots(len(pictures), len(kinds), figsize=(width, height), squeeze=False,
+    per = max(1, min(len(pictures), int(9.7 / cell / len(kinds))))   # as many as fit a page
+    nrows, width = -(-len(pictures) // per), cell * len(kinds) * per
+    ncols = max(1, min(len(legend), int(width / (.6 + .08 * max(len(name) for _, name, _ in legend)))))
+    below = .2 * -(-len(legend) // ncols) + .15
+    height = (side + .2) * nrows + .2 + below
+    fig, axs = plt.subplots(nrows, per * len(kinds), figsize=(width, height), squeeze=False,
                             gridspec_kw=dict(left=0, right=1, top=1 - .2 / height, bottom=below / height, wspace=.04,
                                              hspace=.2 / side))
     fig.patch.set_alpha(0)
-    for i, (row, im) in enumerate(zip(axs, pictures)):
+    for ax in axs.flat: ax.axis('off')
+    for i, (row, im) in enumerate(zip(axs.reshape(-1, len(kinds)), pictures)):
         layers, texts = [None, *(mask_colours(m[i], vocab) for m in given.values())], ['', *[''] * len(given)]
         if len(given) == 2:
             layer, share = error_colours(given['truth'][i], given['said'][i])
             layers, texts = [*layers, layer], [*texts, '' if np.isnan(share) else f'{share:.0%} wrong']
         if titles is not None: texts[0] = legible(titles[i])
         for ax, layer, kind, text in zip(row, layers, kinds, texts):
-            ax.axis('off')
             ax.imshow(im)
             whole = -.5, im.shape[1] - .5, im.shape[0] - .5, -.5
             if layer is not None: ax.imshow(layer, extent=whole, interpolation='nearest')
-            ax.set_title(text or kind * (i == 0), fontsize=8, color='#888888', pad=3, parse_math=False)
-    _legend(fig, legend, len(vocab))
+            ax.set_title(text or kind * (i < per), fontsize=8, color='#888888', pad=3, parse_math=False)
+    _legend(fig, legend, len(vocab), ncols)
     return fig
 
-def _legend(fig, entries, n):
+def _legend(fig, entries, n, ncols):
     "Squares of the colours with their names, below a figure."
     colours = {IGNORED: _NONE} | dict(enumerate(class_colours(n)))
     def patch(k, name):
@@ -182,7 +185,7 @@ def _legend(fig, entries, n):
         if k == IGNORED: style |= dict(hatch='////', edgecolor='#ddd')
         return Patch(label=f'\u200b{name}', **style)   # _name would be left out
     names = fig.legend(handles=[patch(k, name) for k, name, _ in entries], loc='lower center', fontsize=8,
-                       frameon=False, ncols=min(4, len(entries)), labelcolor='#888888', handlelength=1, handleheight=1)
+                       frameon=False, ncols=ncols, labelcolor='#888888', handlelength=1, handleheight=1)
     for text in names.get_texts(): text.set_parse_math(False)   # a class may be called $x$
 
 def _picture(im):
