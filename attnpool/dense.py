@@ -82,6 +82,12 @@ class Confusion:
     @property
     def mean_accuracy(self) -> float: return self.recall.nanmean().item()
 
+    @property
+    def floor(self) -> float:
+        "The mIoU of who says the commonest class of every pixel."
+        shares = self.matrix.sum(1).double() / self.matrix.sum()
+        return (shares.max() / (shares > 0).sum()).item()
+
     def metrics(self) -> dict[str, float]: return {name: getattr(self, name) for name in DENSE_METRICS}
 
     def table(self,

@@ -17,6 +17,7 @@ from fastai.vision.all import Learner, to_device
 from torch import Tensor, nn
 
 from .data.batches import normalise
+from .data.scenes import ceiling
 from .dense import Confusion, DenseLoss, dense_metrics
 from .layers import evaluating
 from .maps.compute import find_pools, is_per_class, saliency
@@ -196,7 +197,8 @@ def _looked(began, x, stats):
 def look_at_segments(
     learn: Learner, # Trained, with its pictures and masks
     began: Learner | None = None, # Of the classifier that it began from: where its head looks stands beside
-) -> tuple[dict, dict]: # Metrics of the whole set; `images`, `truth`, `said`, `vocab`, perhaps `maps`, and `classes`
+) -> tuple[dict, dict]: # Of the whole set, with what is reached without looking, and, of scenes, by the truth at a
+    # map's resolution; `images`, `truth`, `said`, `vocab`, perhaps `maps` and `maps_of`, and `classes`
     "Metrics of whole pictures, a table of the classes, and some validation pictures with both masks."
     dls, vocab = learn.dls, [*map(str, learn.dls.vocab)]
     counts, found = confusion_of(learn.model, dls.valid), []
@@ -210,7 +212,8 @@ def look_at_segments(
     arrays = {name: _stack(o, fill) for name, o, fill in zip(('images', 'truth', 'said', 'maps'), zip(*found),
                                                              (0, IGNORED, IGNORED, 0.))}
     if heads: arrays['maps_of'] = np.str_(getattr(began, 'about', {}).get('name', ''))
-    return counts.metrics(), arrays | dict(vocab=np.array(vocab, np.str_), classes=counts.table(vocab))
+    bounds = dict(floor=counts.floor) | (dict(ceiling=ceiling(dls.scenes)) if hasattr(dls, 'scenes') else {})
+    return counts.metrics() | bounds, arrays | dict(vocab=np.array(vocab, np.str_), classes=counts.table(vocab))
 
 def _stack(tensors, fill):
     "In one array, of the largest sides that there are; of long ones each second pixel, or third."
