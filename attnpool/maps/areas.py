@@ -9,13 +9,14 @@ __all__ = ['AREAS_STYLE', 'AREAS_SCRIPT', 'Segmented', 'is_dense', 'segment_pict
 # %% ../../nbs/592_maps.areas.ipynb #s5920004
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from itertools import count
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 import jinja2
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -218,6 +219,16 @@ def _write_mask(one, i, folder, taken, n):
     mask_image(one.said(), n).save(buffer := io.BytesIO(), 'png', optimize=True)
     write_file(folder/f'{name}.png', buffer.getvalue())
 
+def _picture(looks, most=12):
+    "The first pictures and the masks of the first network, as the bytes of a PNG."
+    look = looks[0]
+    fig = show_masks(look.shown[:most], look.said[:most], look.vocab, look.truth and look.truth[:most],
+                     [title_text(name, 40) for name in look.names[:most]] if any(look.names) else None)
+    fig.savefig(buffer := io.BytesIO(), dpi=150, bbox_inches='tight', facecolor='white')
+    plt.close(fig)
+    return buffer.getvalue()
+
+# %% ../../nbs/592_maps.areas.ipynb #s5920021
 def areas_page(
     learn: Learner | dict[str, Learner], # Of a segmentation; several by name stand side by side
     path: Path | str, # The HTML file; beside it NAME-masks, a folder, and NAME-masks.png; NAME-masks-2 if that is there
@@ -255,13 +266,3 @@ def _free(path):
     "A name that is not taken: masks may have been mended by hand since."
     names = (path if k == 1 else path.with_name(f'{path.name}-{k}') for k in count(1))
     return next(p for p in names if not p.exists() and not p.with_name(f'{p.name}.png').exists())
-
-def _picture(looks, most=12):
-    "The first pictures and the masks of the first network, as the bytes of a PNG."
-    look = looks[0]
-    fig = show_masks(look.shown[:most], look.said[:most], look.vocab, look.truth and look.truth[:most],
-                     [title_text(name, 40) for name in look.names[:most]] if any(look.names) else None)
-    fig.savefig(buffer := io.BytesIO(), dpi=150, bbox_inches='tight', facecolor='white')
-    import matplotlib.pyplot as plt
-    plt.close(fig)
-    return buffer.getvalue()
