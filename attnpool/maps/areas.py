@@ -171,7 +171,8 @@ def _parts(looks, i, scale):
             text = 'no label' if np.isnan(share) else f'{share:.1%} wrong'
             yield 'wrong', data_uri(Image.fromarray(colours)), name + text
         if look.where is not None:
-            whose = f'where {title_text(look.where_of, 60)} looked' if look.where_of else f'{name}where its start looked'
+            whose = title_text(look.where_of, 60)
+            whose = f'where {whose} looked' if whose else f'{name}where its start looked'
             (w, h), k = look.shown[i].size, min(1, 96 / max(look.shown[i].size))
             level = enlarge(look.where.values[i:i + 1, :, :h, :w], (max(1, round(h * k)), max(1, round(w * k))))[0, 0]
             yield 'where', data_uri(Image.fromarray(scale.colours(level))), whose
