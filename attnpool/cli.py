@@ -142,7 +142,8 @@ def bench(
     arch: Annotated[str | None, typer.Option(help=_ARCH)] = None,
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN|RUNS')] = '',
     options: Annotated[str, typer.Option(help='Options of heads and network: num_heads=2,ffn_expand=1.')] = '',
-    recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
+    recipe: Annotated[str | None, typer.Option(help=f'{_RECIPE}  [default: quick; to segment segment-small]',
+                                               parser=expand, metavar='NAME|FILE')] = None,
     save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     check: Annotated[str | None, typer.Option(help=_CHECK, metavar='all')] = None,
@@ -181,8 +182,9 @@ def bench(
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
     specs = read_specs(data, heads, seeds, recipe, options, splits=splits, save_recipe=save_recipe, **overrides)
     _check_all(check, specs[0].data)
-    tests = find_tests(specs[0].data.path, skip_broken) if test else tell_tests_left(specs[0].data, say)
+    tests = find_tests(specs[0].data.path, skip_broken, task=task) if test else tell_tests_left(specs[0].data, say)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
+    recipe = recipe or specs[0].recipe.name
     if sizes is None: _tell_blog(specs[0])
     job = dict(cluster=cluster, partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size,
                wait=wait) if cluster else {}

@@ -74,11 +74,22 @@ class Listing:
         files, labels = ([o for o, g in zip(values, good) if g] for values in (self.files, self.labels))
         return replace(self, files=files, labels=labels, n_train=int(sum(good[:self.n_train])))
 
+    @property
+    def strata(self) -> list[str]: # One for each picture
+        "What a random split draws the same share of: each class."
+        return self.labels
+
+    def label_of(self,
+        i: int # Number of a picture
+    ) -> str:
+        "What is said of a picture, for its fingerprint: its class."
+        return self.labels[i]
+
     def split(self,
         number: int # From 0
     ) -> tuple['Listing', np.ndarray]: # The same with that split, and which of its pictures these are
         "The split that is drawn by a number, see `numbered_split`."
-        numbers, n = numbered_split(self.files, self.labels, self.n_train, self.drawn, number)
+        numbers, n = numbered_split(self.files, self.strata, self.n_train, self.drawn, number)
         files, labels = ([values[i] for i in numbers] for values in (self.files, self.labels))
         return replace(self, files=files, labels=labels, n_train=n), numbers
 
@@ -105,8 +116,8 @@ class Listing:
         return self
 
 # %% ../../nbs/300_data.listing.ipynb #14220217
-LAYOUTS = ("Expected train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg for a random split, a .tar or .tar.gz of "
-           "these, a .csv with the columns path and label, Kaggle Petals' TFRecords, or another known data set.")
+LAYOUTS = ("Expected train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg for a random split, a .tar, .tar.gz or .zip "
+           "of these, a .csv with the columns path and label, Kaggle Petals' TFRecords, or another known data set.")
 
 def labelled_files(
     root: Path, # Folder of a data set
@@ -236,10 +247,12 @@ def digests(
     if n > 10 * _READ:
         read[:] = False
         read[np.array(sorted(range(n), key=files.__getitem__))[::-(-n // _READ)]] = True
-    def digest(i): return (digest_of if read[i] else _digest_or_size)(os.path.join(listing.root, listing.files[i]))
-    found = with_progress(in_threads(digest, range(n)), f'reading {listing.name}', n)
+    def look(i):
+        digest = digest_of if read[i] else _digest_or_size
+        return printable(listing.label_of(i)), digest(os.path.join(listing.root, listing.files[i]))
+    found = with_progress(in_threads(look, range(n)), f'reading {listing.name}', n)
     splits = ('train' if i < listing.n_train else 'val' for i in range(n))
-    return dict(zip(map(name, files), zip(map(printable, listing.labels), splits, found)))
+    return dict(zip(map(name, files), ((label, split, digest) for split, (label, digest) in zip(splits, found))))
 
 def fingerprint(
     pictures: dict, # From `digests`

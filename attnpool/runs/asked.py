@@ -35,6 +35,16 @@ def is_followed(
     if not folder.is_dir(): return False
     return recipe.name in GO_ON if is_run(folder) else any(map(is_run, (f.parent for f in folder.rglob('spec.json'))))
 
+def _check_alone(asked, heads, follows):
+    "An error for what means several heads, of a task that has one."
+    task, start = asked['task'], asked.get('start')
+    if heads is not None:
+        raise BadInput(f"heads: the task {task} has one head, so there are none to compare, got {heads}. Leave --heads "
+                       "out: each seed is one run.")
+    if follows:
+        raise BadInput(f"start: for the task {task} all seeds begin from the body of one run, and {start} is a folder "
+                       "of runs, or goes on by its recipe. Name one run in it, and another recipe.")
+
 def _following(data, heads, seeds, recipe, given, rates, arch=None, start='', task=None, skip_broken=False, **common):
     "The specs of runs that go on."
     from attnpool.distributed import is_first
@@ -67,7 +77,7 @@ def read_specs(
     data: str, # Name or path, as for `make_spec`
     heads: str | None, # As for `get_head`, separated by commas, or 'all', 'peers'; None for the usual or the runs' own
     seeds: str | None, # Whole numbers separated by commas; None for the runs' own, the splits, or else 1,2,3
-    recipe: str, # Name in `RECIPES`, or a TOML file
+    recipe: str | None, # Name in `RECIPES`, or a TOML file; None for the task's own
     options: str = '', # As for `read_options`
     rates: list[float] | tuple = (), # Learning rates to try; none for those of the recipe
     splits: int | None = None, # How many splits, drawn by the seeds 1, 2, ...; None for none, in a probe ten
@@ -82,9 +92,13 @@ def read_specs(
     from attnpool.recipe import Recipe, change_recipe, find_recipe, save_recipe as write_recipe
     from attnpool.models.surgery import body_of
     from attnpool.runs.spec import data_for, make_spec
-    groups, recipe = dict(all=HEADS, peers=PEERS), find_recipe(recipe)
+    from attnpool.tasks import TASKS
+    task = TASKS[TASKS.check(common.get('task') or 'classify')]
+    groups, recipe = dict(all=HEADS, peers=PEERS), find_recipe(task.recipe if recipe is None else recipe)
     given, follows = read_options(options), is_followed(common.get('start'), recipe)
-    heads = None if follows and heads in (None, 'all') else read_list('heads', HEADS_USUAL if heads is None else heads)
+    if task.head: _check_alone(common, heads, follows)
+    usual = task.head or HEADS_USUAL
+    heads = None if follows and heads in (None, 'all') else read_list('heads', usual if heads is None else heads)
     heads = heads and list(dict.fromkeys(head for word in heads for head in groups.get(word, [word])))
     if splits and seeds: raise BadInput(f"--splits: each has its own seed, got --seeds {seeds} too. Leave one out.")
     if follows:
