@@ -118,8 +118,8 @@ def nuclei() -> Scenes: # Of 256 x 256 pixels, 3 to train and 1 to validate; cla
             instances[i][on := its == number] = k
             found.append((i, _box(on), int(number)))
     owners, boxes, sources = (torch.tensor(o) for o in zip(*found))
-    masks = (numbers > 0).byte()
-    return Scenes(images, masks, instances, owners, torch.ones_like(owners), boxes, sources, 3, ('background', 'nucleus'))
+    masks, labels, vocab = (numbers > 0).byte(), torch.ones_like(owners), ('background', 'nucleus')
+    return Scenes(images, masks, instances, owners, labels, boxes, sources, 3, vocab)
 
 # %% ../../nbs/362_data.scenes.ipynb #9cf487fd
 def floor(
