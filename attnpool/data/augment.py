@@ -164,6 +164,7 @@ class Erase(Transform):
 def _paper(size): return [RandAugment(size), ValidationCrop(size, split_idx=1), ToTensor()]
 def _imagenet(size, config): return [RandAugment(size, config), CentreCrop(size, split_idx=1), ToTensor()]
 
+# %% ../../nbs/350_data.augment.ipynb #3ed1b47f
 AUGMENTS = Registry('augment')
 AUGMENTS['blog'] = Augment(_crops, partial(_warps, max_rotate=20))
 AUGMENTS['petals'] = Augment(partial(_crops, flip=False), partial(_warps, flip_vert=True, max_rotate=45))

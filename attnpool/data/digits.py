@@ -46,6 +46,7 @@ def split_originals(
     small = torch.tensor(originals.images / 16, dtype=torch.float32)
     return small, originals.target, np.split(used, [len(used) * 3 // 4])
 
+# %% ../../nbs/360_data.digits.ipynb #7057de7d
 @lru_cache(maxsize=4)
 def cluttered_digits(
     size: int = 40, # Side of the canvas, in pixels; digits are 0.4 to 0.55 of it

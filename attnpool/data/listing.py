@@ -47,6 +47,7 @@ def family_of(
 # %% ../../nbs/300_data.listing.ipynb #a3132096
 _TOLD = set()
 
+# %% ../../nbs/300_data.listing.ipynb #dc133079
 @dataclass(frozen=True)
 class Listing:
     "Which pictures a data set has: training pictures first."

@@ -98,8 +98,8 @@ class MaskListing(Listing):
 # %% ../../nbs/325_data.masks.ipynb #06391d7b
 IMAGES = 'images', 'image', 'imgs', 'jpegimages'
 MASKS = 'masks', 'mask', 'annotations', 'labels', 'segmentationclass'
-MASK_LAYOUTS = ("Expected images/*.jpg and masks/*.png of the same names, the two inside of train and val or with these "
-                "inside of them, ADE20k or VOC as they are given out, or a .tar or .zip of these.")
+MASK_LAYOUTS = ("Expected images/*.jpg and masks/*.png of the same names, the two inside of train and val or with "
+                "these inside of them, ADE20k or VOC as they are given out, or a .tar or .zip of these.")
 VOC = tuple('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike '
             'person pottedplant sheep sofa train tvmonitor'.split())
 
@@ -165,6 +165,7 @@ def _in_parts(layout, root):
     found = [_partners(root, *pair) if pair else ([], []) for pair in pairs]
     return [rows for rows, _ in found], [f for _, alone in found for f in alone]
 
+# %% ../../nbs/325_data.masks.ipynb #e5c57acb
 def _meaning(root, ade):
     "Names of the classes, their numbers in the masks, and the numbers that are ignored."
     if ade:
@@ -183,7 +184,7 @@ def _meaning(root, ade):
     return ([n for n in names if n.lower() not in _NONE], [i for i in range(len(names)) if i not in none],
             (*none, IGNORED))
 
-# %% ../../nbs/325_data.masks.ipynb #ccd08cd6
+# %% ../../nbs/325_data.masks.ipynb #9208b400
 def list_masks(
     root: Path | str, # Folder as in `MASK_LAYOUTS`
     valid_pct: float = .2, # Share that validates in a random split
