@@ -134,6 +134,7 @@ class Joint(ItemTransform):
         out = out if isinstance(out, tuple) else (out,)
         return tuple(kind(o.as_subclass(Tensor)) for kind, o in zip((TensorImage, TensorMask), out))
 
+# %% ../../nbs/345_data.joint.ipynb #a5252cd1
 def joint(
     size: int | tuple[int, int], # As for `sides`
     scales: tuple[float, float] = (1., 1.), # As for `KeepShape`, in training
