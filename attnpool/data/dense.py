@@ -65,6 +65,7 @@ class BlankPadding(ItemTransform):
         if len(b) > 1: blank_padding(*(t.as_subclass(Tensor) for t in b))
         return b
 
+# %% ../../nbs/385_data.dense.ipynb #s3850001
 class WholeDL(TfmdDL):
     "A `TfmdDL` whose batches of other pictures, as in `dls.test_dl`, hold one each, since these may differ in size."
     def new(self,

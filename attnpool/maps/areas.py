@@ -9,13 +9,14 @@ __all__ = ['AREAS_STYLE', 'AREAS_SCRIPT', 'Segmented', 'is_dense', 'segment_pict
 # %% ../../nbs/592_maps.areas.ipynb #s5920004
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from itertools import count
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 import jinja2
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -170,10 +171,10 @@ def _parts(looks, i, scale):
             text = 'no label' if np.isnan(share) else f'{share:.1%} wrong'
             yield 'wrong', data_uri(Image.fromarray(colours)), name + text
         if look.where is not None:
-            whose = f'where {title_text(look.where_of, 60)} looked' if look.where_of else 'where its start looked'
+            whose = f'where {title_text(look.where_of, 60)} looked' if look.where_of else f'{name}where its start looked'
             (w, h), k = look.shown[i].size, min(1, 96 / max(look.shown[i].size))
             level = enlarge(look.where.values[i:i + 1, :, :h, :w], (max(1, round(h * k)), max(1, round(w * k))))[0, 0]
-            yield 'where', data_uri(Image.fromarray(scale.colours(level))), name + whose
+            yield 'where', data_uri(Image.fromarray(scale.colours(level))), whose
 
 def areas_html(
     looks: Sequence[Areas], # Of one network, or of several at the same pictures
@@ -218,6 +219,16 @@ def _write_mask(one, i, folder, taken, n):
     mask_image(one.said(), n).save(buffer := io.BytesIO(), 'png', optimize=True)
     write_file(folder/f'{name}.png', buffer.getvalue())
 
+def _picture(looks, most=12):
+    "The first pictures and the masks of the first network, as the bytes of a PNG."
+    look = looks[0]
+    fig = show_masks(look.shown[:most], look.said[:most], look.vocab, look.truth and look.truth[:most],
+                     [title_text(name, 40) for name in look.names[:most]] if any(look.names) else None)
+    fig.savefig(buffer := io.BytesIO(), dpi=150, bbox_inches='tight', facecolor='white')
+    plt.close(fig)
+    return buffer.getvalue()
+
+# %% ../../nbs/592_maps.areas.ipynb #s5920021
 def areas_page(
     learn: Learner | dict[str, Learner], # Of a segmentation; several by name stand side by side
     path: Path | str, # The HTML file; beside it NAME-masks, a folder, and NAME-masks.png; NAME-masks-2 if that is there
@@ -255,13 +266,3 @@ def _free(path):
     "A name that is not taken: masks may have been mended by hand since."
     names = (path if k == 1 else path.with_name(f'{path.name}-{k}') for k in count(1))
     return next(p for p in names if not p.exists() and not p.with_name(f'{p.name}.png').exists())
-
-def _picture(looks, most=12):
-    "The first pictures and the masks of the first network, as the bytes of a PNG."
-    look = looks[0]
-    fig = show_masks(look.shown[:most], look.said[:most], look.vocab, look.truth and look.truth[:most],
-                     [title_text(name, 40) for name in look.names[:most]] if any(look.names) else None)
-    fig.savefig(buffer := io.BytesIO(), dpi=150, bbox_inches='tight', facecolor='white')
-    import matplotlib.pyplot as plt
-    plt.close(fig)
-    return buffer.getvalue()

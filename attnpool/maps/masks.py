@@ -120,6 +120,13 @@ def error_colours(
     out[known], out[wrong] = (0, 0, 0, 150), (255, 225, 0, 235)
     return out, wrong.sum() / known.sum() if known.any() else np.nan
 
+def _picture(im):
+    "A picture as `(H, W, 3)`; of a tensor the range is stretched to 0..1."
+    if not isinstance(im, Tensor): return np.asarray(im if not isinstance(im, Image.Image) else im.convert('RGB'))
+    im = im.as_subclass(Tensor).float().cpu()
+    im = (im - im.min()) / (im.max() - im.min()).clamp(min=1e-8)
+    return im[:3 if len(im) > 2 else 1].permute(1, 2, 0).expand(-1, -1, 3).numpy()
+
 def occurring(
     masks: Sequence, # Masks `(h, w)`, of any sizes
     vocab: Sequence, # Names of the classes
@@ -187,13 +194,6 @@ def _legend(fig, entries, n, ncols):
     names = fig.legend(handles=[patch(k, name) for k, name, _ in entries], loc='lower center', fontsize=8,
                        frameon=False, ncols=ncols, labelcolor='#888888', handlelength=1, handleheight=1)
     for text in names.get_texts(): text.set_parse_math(False)   # a class may be called $x$
-
-def _picture(im):
-    "A picture as `(H, W, 3)`; of a tensor the range is stretched to 0..1."
-    if not isinstance(im, Tensor): return np.asarray(im if not isinstance(im, Image.Image) else im.convert('RGB'))
-    im = im.as_subclass(Tensor).float().cpu()
-    im = (im - im.min()) / (im.max() - im.min()).clamp(min=1e-8)
-    return im[:3 if len(im) > 2 else 1].permute(1, 2, 0).expand(-1, -1, 3).numpy()
 
 # %% ../../nbs/192_maps.masks.ipynb #s1920018
 _MOST = 30   # classes that a figure shows

@@ -74,7 +74,7 @@ class Reading:
             what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             dense = isinstance(out, Tensor) and out.ndim == 4
             raise BadInput(f"model: expected outputs (b, n_out), a row for each picture, got {what}." + dense * (
-                " A class for each pixel is shown by learn.show_results(), and over photos by attnpool maps RUN PHOTO."))
+                " A class for each pixel is shown by learn.show_results(), over photos by attnpool maps RUN PHOTO."))
         n, names = out.shape[1], -1 if self.vocab is None else len(self.vocab)
         guess = _SOFTMAX if n > 1 and (self.loss is None or n == names) else _NUMBERS
         activation, decodes = _ways(self.loss) or guess

@@ -25,7 +25,7 @@ def class_tables(
     "What became of each class, run by run."
     def read(r):
         file = r.folder and Path(r.folder)/'classes.csv'
-        how = dict(dtype={'class': str}, keep_default_na=False, na_values=dict(iou=[''], accuracy=['']))   # a class "NA"
+        how = dict(dtype={'class': str}, keep_default_na=False, na_values=dict(iou=[''], accuracy=['']))   # class "NA"
         return [pd.read_csv(file, **how)] if file and file.is_file() else []
     found = {name: [t for r in rs for t in read(r)] for name, rs in by_row(results).items()}
     return {name: tables for name, tables in found.items() if tables}

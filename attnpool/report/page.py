@@ -154,12 +154,16 @@ def _interval(results):
     return f"[95%]: {_INTERVALS.get(kind, '')}t interval, paired by {_KINDS[kind]}.{cut}"
 
 # %% ../../nbs/630_report.page.ipynb #ae1434c9
+def _word(metric): return 'mIoU' if metric == 'miou' else metric
+
+def _first(metric): return metric.capitalize() if _word(metric) == metric else _word(metric)   # of a sentence
+
 def _section(name, results, table):
     "What the page shows of one setting."
     seed, dense = min(r.spec.seed for r in results), dense_parts(results)
     classes = '' if dense['classes'] is None else _html(dense['classes'])
     rows = 'start' if results[0].spec.head in TASK_HEADS else 'head'
-    return dict(name=name, metric=primary_of(table), seed=seed, setting=_setting(results), rows=rows,
+    return dict(name=name, metric=_word(primary_of(table)), seed=seed, setting=_setting(results), rows=rows,
                 **_where(results), **dense | dict(classes=classes),
                 unit='split' if results[0].spec.split == 'seed' else 'seed',
                 parts=_parts(results, table), **_confused(results), worst=_worst(results),
@@ -227,7 +231,7 @@ def write_report(
         LOOKS_STYLE + AREAS_STYLE + _own('page.css'),
         LOOKS_SCRIPT * any(s['looks'] for s in sections) + AREAS_SCRIPT * any(s['areas'] for s in sections),
         blog=[(t, _html(b)) for t, b in blog.items()], groups=sections,
-        metrics=', '.join(dict.fromkeys(primary_of(t).capitalize() for t in tables)), **_prose(groups))
+        metrics=', '.join(dict.fromkeys(_first(primary_of(t)) for t in tables)), **_prose(groups))
     def plain(v): return v if isinstance(v, (str, int, float)) else str(v)
     csv = pd.concat([t.assign(**{k: plain(v) for k, v in s.items()}) for t, (_, s) in zip(tables, settings)])
     text = [_line(name) + '\n\n' + '\n\n'.join('\n\n'.join(filter(None, (

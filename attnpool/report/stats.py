@@ -105,7 +105,7 @@ def primary_of(
     return table.columns[table.columns.get_loc('sd') - 1]
 
 GUESS = '(guessing)'   # the row of who always says the commonest class
-BOUNDS = dict(floor='(floor: nothing but background)', ceiling='(ceiling: the truth at the resolution of the map)')
+BOUNDS = dict(floor='(floor: the commonest class everywhere)', ceiling='(ceiling: the truth at the resolution of the map)')
 
 def format_table(
     table: pd.DataFrame # From `summarize`
