@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from attnpool.cli import main
+from attnpool.commands.masks import segmenters_among
 from attnpool.dense import Confusion, dense_metrics, DenseLoss
 from attnpool.masks import IGNORED
 from attnpool.recipe import get_recipe, learner_for, RECIPES
@@ -282,3 +283,27 @@ def test_bench_of_segment_refuses_in_one_line(more, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as e: main(["bench", "scenes", "--task", "segment", "--out", str(tmp_path/"runs"), *more])
     err = capsys.readouterr().err
     assert e.value.code == 2 and words in err and err.count("\n") == 1 and not (tmp_path/"runs").exists()
+
+
+def test_evaluate_of_a_segment_run_counts_pixels_in_the_way_that_is_asked(trained, photos, tmp_path, capsys):
+    def ask(*more):
+        words = ["evaluate", str(trained.folder), *more, "--device", "cpu", "--out", str(tmp_path/"e")]
+        with pytest.raises(SystemExit) as e: main(words)
+        return e.value.code, capsys.readouterr()
+    assert ask()[0] == 0
+    table = pd.read_csv(tmp_path/"e"/"segmentation.csv")
+    assert math.isclose(table.miou[0], trained.value, abs_tol=1e-4) and table.pictures[0] == 8 and table.asked[0] == "whole"
+    assert ask("--ratios", ".75,1", "--flips")[0] == 0
+    learn = open_run(trained.folder, "cpu")
+    want = confusion_of(learn.model, learn.dls.valid, ratios=(.75, 1.), flips=True)
+    assert math.isclose(pd.read_csv(tmp_path/"e"/"segmentation.csv").miou[0], want.miou, abs_tol=1e-4)
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path/"e"/"masks").iterdir()}
+    assert ask(str(photos))[0] == 0 and len(kept) == 2   # its own pictures, named: they are there
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path/"e"/"masks").iterdir()} == kept
+    code, told = ask("--sizes", "64")
+    assert code == 2 and told.err.startswith("attnpool: sizes: ") and "--ratios" in told.err
+
+
+def test_ways_of_segment_are_no_ways_of_a_classifier():
+    assert not segmenters_among(["resnet18"], sizes="64")
+    with pytest.raises(BadInput, match="window: it is for runs of a segmentation, got 32"): segmenters_among(["resnet18"], window=32)
