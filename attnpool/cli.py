@@ -184,7 +184,6 @@ def bench(
     _check_all(check, specs[0].data)
     tests = find_tests(specs[0].data.path, skip_broken, task=task) if test else tell_tests_left(specs[0].data, say)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
-    recipe = recipe or specs[0].recipe.name
     if sizes is None: _tell_blog(specs[0])
     job = dict(cluster=cluster, partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size,
                wait=wait) if cluster else {}
@@ -192,7 +191,7 @@ def bench(
     results = make_runs(specs, out, device, Console(), checkpoint_seconds, jobs, **job)
     if not is_first() or not results: return
     if tests: results = ask_tests(results, tests, device, say)
-    say(_written(results := _show_asked(results, specs, data, recipe), out/'report.html'))
+    say(_written(results := _show_asked(results, specs, data, recipe or specs[0].recipe.name), out/'report.html'))
     _check_trained(results)
 
 # %% ../nbs/700_cli.ipynb #83c9bc1c

@@ -43,8 +43,12 @@ class DenseLoss(nn.Module):
         how = dict(ignore_index=IGNORED, label_smoothing=self.label_smoothing, reduction='sum')
         return F.cross_entropy(logits, y, **how) / (y != IGNORED).sum().clamp(min=1)
 
-    def activation(self, out: Tensor) -> Tensor: return out.softmax(1)   # for fastai's get_preds and predict
-    def decodes(self, out: Tensor) -> Tensor: return out.argmax(1)
+    def activation(self,   # for fastai's get_preds and predict
+        out: Tensor, # Logits `(b, n, h, w)`
+    ) -> Tensor: return out.softmax(1)
+    def decodes(self,
+        out: Tensor, # Logits or probabilities `(b, n, h, w)`
+    ) -> Tensor: return out.argmax(1)
 
 def _enlarged(x, size): return F.interpolate(x, size, mode='bilinear', align_corners=False)
 
@@ -118,7 +122,10 @@ class DenseMetric(Metric):
 
     def reset(self):
         if self.leads: self.counts.matrix = None
-    def accumulate(self, learn: Learner):
+    def accumulate(self,
+        learn: Learner, # With what was said of a batch
+    ):
+        "Count a batch."
         if self.leads: self.counts.add(learn.pred, *learn.yb)
 
 def dense_metrics() -> list[Metric]: # New ones at each call, since they keep counts

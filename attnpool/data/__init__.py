@@ -122,6 +122,7 @@ def _in_pictures(found):
 
 _SHOWN = 250   # classes in the text
 
+# %% ../../nbs/390_data.ipynb #0a83c776
 def describe(
     data: str | Path, # Name in `DATASETS`, or path
     picture: Path | str | None = None, # PNG file for a batch of training pictures; None for none

@@ -30,7 +30,7 @@ STATS = dict(   # mean, standard deviation of red, green, blue; by family
     imagenette=([.465, .458, .429], [.285, .28, .301]),
     imagewoof=([.496, .461, .399], [.257, .249, .258]),
     petals=([.453, .415, .306], [.282, .245, .272]),
-    **dict.fromkeys((*TRANSFER, 'ade20k', 'voc'), ([.485, .456, .406], [.229, .224, .225])))   # ImageNet's, as in the paper's transfer
+    **dict.fromkeys((*TRANSFER, 'ade20k', 'voc'), ([.485, .456, .406], [.229, .224, .225])))   # ImageNet's
 
 # %% ../../nbs/350_data.augment.ipynb #ac9bce93
 class Augment(NamedTuple):
@@ -165,6 +165,7 @@ class Erase(Transform):
 def _paper(size): return [RandAugment(size), ValidationCrop(size, split_idx=1), ToTensor()]
 def _imagenet(size, config): return [RandAugment(size, config), CentreCrop(size, split_idx=1), ToTensor()]
 
+# %% ../../nbs/350_data.augment.ipynb #3ed1b47f
 AUGMENTS = Registry('augment')
 AUGMENTS['blog'] = Augment(_crops, partial(_warps, max_rotate=20))
 AUGMENTS['petals'] = Augment(partial(_crops, flip=False), partial(_warps, flip_vert=True, max_rotate=45))

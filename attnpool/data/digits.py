@@ -35,7 +35,7 @@ class Pictures:
 def split_originals(
     rng: np.random.Generator, # Shuffles them
     part: tuple[float, float] = (0., 1.), # Which of the shuffled ones are used, as shares of all: from, to
-) -> tuple[Tensor, np.ndarray, list[np.ndarray]]: # `(n, 8, 8)` in 0..1, digits, numbers of those that train and validate
+) -> tuple[Tensor, np.ndarray, list[np.ndarray]]: # `(n, 8, 8)` in 0..1, digits, which train and validate
     "The scans that pictures are made of. Three quarters of those used train, the rest validate."
     from sklearn.datasets import load_digits
     originals, (low, high) = load_digits(), part
@@ -46,6 +46,7 @@ def split_originals(
     small = torch.tensor(originals.images / 16, dtype=torch.float32)
     return small, originals.target, np.split(used, [len(used) * 3 // 4])
 
+# %% ../../nbs/360_data.digits.ipynb #7057de7d
 @lru_cache(maxsize=4)
 def cluttered_digits(
     size: int = 40, # Side of the canvas, in pixels; digits are 0.4 to 0.55 of it

@@ -44,6 +44,7 @@ def data_name(
     raise FileNotFoundError(f"data: there is no file or folder {data}.{near_path(data)} "
                             f"Known names: {', '.join(DATASETS)}.")
 
+# %% ../../nbs/365_data.find.ipynb #c59134ef
 def find_pictures(
     data: str | Path, # Name, folder, archive, CSV, or folder as a known data set is given out
     valid_pct: float = .2, # Share that validates where the data has no split of its own
@@ -80,6 +81,7 @@ def find_pictures(
     else: listing = list_folder(root, valid_pct, split_seed, tests)
     return replace(listing, name=name).checked('test' if tests else 'validation')
 
+# %% ../../nbs/365_data.find.ipynb #e49e5693
 def check_kind(
     data: str | Path | Listing, # Name, path, or what was found there
     masks: bool, # Whether there have to be masks: for segmentation; or classes

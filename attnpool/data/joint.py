@@ -19,9 +19,9 @@ from torchvision.transforms.v2 import functional as F
 from ..masks import IGNORED
 from ..registry import BadInput
 
-# %% ../../nbs/345_data.joint.ipynb #6ec59b1c
+# %% ../../nbs/345_data.joint.ipynb #62bdedbd
 def sides(
-    size: int | tuple[int, int], # Side of the crops in training and shorter side of whole pictures; or `(h, w)` of crops
+    size: int | tuple[int, int], # Side of training crops and shorter side of whole pictures; or `(h, w)` of crops
 ) -> tuple[int, int]: # Height and width of the crops, in pixels
     "A size in pixels, checked."
     both = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
@@ -134,6 +134,7 @@ class Joint(ItemTransform):
         out = out if isinstance(out, tuple) else (out,)
         return tuple(kind(o.as_subclass(Tensor)) for kind, o in zip((TensorImage, TensorMask), out))
 
+# %% ../../nbs/345_data.joint.ipynb #a5252cd1
 def joint(
     size: int | tuple[int, int], # As for `sides`
     scales: tuple[float, float] = (1., 1.), # As for `KeepShape`, in training

@@ -47,6 +47,7 @@ def family_of(
 # %% ../../nbs/300_data.listing.ipynb #a3132096
 _TOLD = set()
 
+# %% ../../nbs/300_data.listing.ipynb #dc133079
 @dataclass(frozen=True)
 class Listing:
     "Which pictures a data set has: training pictures first."
@@ -74,16 +75,11 @@ class Listing:
         files, labels = ([o for o, g in zip(values, good) if g] for values in (self.files, self.labels))
         return replace(self, files=files, labels=labels, n_train=int(sum(good[:self.n_train])))
 
-    @property
-    def strata(self) -> list[str]: # One for each picture
-        "What a random split draws the same share of: each class."
-        return self.labels
+    strata = property(lambda self: self.labels, doc='What a random split draws the same share of: each class.')
 
     def label_of(self,
         i: int # Number of a picture
-    ) -> str:
-        "What is said of a picture, for its fingerprint: its class."
-        return self.labels[i]
+    ) -> str: return self.labels[i]   # what is said of it, for its fingerprint
 
     def split(self,
         number: int # From 0

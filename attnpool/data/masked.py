@@ -40,8 +40,9 @@ def _looks(listing, cache):
         except BrokenPicture as e: return e.why, (0, 0), np.zeros(256, int)
         return '', values.shape[::-1], np.bincount(values.ravel(), minlength=256)
     def make(folder):
-        if len(masks) > 2000: print(f'attnpool: checking {len(masks):,} masks of {listing.name}, this once', file=sys.stderr)
-        why, sizes, counts = zip(*with_progress(in_threads(look, masks), f'checking masks of {listing.name}', len(masks)))
+        n, what = len(masks), f'masks of {listing.name}'
+        if n > 2000: print(f'attnpool: checking {n:,} {what}, this once', file=sys.stderr)
+        why, sizes, counts = zip(*with_progress(in_threads(look, masks), f'checking {what}', n))
         np.savez(folder/'looks.npz', why=np.array(why, str), sizes=np.array(sizes), counts=np.array(counts))
     if not masks: return str(path), {}
     kept = np.load(made_once(path, make)/'looks.npz')
@@ -50,8 +51,8 @@ def _looks(listing, cache):
 def _from_values(listing, found):
     "The numbers in the masks as classes. Where there are two, 0 and 255, both are."
     if len(found) > 100:
-        raise BadInput(f"data: the masks of {listing.root} hold {len(found)} different numbers, which are rather shades "
-                       "than classes. Save them without smoothing, or name the classes in classes.txt.")
+        raise BadInput(f"data: the masks of {listing.root} hold {len(found)} different numbers, which are rather "
+                       "shades than classes. Save them without smoothing, or name the classes in classes.txt.")
     values = [v for v in found if v != IGNORED] if found != [0, IGNORED] else found
     ignored = () if found == [0, IGNORED] else (IGNORED,)
     return replace(listing, vocab=tuple(map(str, values)), values=tuple(values), ignored=ignored)
@@ -103,6 +104,7 @@ def without_broken_masks(
     there = found.counts[good][:left.n_train][:, list(left.values)].sum(0)
     if (there > 0).sum() < 2:
         only = [name for name, n in zip(left.vocab, there) if n]
-        raise BadInput(f"data: the training masks of {left.root} hold {f'one class only, {only[0]!r}' if only else 'no class'}. "
-                       "To tell pixels apart there must be two; save what surrounds the objects as a class of its own, 0.")
+        there = f'one class only, {only[0]!r}' if only else 'no class'
+        raise BadInput(f"data: the training masks of {left.root} hold {there}. To tell pixels apart there must be two; "
+                       "save what surrounds the objects as a class of its own, 0.")
     return left, good

@@ -98,10 +98,10 @@ class MaskListing(Listing):
 # %% ../../nbs/325_data.masks.ipynb #06391d7b
 IMAGES = 'images', 'image', 'imgs', 'jpegimages'
 MASKS = 'masks', 'mask', 'annotations', 'labels', 'segmentationclass'
-MASK_LAYOUTS = ("Expected images/*.jpg and masks/*.png of the same names, the two inside of train and val or with train "
-                "and val inside of them, ADE20k or VOC as they are given out, or a .tar or .zip of these.")
-VOC = tuple('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person '
-            'pottedplant sheep sofa train tvmonitor'.split())
+MASK_LAYOUTS = ("Expected images/*.jpg and masks/*.png of the same names, the two inside of train and val or with "
+                "these inside of them, ADE20k or VOC as they are given out, or a .tar or .zip of these.")
+VOC = tuple('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike '
+            'person pottedplant sheep sofa train tvmonitor'.split())
 
 def _pair(folder):
     "The folders of pictures and of masks in a folder, or None."
@@ -151,9 +151,11 @@ def _in_parts(layout, root):
         if not names.get('train'): raise BadInput(f"data: {root}/ImageSets/Segmentation has no train.txt. Add it.")
         ids = {p: [line.split()[0] for line in f.read_text().splitlines() if line.strip()] for p, f in names.items()}
         endings = {f.stem: f.suffix for f in (root/images).iterdir()}
-        def pair(i): return f'{images/i}{endings.get(i, ".jpg")}', mask if (root/(mask := f'{masks/i}.png')).is_file() else ''
+        def pair(i):
+            return f'{images/i}{endings.get(i, ".jpg")}', mask if (root/(mask := f'{masks/i}.png')).is_file() else ''
         return [[pair(i) for i in ids.get(p, ())] for p in ('train', 'val', 'test')], []
-    if layout == 'parts': pairs = [part and (_pair(part) or (part/'images', part/'masks')) for part in folder_roles(root)]
+    if layout == 'parts':
+        pairs = [part and (_pair(part) or (part/'images', part/'masks')) for part in folder_roles(root)]
     else:
         images, masks = _pair(root)
         inside = folder_roles(images)
@@ -163,6 +165,7 @@ def _in_parts(layout, root):
     found = [_partners(root, *pair) if pair else ([], []) for pair in pairs]
     return [rows for rows, _ in found], [f for _, alone in found for f in alone]
 
+# %% ../../nbs/325_data.masks.ipynb #e5c57acb
 def _meaning(root, ade):
     "Names of the classes, their numbers in the masks, and the numbers that are ignored."
     if ade:
@@ -181,7 +184,7 @@ def _meaning(root, ade):
     return ([n for n in names if n.lower() not in _NONE], [i for i in range(len(names)) if i not in none],
             (*none, IGNORED))
 
-# %% ../../nbs/325_data.masks.ipynb #ccd08cd6
+# %% ../../nbs/325_data.masks.ipynb #9208b400
 def list_masks(
     root: Path | str, # Folder as in `MASK_LAYOUTS`
     valid_pct: float = .2, # Share that validates in a random split
@@ -199,7 +202,9 @@ def list_masks(
                        "with masks. Add test/images and test/masks, or leave --test out.")
     if tests: valid = test
     elif test and valid: notes.append(TESTS_LEFT_ALONE.format('the pictures of test'))
-    elif test: valid, said = test, notes.append('there is no part val, so the pictures of test validate')
+    elif test:
+        valid = test
+        notes.append('there is no part val, so the pictures of test validate')
     if drawn := not valid:
         if not 0 < valid_pct < 1: raise BadInput(f"valid_pct: expected a share between 0 and 1, got {valid_pct}.")
         chosen = share_of_each([''] * len(train), valid_pct, split_seed, least=1)

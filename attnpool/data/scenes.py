@@ -42,6 +42,7 @@ class Scenes:
         numbers = torch.arange(1, int(mine.sum()) + 1)
         return self.labels[mine], self.boxes[mine], self.instances[i] == numbers[:, None, None]
 
+# %% ../../nbs/362_data.scenes.ipynb #2cdd8aa0
 def _box(on):
     y, x = on.nonzero(as_tuple=True)
     return [int(v) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1)]
@@ -70,6 +71,7 @@ def _scene(size, digits, pieces, side, rng):
     seen = [(j - 1, on) for j in range(1, len(full) + 1) if (on := owner == j).sum() >= full[j - 1] / 4]
     return canvas, seen
 
+# %% ../../nbs/362_data.scenes.ipynb #11cc4527
 @lru_cache(maxsize=4)
 def scenes(
     size: int = 64, # Side of the canvas, in pixels
@@ -104,7 +106,7 @@ def scenes(
     owners, labels, boxes, sources = (torch.tensor(np.array(o)) for o in zip(*found))
     return Scenes(images, masks, instances, owners, labels, boxes, sources, n_train)
 
-# %% ../../nbs/362_data.scenes.ipynb #5825be7c
+# %% ../../nbs/362_data.scenes.ipynb #b6b76911
 @lru_cache(maxsize=1)
 def nuclei() -> Scenes: # Of 256 x 256 pixels, 3 to train and 1 to validate; classes: background, nucleus
     "Quarters of a microscope picture with marked nuclei."
@@ -118,10 +120,10 @@ def nuclei() -> Scenes: # Of 256 x 256 pixels, 3 to train and 1 to validate; cla
             instances[i][on := its == number] = k
             found.append((i, _box(on), int(number)))
     owners, boxes, sources = (torch.tensor(o) for o in zip(*found))
-    masks = (numbers > 0).byte()
-    return Scenes(images, masks, instances, owners, torch.ones_like(owners), boxes, sources, 3, ('background', 'nucleus'))
+    masks, labels, vocab = (numbers > 0).byte(), torch.ones_like(owners), ('background', 'nucleus')
+    return Scenes(images, masks, instances, owners, labels, boxes, sources, 3, vocab)
 
-# %% ../../nbs/362_data.scenes.ipynb #9cf487fd
+# %% ../../nbs/362_data.scenes.ipynb #84fc1a5a
 def floor(
     data: Scenes # From `scenes`
 ) -> dict: # `miou` of nothing but background; `box`, the mean box of training, and `box_iou`, its mean best IoU
