@@ -76,10 +76,7 @@ class Listing:
         return replace(self, files=files, labels=labels, n_train=int(sum(good[:self.n_train])))
 
     strata = property(lambda self: self.labels, doc='What a random split draws the same share of: each class.')
-
-    def label_of(self,
-        i: int # Number of a picture
-    ) -> str: return self.labels[i]   # what is said of it, for its fingerprint
+    def label_of(self, i: int) -> str: return self.labels[i]   # what is said of a picture, for its fingerprint
 
     def split(self,
         number: int # From 0
