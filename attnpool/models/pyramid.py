@@ -142,8 +142,10 @@ class Pyramid(nn.Module):
             nn.Identity() if not d else column_layers(m.channels, d) if learned else Resize(d)
             for m, d in zip(maps, doublings))
 
-    def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        "The maps of `Maps(body, self.maps)` to those of the levels, from the finest on."
+    def forward(self,
+        maps: list[Tensor] # From `Maps(body, self.maps)`, each `(b, c, h, w)`
+    ) -> list[Tensor]: # One for each level, from the finest on
+        "The maps of a body to those of the levels."
         return [layer(maps[i]) for layer, i in zip(self.layers, self.source)]
 
     def extra_repr(self): return f'channels={self.channels}, strides={self.strides}'
