@@ -181,7 +181,8 @@ def build_pyramid(
     *way, last = find_maps(body, n_in)
     several = len({m.stride for m in way}) > 1
     if kind == 'stages' and blocks is not None:
-        raise BadInput("blocks: they are for pyramid='column' or 'resize', got pyramid='stages'. Leave one of them out.")
+        raise BadInput("blocks: they are for pyramid='column' or 'resize', got pyramid='stages'. Leave one of these "
+                       "out.")
     if kind == 'stages' and not several:
         raise BadInput(f"pyramid: the network has one stride alone, {last.stride}, so it has no stages. Take 'column'.")
     if blocks is not None: maps = _of_blocks(way, blocks, len(levels))
