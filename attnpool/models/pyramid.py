@@ -142,8 +142,10 @@ class Pyramid(nn.Module):
             nn.Identity() if not d else column_layers(m.channels, d) if learned else Resize(d)
             for m, d in zip(maps, doublings))
 
-    def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        "The maps of `Maps(body, self.maps)` to those of the levels, from the finest on."
+    def forward(self,
+        maps: list[Tensor] # From `Maps(body, self.maps)`, each `(b, c, h, w)`
+    ) -> list[Tensor]: # One for each level, from the finest on
+        "The maps of a body to those of the levels."
         return [layer(maps[i]) for layer, i in zip(self.layers, self.source)]
 
     def extra_repr(self): return f'channels={self.channels}, strides={self.strides}'
@@ -179,7 +181,8 @@ def build_pyramid(
     *way, last = find_maps(body, n_in)
     several = len({m.stride for m in way}) > 1
     if kind == 'stages' and blocks is not None:
-        raise BadInput("blocks: they are for pyramid='column' or 'resize', got pyramid='stages'. Leave one of them out.")
+        raise BadInput("blocks: they are for pyramid='column' or 'resize', got pyramid='stages'. Leave one of these "
+                       "out.")
     if kind == 'stages' and not several:
         raise BadInput(f"pyramid: the network has one stride alone, {last.stride}, so it has no stages. Take 'column'.")
     if blocks is not None: maps = _of_blocks(way, blocks, len(levels))

@@ -58,8 +58,10 @@ class UPerNet(nn.Module):
         norms = [m for m in self.decoder.psp.blocks[0].modules() if type(m) is nn.BatchNorm2d]
         return any(m.training for m in norms)
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        "Maps `(b, c, h, w)` to `(b, n_classes, h, w)` of the finest."
+    def forward(self,
+        maps: list[Tensor] # Of the levels, each `(b, c, h, w)`, from the finest on
+    ) -> Tensor: # `(b, n_classes, h, w)` of the finest
+        "A map for each class."
         return self.classify(self.dropout(self.decoder([None, None, *maps])))
 
 # %% ../../nbs/264_models.upernet.ipynb #p2640010
