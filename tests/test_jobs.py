@@ -75,6 +75,12 @@ def below(pid):
     return found
 
 
+@pytest.fixture
+def others():
+    "What lives below this process before a test: other tests leave the servers of multiprocessing, which stay."
+    return set(below(os.getpid()))
+
+
 def alive(pids):
     def state(pid):
         try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -119,7 +125,7 @@ def counting(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-def test_jobs_workers_call_what_they_are_told_and_end_with_whoever_asked(counting, capsys):
+def test_jobs_workers_call_what_they_are_told_and_end_with_whoever_asked(counting, capsys, others):
     with Workers() as workers:
         found = workers.together(3, 2, counting.threads)
         assert len({pid for pid, *_ in found} | {os.getpid()}) == 4 and {t for _, t, _ in found} == {2}   # two threads in a copied process
@@ -144,7 +150,7 @@ def test_jobs_workers_call_what_they_are_told_and_end_with_whoever_asked(countin
         os.kill(pid, signal.SIGKILL)
         assert [(line, args, word) for line, args, word in workers.heard(10)] == [(first, (10**6,), "gone")]
         assert len(workers.grow(3)) == 3 and first not in workers.lines   # another in its place
-        there = below(os.getpid())
+        there = set(below(os.getpid())) - others
         assert workers.together(3, 1, counting.slow, 1) == [1, 1, 1]
         workers.ask(workers.lines[0], 1, counting.slow, 10**6)   # in the middle of something
     wait_for(lambda: not alive(there), 10)
@@ -253,19 +259,19 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own_heads", None)
 
 
-def test_jobs_a_run_whose_process_is_killed_goes_on_in_another_at_most_twice(own, pics, threads, capsys):
+def test_jobs_a_run_whose_process_is_killed_goes_on_in_another_at_most_twice(own, pics, threads, capsys, others):
     threads(2)
     once, always = (make_spec(str(pics), f"own_heads:{name}", epochs=2, size=16, bs=8, lr=1e-3) for name in ("Once", "Always"))
     with pytest.raises(BadInput, match=r"jobs: the process of run 2/2  own_heads:Always\S* seed 1 was killed 3 times.*--jobs 1"):
         sweep([once, always], "runs", "cpu", checkpoint_seconds=0, jobs=2)
     said = capsys.readouterr().out
     assert said.count("its process was killed. It goes on in another.") == 3 and re.search(r"own_heads:Once\S* seed 1: goes on after epoch 1", said)
-    assert not below(os.getpid())
+    assert not set(below(os.getpid())) - others
     threads(1)
     assert numbers(run(once, "runs", "cpu")) == numbers(run(once, "alone", "cpu"))   # as if nothing had happened
 
 
-def test_jobs_an_error_of_a_run_is_that_error(own, pics, threads, capsys):
+def test_jobs_an_error_of_a_run_is_that_error(own, pics, threads, capsys, others):
     threads(2)
     specs = [make_spec(str(pics), head, epochs=1, size=16, bs=8, lr=1e-3) for head in ("own_heads:Full", "avg")]
     with pytest.raises(OSError, match="No space left") as e: sweep(specs, "runs", "cpu", jobs=2)
@@ -275,7 +281,7 @@ def test_jobs_an_error_of_a_run_is_that_error(own, pics, threads, capsys):
     with pytest.raises(SystemExit) as end: main(words)
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnpool")]
     assert end.value.code == 2 and err == ["attnpool: [Errno 28] No space left on device"]
-    assert not below(os.getpid())
+    assert not set(below(os.getpid())) - others
 
 
 def test_jobs_a_head_that_only_this_process_knows_is_trained_in_it(pics, tmp_path, threads, monkeypatch, capsys):
