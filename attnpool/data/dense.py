@@ -45,7 +45,9 @@ class ReadMask(Transform):
         super().__init__()
         self.vocab, self.load, self.files, self.table, self.labels = list(vocab), load, files, table, labels
 
-    def encodes(self, o):
+    def encodes(self,
+        o, # Number of a picture
+    ):
         if not isinstance(o, (int, np.integer)):
             raise BadInput(f"files: the mask of {o} is not known. Leave out with_labels=True.")
         if self.labels is not None: return TensorMask(torch.tensor(np.asarray(self.labels[o])))
@@ -56,10 +58,13 @@ class ReadMask(Transform):
         if target != size: values = np.asarray(Image.fromarray(values).resize(target, Image.Resampling.NEAREST))
         return TensorMask(torch.tensor(values))
 
+# %% ../../nbs/385_data.dense.ipynb #3cf8ae06
 class BlankPadding(ItemTransform):
     "What was padded becomes 0 and ignored; after `Normalize`."
     order = 100
-    def encodes(self, b):
+    def encodes(self,
+        b: tuple, # Normalised pictures, or pictures and masks
+    ):
         "A batch of pictures and, where there are some, their masks; changed in place."
         if len(b) > 1: blank_padding(*(t.as_subclass(Tensor) for t in b))
         return b
@@ -74,7 +79,7 @@ class WholeDL(TfmdDL):
         "As `TfmdDL.new`."
         return super().new(dataset, cls, **({} if dataset is None else {'bs': 1}) | kwargs)
 
-# %% ../../nbs/385_data.dense.ipynb #abd8943e
+# %% ../../nbs/385_data.dense.ipynb #f98650a8
 class _Datasets(Datasets):
     def new_empty(self):
         "As an exported Learner keeps them: without files and pixels."
@@ -113,7 +118,7 @@ def _batch_size(bs, n_train):
     raise BadInput(f"bs: expected 1 to {n_train:,}, the number of training pictures, got {bs}. Use bs="
                    f"{max(1, n_train // 4)} (--bs {max(1, n_train // 4)}).")
 
-# %% ../../nbs/385_data.dense.ipynb #baf652d4
+# %% ../../nbs/385_data.dense.ipynb #f4e6cd95
 def dense_dls(
     data: str | Path, # Name, folder or archive with masks, as `list_masks` reads them
     size: int | tuple[int, int] = 128, # Side of the crops, and shorter side of whole pictures; or `(h, w)` of the crops
@@ -152,7 +157,7 @@ def dense_dls(
     dls.listing, dls.family = listing, listing.family
     return dls
 
-# %% ../../nbs/385_data.dense.ipynb #89e0be2b
+# %% ../../nbs/385_data.dense.ipynb #89d6fb48
 def empty_dense_dls(
     size: int | Sequence[int], # As for `dense_dls`
     vocab: Sequence[str], # Names of the classes, in the order of the network's outputs
@@ -192,7 +197,7 @@ def labelled_dense_dls(
     made.about, made.size, made.listing = dls.about, dls.size, listing
     return made
 
-# %% ../../nbs/385_data.dense.ipynb #08e93c63
+# %% ../../nbs/385_data.dense.ipynb #838b9d4d
 def made_dls(
     images: Sequence[np.ndarray], # Each `(h, w, 3)`, uint8; training pictures first
     masks: Sequence[np.ndarray], # Their labels, each `(h, w)`, uint8
