@@ -63,7 +63,7 @@ class BlankPadding(ItemTransform):
     "What was padded becomes 0 and ignored; after `Normalize`."
     order = 100
     def encodes(self,
-        b: tuple, # Normalised pictures, or pictures and masks
+        b, # Normalised pictures, or pictures and masks
     ):
         "A batch of pictures and, where there are some, their masks; changed in place."
         if len(b) > 1: blank_padding(*(t.as_subclass(Tensor) for t in b))

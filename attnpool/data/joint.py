@@ -147,7 +147,7 @@ class Joint(ItemTransform):
         self.change, self.split_idx = change, split_idx
 
     def encodes(self,
-        xy: tuple, # A picture, or a picture and its mask
+        xy, # A picture, or a picture and its mask
     ):
         "Of fastai's kinds: `TensorImage` `(3, h, w)` and, where there is one, `TensorMask` `(h, w)`."
         out = self.change(*(kind(o.as_subclass(Tensor)) for kind, o in zip((tv_tensors.Image, tv_tensors.Mask), xy)))
