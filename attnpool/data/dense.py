@@ -29,7 +29,6 @@ from .masks import MaskListing, read_mask
 from .pictures import ReadPicture, loading_on
 from .reader import shrunk_size
 from .scenes import nuclei, scenes
-from ..maps.masks import show_masks
 from ..registry import BadInput
 
 # %% ../../nbs/385_data.dense.ipynb #e4d3db4f
@@ -46,7 +45,9 @@ class ReadMask(Transform):
         super().__init__()
         self.vocab, self.load, self.files, self.table, self.labels = list(vocab), load, files, table, labels
 
-    def encodes(self, o):
+    def encodes(self,
+        o, # Number of a picture
+    ):
         if not isinstance(o, (int, np.integer)):
             raise BadInput(f"files: the mask of {o} is not known. Leave out with_labels=True.")
         if self.labels is not None: return TensorMask(torch.tensor(np.asarray(self.labels[o])))
@@ -57,15 +58,17 @@ class ReadMask(Transform):
         if target != size: values = np.asarray(Image.fromarray(values).resize(target, Image.Resampling.NEAREST))
         return TensorMask(torch.tensor(values))
 
+# %% ../../nbs/385_data.dense.ipynb #3cf8ae06
 class BlankPadding(ItemTransform):
     "What was padded becomes 0 and ignored; after `Normalize`."
     order = 100
-    def encodes(self, b):
+    def encodes(self,
+        b, # Normalised pictures, or pictures and masks
+    ):
         "A batch of pictures and, where there are some, their masks; changed in place."
         if len(b) > 1: blank_padding(*(t.as_subclass(Tensor) for t in b))
         return b
 
-# %% ../../nbs/385_data.dense.ipynb #s3850001
 class WholeDL(TfmdDL):
     "A `TfmdDL` whose batches of other pictures, as in `dls.test_dl`, hold one each, since these may differ in size."
     def new(self,
@@ -76,37 +79,7 @@ class WholeDL(TfmdDL):
         "As `TfmdDL.new`."
         return super().new(dataset, cls, **({} if dataset is None else {'bs': 1}) | kwargs)
 
-    def _draw(self, b, said, max_n, figsize, cell=None, **_):   # fastai's nrows and ncols have no meaning here
-        x, y = (t.as_subclass(Tensor).cpu() for t in self.decode(b))
-        x = (x * 255).round() if x.is_floating_point() else x
-        images = [*x[:max_n].clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()]
-        fig = show_masks(images, said, self.vocab, y[:max_n], cell=cell)
-        if figsize: fig.set_size_inches(figsize)
-
-    def show_batch(self,
-        b: tuple | None = None, # A batch of pictures and masks; None for the next one
-        max_n: int = 9, # How many of them at most
-        show: bool = True, # Whether to draw; if not, what fastai's gives back
-        figsize: tuple[float, float] | None = None, # Width and height in inches; None for what the pictures need
-        **kwargs # `cell`, the width of a picture in inches; what else fastai's takes has no meaning here
-    ):
-        "Draw pictures and their masks."
-        if not show: return super().show_batch(b, max_n, show=False, **kwargs)
-        self._draw(self.one_batch() if b is None else b, None, max_n, figsize, **kwargs)
-
-    def show_results(self,
-        b: tuple, # A batch of pictures and masks
-        out: Tensor, # What the network says of them, `(b, h, w)`
-        max_n: int = 9, # How many of them at most
-        show: bool = True, # Whether to draw; if not, what fastai's gives back
-        figsize: tuple[float, float] | None = None, # As for `show_batch`
-        **kwargs # As for `show_batch`
-    ):
-        "Draw pictures, truth, prediction and what is wrong: what `learn.show_results()` shows."
-        if not show: return super().show_results(b, out, max_n, show=False, **kwargs)
-        self._draw(b, out[:max_n].as_subclass(Tensor), max_n, figsize, **kwargs)
-
-# %% ../../nbs/385_data.dense.ipynb #abd8943e
+# %% ../../nbs/385_data.dense.ipynb #f98650a8
 class _Datasets(Datasets):
     def new_empty(self):
         "As an exported Learner keeps them: without files and pixels."
@@ -145,11 +118,11 @@ def _batch_size(bs, n_train):
     raise BadInput(f"bs: expected 1 to {n_train:,}, the number of training pictures, got {bs}. Use bs="
                    f"{max(1, n_train // 4)} (--bs {max(1, n_train // 4)}).")
 
-# %% ../../nbs/385_data.dense.ipynb #baf652d4
+# %% ../../nbs/385_data.dense.ipynb #f4e6cd95
 def dense_dls(
     data: str | Path, # Name, folder or archive with masks, as `list_masks` reads them
     size: int | tuple[int, int] = 128, # Side of the crops, and shorter side of whole pictures; or `(h, w)` of the crops
-    bs: int | None = 16, # Batch size; validation takes twice as many where all are of one size, else one. None: up to 16
+    bs: int | None = 16, # Batch size, None for up to 16; validation takes twice as many of one size, else one
     device: str | torch.device | None = None, # Where the batches go; None for fastai's default, a GPU if there is one
     skip_broken: bool = False, # Leave out pictures or masks that cannot be used, instead of stopping
     augment: str | bool = 'own', # Name in `AUGMENTS`, or 'own': the data set's, which is 'segment' for files
@@ -184,7 +157,7 @@ def dense_dls(
     dls.listing, dls.family = listing, listing.family
     return dls
 
-# %% ../../nbs/385_data.dense.ipynb #89e0be2b
+# %% ../../nbs/385_data.dense.ipynb #89d6fb48
 def empty_dense_dls(
     size: int | Sequence[int], # As for `dense_dls`
     vocab: Sequence[str], # Names of the classes, in the order of the network's outputs
@@ -208,7 +181,7 @@ def labelled_dense_dls(
     dls: DataLoaders, # From `dense_dls` or `empty_dense_dls`
     listing: MaskListing, # From `find_pictures`; of the same classes, or of some of them
     skip_broken: bool = False, # Leave out pictures or masks that cannot be used, instead of stopping
-    cache: Path | str | None = None, # Where the result of the check is kept; None for `attnpool` in fastai's data folder
+    cache: Path | str | None = None, # Where the check is kept; None for `attnpool` in fastai's data folder
 ) -> DataLoaders: # With `listing`
     "The pictures of another listing with their masks, checked; the classes are found by their names."
     check_kind(listing, masks=True)
@@ -224,7 +197,7 @@ def labelled_dense_dls(
     made.about, made.size, made.listing = dls.about, dls.size, listing
     return made
 
-# %% ../../nbs/385_data.dense.ipynb #08e93c63
+# %% ../../nbs/385_data.dense.ipynb #838b9d4d
 def made_dls(
     images: Sequence[np.ndarray], # Each `(h, w, 3)`, uint8; training pictures first
     masks: Sequence[np.ndarray], # Their labels, each `(h, w)`, uint8

@@ -46,13 +46,18 @@ class KeepShape(v2.Transform):
         super().__init__()
         self.size, self.scales = size, scales
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+    def make_params(self,
+        flat_inputs: list[Any], # The parts of a sample: picture, mask, boxes
+    ) -> dict[str, Any]:
         "Called by torchvision for each sample: the size to resize to."
         low, high = self.scales
         scale = low if low == high else torch.empty(1).uniform_(low, high).item()
         return dict(size=[*kept_size(F.get_size(flat_inputs[0]), self.size * scale)])
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+    def transform(self,
+        inpt: Any, # One part of a sample
+        params: dict[str, Any], # From `make_params`
+    ) -> Any:
         "Called by torchvision for each part of a sample."
         return inpt if F.get_size(inpt) == params['size'] else F.resize(inpt, **params)
 
@@ -69,7 +74,9 @@ class MixedCrop(v2.Transform):
         super().__init__()
         self.size, self.most, self.tries = size, most, tries
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+    def make_params(self,
+        flat_inputs: list[Any], # The parts of a sample: picture, mask, boxes
+    ) -> dict[str, Any]:
         "Called by torchvision for each sample: where to crop."
         (H, W), (h, w) = F.get_size(flat_inputs[0]), self.size
         mask = next((o for o in flat_inputs if isinstance(o, tv_tensors.Mask)), None)
@@ -81,10 +88,14 @@ class MixedCrop(v2.Transform):
             if (counts > 0).sum() > 1 and counts.max() < self.most * counts.sum(): return place
         return place
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+    def transform(self,
+        inpt: Any, # One part of a sample
+        params: dict[str, Any], # From `make_params`
+    ) -> Any:
         "Called by torchvision for each part of a sample."
         return F.crop(inpt, **params)
 
+# %% ../../nbs/345_data.joint.ipynb #5b46e623
 class PadTo(v2.Transform):
     "Fill up at the right and at the bottom: pictures with 0, masks with `PADDED`."
     def __init__(self,
@@ -93,18 +104,25 @@ class PadTo(v2.Transform):
         super().__init__()
         self.size = size
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+    def make_params(self,
+        flat_inputs: list[Any], # The parts of a sample: picture, mask, boxes
+    ) -> dict[str, Any]:
         "Called by torchvision for each sample: how much to add."
         (H, W), (h, w) = F.get_size(flat_inputs[0]), self.size
         return dict(padding=[0, 0, max(0, w - W), max(0, h - H)])
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+    def transform(self,
+        inpt: Any, # One part of a sample
+        params: dict[str, Any], # From `make_params`
+    ) -> Any:
         "Called by torchvision for each part of a sample."
         return F.pad(inpt, fill=PADDED if isinstance(inpt, tv_tensors.Mask) else 0, **params)
 
 class LightAndColour(v2.RandomPhotometricDistort):
     "torchvision's photometric distortion without its swap of the channels, which only detection has."
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+    def make_params(self,
+        flat_inputs: list[Any], # The parts of a sample: picture, mask, boxes
+    ) -> dict[str, Any]:
         "Called by torchvision for each sample: how much of what."
         return super().make_params(flat_inputs) | dict(channel_permutation=None)
 
@@ -117,7 +135,7 @@ def blank_padding(
     if padded.any(): x.masked_fill_(padded[:, None], 0), y.masked_fill_(padded, IGNORED)
     return x, y
 
-# %% ../../nbs/345_data.joint.ipynb #d21492ad
+# %% ../../nbs/345_data.joint.ipynb #8c0a8363
 class Joint(ItemTransform):
     "One change of a picture and its mask, or of a picture alone, in training or in validation."
     order = 10   # after `ToTensor`
@@ -128,13 +146,15 @@ class Joint(ItemTransform):
         super().__init__()
         self.change, self.split_idx = change, split_idx
 
-    def encodes(self, xy):
+    def encodes(self,
+        xy, # A picture, or a picture and its mask
+    ):
         "Of fastai's kinds: `TensorImage` `(3, h, w)` and, where there is one, `TensorMask` `(h, w)`."
         out = self.change(*(kind(o.as_subclass(Tensor)) for kind, o in zip((tv_tensors.Image, tv_tensors.Mask), xy)))
         out = out if isinstance(out, tuple) else (out,)
         return tuple(kind(o.as_subclass(Tensor)) for kind, o in zip((TensorImage, TensorMask), out))
 
-# %% ../../nbs/345_data.joint.ipynb #a5252cd1
+# %% ../../nbs/345_data.joint.ipynb #e1429d8d
 def joint(
     size: int | tuple[int, int], # As for `sides`
     scales: tuple[float, float] = (1., 1.), # As for `KeepShape`, in training
