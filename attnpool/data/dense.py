@@ -29,6 +29,7 @@ from .masks import MaskListing, read_mask
 from .pictures import ReadPicture, loading_on
 from .reader import shrunk_size
 from .scenes import nuclei, scenes
+from ..maps.masks import show_masks
 from ..registry import BadInput
 
 # %% ../../nbs/385_data.dense.ipynb #e4d3db4f
@@ -69,6 +70,7 @@ class BlankPadding(ItemTransform):
         if len(b) > 1: blank_padding(*(t.as_subclass(Tensor) for t in b))
         return b
 
+# %% ../../nbs/385_data.dense.ipynb #s3850001
 class WholeDL(TfmdDL):
     "A `TfmdDL` whose batches of other pictures, as in `dls.test_dl`, hold one each, since these may differ in size."
     def new(self,
@@ -78,6 +80,36 @@ class WholeDL(TfmdDL):
     ):
         "As `TfmdDL.new`."
         return super().new(dataset, cls, **({} if dataset is None else {'bs': 1}) | kwargs)
+
+    def _draw(self, b, said, max_n, figsize, cell=None, **_):   # fastai's nrows and ncols have no meaning here
+        x, y = (t.as_subclass(Tensor).cpu() for t in self.decode(b))
+        x = (x * 255).round() if x.is_floating_point() else x
+        images = [*x[:max_n].clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()]
+        fig = show_masks(images, said, self.vocab, y[:max_n], cell=cell)
+        if figsize: fig.set_size_inches(figsize)
+
+    def show_batch(self,
+        b: tuple | None = None, # A batch of pictures and masks; None for the next one
+        max_n: int = 9, # How many of them at most
+        show: bool = True, # Whether to draw; if not, what fastai's gives back
+        figsize: tuple[float, float] | None = None, # Width and height in inches; None for what the pictures need
+        **kwargs # `cell`, the width of a picture in inches; what else fastai's takes has no meaning here
+    ):
+        "Draw pictures and their masks."
+        if not show: return super().show_batch(b, max_n, show=False, **kwargs)
+        self._draw(self.one_batch() if b is None else b, None, max_n, figsize, **kwargs)
+
+    def show_results(self,
+        b: tuple, # A batch of pictures and masks
+        out: Tensor, # What the network says of them, `(b, h, w)`
+        max_n: int = 9, # How many of them at most
+        show: bool = True, # Whether to draw; if not, what fastai's gives back
+        figsize: tuple[float, float] | None = None, # As for `show_batch`
+        **kwargs # As for `show_batch`
+    ):
+        "Draw pictures, truth, prediction and what is wrong: what `learn.show_results()` shows."
+        if not show: return super().show_results(b, out, max_n, show=False, **kwargs)
+        self._draw(b, out[:max_n].as_subclass(Tensor), max_n, figsize, **kwargs)
 
 # %% ../../nbs/385_data.dense.ipynb #f98650a8
 class _Datasets(Datasets):
@@ -122,7 +154,7 @@ def _batch_size(bs, n_train):
 def dense_dls(
     data: str | Path, # Name, folder or archive with masks, as `list_masks` reads them
     size: int | tuple[int, int] = 128, # Side of the crops, and shorter side of whole pictures; or `(h, w)` of the crops
-    bs: int | None = 16, # Batch size, None for up to 16; validation takes twice as many of one size, else one
+    bs: int | None = 16, # Batch size; validation takes twice as many where all are of one size, else one. None: up to 16
     device: str | torch.device | None = None, # Where the batches go; None for fastai's default, a GPU if there is one
     skip_broken: bool = False, # Leave out pictures or masks that cannot be used, instead of stopping
     augment: str | bool = 'own', # Name in `AUGMENTS`, or 'own': the data set's, which is 'segment' for files
@@ -181,7 +213,7 @@ def labelled_dense_dls(
     dls: DataLoaders, # From `dense_dls` or `empty_dense_dls`
     listing: MaskListing, # From `find_pictures`; of the same classes, or of some of them
     skip_broken: bool = False, # Leave out pictures or masks that cannot be used, instead of stopping
-    cache: Path | str | None = None, # Where the check is kept; None for `attnpool` in fastai's data folder
+    cache: Path | str | None = None, # Where the result of the check is kept; None for `attnpool` in fastai's data folder
 ) -> DataLoaders: # With `listing`
     "The pictures of another listing with their masks, checked; the classes are found by their names."
     check_kind(listing, masks=True)
