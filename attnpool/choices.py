@@ -19,12 +19,12 @@ from .callback.cutmixup import CutMixUp, CutMixUpAugment
 from .callback.ends import BodyStands
 from .callback.precision import MixedPrecision
 from .data.augment import AUGMENTS
-from .optimizers import SparingWrapper
-from .registry import Registry
+from .optimizers import SparingWrapper, quick
+from .registry import BadInput, Registry
 
 # %% ../nbs/440_choices.ipynb #b374688d
 OPTIMIZERS, SCHEDULES, LOSSES, MIXES = map(Registry, ('opt', 'schedule', 'loss', 'mix'))
-OPTIMIZERS['adam'], OPTIMIZERS['ranger'], OPTIMIZERS['lamb'] = Adam, ranger, Lamb
+OPTIMIZERS['adam'], OPTIMIZERS['ranger'], OPTIMIZERS['lamb'] = partial(quick, Adam), partial(quick, ranger), Lamb
 OPTIMIZERS['timm-lamb'] = partial(SparingWrapper, opt=timm.optim.Lamb)   # the paper's; the one above is another
 OPTIMIZERS['timm-lamb-1e-8'] = partial(OPTIMIZERS['timm-lamb'], eps=1e-8)   # as the authors' script calls it
 OPTIMIZERS['adamw'] = partial(SparingWrapper, opt=torch.optim.AdamW, fused=True)   # one pass over the weights
@@ -63,6 +63,11 @@ PRECISIONS['float32'] = lambda device: []
 PRECISIONS['bf16'] = lambda device: [MixedPrecision('bf16')]
 PRECISIONS['fp16'] = lambda device: [MixedPrecision('fp16')]
 PRECISIONS['auto'] = lambda device: [MixedPrecision()] if torch.device(device).type == 'cuda' else []
+
+@PRECISIONS.register('quickest')
+def _quickest(device):
+    raise BadInput("precision: 'quickest' is decided where a recipe meets its network, by get_recipe(..., arch=ARCH). "
+                   "Here use bf16 or float32.")
 
 TRAINS = Registry('train')   # which weights learn
 TRAINS['all'], TRAINS['head'], TRAINS['finetune'] = list, lambda: [BodyStands()], list

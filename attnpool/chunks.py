@@ -4,30 +4,33 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'SMALL', 'in_chunks', 'chunks', 'scratch', 'clear_scratch', 'widen', 'dots', 'weighted_sum', 'mean_square',
-           'is_near', 'Read', 'read_chunk']
+           'is_near', 'centred', 'with_mean', 'Read', 'read_chunk', 'whole', 'read_again', 'map_gradient']
 
 # %% ../nbs/030_chunks.ipynb #697affbd
 import threading
-from typing import NamedTuple
+from typing import Iterator, NamedTuple, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .forms import is_traced, wide
 
 # %% ../nbs/030_chunks.ipynb #7917ef2c
 CHUNK = 7 << 19   # bytes of float32, four pictures of (1024, 14, 14); larger leave the cache, smaller cost calls
-SMALL = 1 << 16   # numbers of a map for which the calls cost more than the work
+SMALL = 1 << 13   # numbers of a map for which the calls of a training step cost more than its work
 
-def in_chunks(x: Tensor) -> bool:
+def in_chunks(
+    x: Tensor, # Map, of any shape
+    learns: bool = True, # With a backward pass; without, chunks are more calls than plain operations, up to larger maps
+) -> bool:
     "Whether reading `x` in chunks pays, and nobody traces the operations."
-    return not is_traced(x) and x.numel() > (SMALL if x.is_cpu else 0)   # in this order: no guard on a size
+    small = SMALL * (1 if learns else 16) if x.is_cpu else 0
+    return not is_traced(x) and x.numel() > small   # in this order: no guard on a size
 
 def chunks(x: Tensor) -> list[slice]:
     "Slices of pictures of a map `(b, c, n)`: `CHUNK` bytes on a CPU; elsewhere 256 MB, for the sake of memory."
     step = max(1, (CHUNK if x.is_cpu else 1 << 28) // (4 * x.shape[1] * x.shape[2]))
-    return [slice(i, i + step) for i in range(0, len(x), step)]
+    return [slice(i, i + step) for i in range(0, x.shape[0], step)]
 
 _kept = threading.local()
 
@@ -53,21 +56,14 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == wide(x.dtype) else scratch(x, 'chunk').copy_(x)
 
 # %% ../nbs/030_chunks.ipynb #8a1e5b2d
+_SQUARES = 1 << 17   # numbers that are squared at a time
+
 def dots(
     rows: Tensor, # `(k, c)` or `(b, k, c)`
     x: Tensor, # Map `(b, c, n)`
 ) -> Tensor: # `(b, k, n)`
     "`rows @ x`: dot products over the channels of every position."
-    b, c, n = x.shape
-    if x.mT.is_contiguous(): return (x.mT @ rows.mT).mT
-    k = rows.shape[-2]
-    if k > 4 or x.numel() < 1 << 18 or x.dtype != torch.float32 or not (x.is_cpu and x.is_contiguous()): return rows @ x
-    bag = 128 if c % 128 == 0 else c   # short sums, summed again, round less
-    index = torch.arange(b * c, dtype=torch.int32).view(b, 1, c).expand(b, k, c).flatten()
-    starts = torch.arange(0, b * k * c, bag, dtype=torch.int32)
-    weights = rows.expand(b, k, c).reshape(-1)
-    sums = F.embedding_bag(index, x.view(b * c, n), starts, mode='sum', per_sample_weights=weights)
-    return sums.view(b, k, c // bag, n).sum(2)
+    return torch.bmm(rows.expand(x.shape[0], -1, -1), x)   # `rows @ x` would turn the map round first
 
 def weighted_sum(
     p: Tensor, # Weights `(b, k, n)`
@@ -80,18 +76,34 @@ def weighted_sum(
 def mean_square(x: Tensor) -> Tensor:
     "Mean of the squares over the channels of `(b, c, n)`: `(b, 1, n)`."
     if x.mT.is_contiguous(): return torch.linalg.vector_norm(x, dim=1, keepdim=True).square_() / x.shape[1]
-    parts = x.chunk(3)   # a third at a time: less scratch memory
-    return torch.cat([torch.mul(p, p, out=scratch(p, 'squares')).sum(1, keepdim=True) for p in parts]) / x.shape[1]
+    b, c, n = x.shape
+    step, parts = max(1, _SQUARES // (c * n)), []   # a few pictures at a time: less scratch memory
+    for i in range(0, b, step):
+        p = x if step >= b else x[i:i+step]
+        parts.append(torch.mul(p, p, out=scratch(p, 'squares')).sum(1, keepdim=True))
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).mul_(1 / c)
 
 # %% ../nbs/030_chunks.ipynb #492119a5
 _FAR = 10   # mean² over variance from which the mean is subtracted first
 
 def is_near(
     mu: Tensor, # Means of the positions
-    var: Tensor, # Their variances
+    square: Tensor, # Their mean squares
 ) -> bool:
     "Whether the mean is nowhere so large that the quick variance would lose digits. On a GPU never: asking would wait."
-    return mu.is_cpu and bool((mu.square() <= _FAR * var).all())
+    return mu.is_cpu and torch.addcmul(square, mu, mu, value=-1 - 1 / _FAR).amin().item() >= 0
+
+def centred(
+    t: Tensor, # Vectors `(..., c)`
+) -> Tensor: # The same shape
+    "Less the mean over the channels."
+    return torch.add(t, t.sum(-1, keepdim=True), alpha=-1 / t.shape[-1])
+
+def with_mean(
+    rows: Tensor, # `(k, c)`
+) -> Tensor: # `(1 + k, c)`
+    "The rows after one whose dot product is the mean over the channels."
+    return torch.cat([rows.new_full((1, rows.shape[1]), 1 / rows.shape[1]), rows])
 
 class Read(NamedTuple):
     "What one look at a chunk finds."
@@ -103,21 +115,54 @@ class Read(NamedTuple):
 
 def read_chunk(
     x: Tensor, # `(b, c, n)`
-    rows: Tensor, # `(k, c)`; with `centre` those of the scores sum to zero, so that the mean does not matter for them
+    rows: Tensor, # `(k, c)`; with `centre` from `with_mean`, of rows that sum to zero where the mean is not to matter
     centre: bool, # Whether the norm subtracts the mean
     eps: float | None, # Added to the variance; None for no norm
 ) -> Read:
-    "Statistics of every position and its dot products with `rows`."
+    "Statistics of every position and its dot products with `rows`, less that of the mean."
     if not centre:
-        r = x.new_ones(len(x), 1, 1) if eps is None else (mean_square(x) + eps).rsqrt()
+        r = x.new_ones(x.shape[0], 1, 1) if eps is None else (mean_square(x) + eps).rsqrt()
         return Read(x, None, False, r, dots(rows, x))
-    rows = torch.cat([rows.new_full((1, x.shape[1]), 1 / x.shape[1]), rows])
-    found = dots(rows, x)
-    mu = found[:, :1]
-    var = mean_square(x) - mu.square()
-    far = not is_near(mu, var)
+    found, square = dots(rows, x), mean_square(x)
+    mu = rest = found[:, :1]
+    far = not is_near(mu, square)
     if far:
         x = torch.sub(x, mu, out=scratch(x, 'chunk'))   # a widened chunk stands there already: in place
-        found = dots(rows, x)
-        var = (mean_square(x) - found[:, :1].square()).clamp_(min=0)   # what rounding left of the mean does not count
-    return Read(x, mu, far, (var + eps).rsqrt(), found[:, 1:])
+        found, square = dots(rows, x), mean_square(x)
+        rest = found[:, :1]   # what rounding left of the mean does not count
+    var = torch.addcmul(square, rest, rest, value=-1)
+    if far: var.clamp_(min=0)
+    return Read(x, mu, far, var.add_(eps).rsqrt_(), found[:, 1:])
+
+# %% ../nbs/030_chunks.ipynb #b6344bc6
+def whole(
+    parts: list[tuple[Tensor | None, ...]], # What was found in each chunk
+) -> Sequence[Tensor | None]: # The same for all pictures; None where there was nothing
+    "Put together what chunks gave; one chunk is handed on as it is."
+    if len(parts) == 1: return parts[0]
+    return [None if part[0] is None else torch.cat(part) for part in zip(*parts)]
+
+def read_again(
+    x: Tensor, # Map `(b, c, n)`
+    gx: Tensor | None, # Memory for its gradient, None for no gradient
+    mu: Tensor | None, # Means of the positions, from `read_chunk`
+    fars: Sequence[bool], # Of each chunk, whether its mean was subtracted
+) -> Iterator[tuple[slice, Tensor, bool, Tensor | None]]:
+    "For each chunk its pictures, its numbers as they were read, whether the mean is missing, where its gradient goes."
+    for s, far in zip(chunks(x), fars):
+        t = chunk = widen(x[s])
+        out = None if gx is None else gx[s] if gx.dtype == chunk.dtype else chunk   # a widened chunk is ours
+        if far: t = torch.sub(t, mu[s], out=scratch(t, 'chunk') if out is None else out)
+        yield s, t, far, out
+        if out is chunk: gx[s] = out
+
+def map_gradient(
+    t: Tensor, # Chunk `(b, c, n)`
+    kappa: Tensor, # Factor of each position `(b, 1, n)`
+    rows: Tensor, # `(b, k, c)`
+    factors: Tensor, # `(b, k, n)`
+    out: Tensor, # Takes the result; it may be `t` itself
+):
+    "`kappa * t` plus the sum of the rows' outer products with their factors."
+    if out is t: out.mul_(kappa).baddbmm_(rows.mT, factors)
+    else: torch.bmm(rows.mT, factors, out=out).addcmul_(t, kappa)

@@ -20,7 +20,7 @@ from .cost.commands import complexity, speed
 from .registry import BadInput
 from .runs.asked import is_followed, read_specs
 from attnpool.runs.options import (
-    LateCommands, check_device, check_out, expand, fail, guarded, late_options, make_runs, path_of, read_list,
+    JOBS, LateCommands, check_device, check_out, expand, fail, guarded, late_options, make_runs, path_of, read_list,
     say)
 
 # %% ../nbs/700_cli.ipynb #36a013b6
@@ -126,11 +126,9 @@ _RATES = ("Rates to try, separated by commas.  [default: 1e-3,2e-3,4e-3,8e-3,16e
 _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn anew, the same for all heads; where the '
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
 _TEST = 'Ask each run once about the test pictures, in test/CLASS; they get a table of their own.'
-_FILE = dict(parser=path_of, metavar='PATH')
-_RUNS = _FILE | dict(metavar='RUNS')
+_FILE, _RUNS = (dict(parser=path_of, metavar=name) for name in ('PATH', 'RUNS'))
 _TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | ', '.runs.csv': 'spec.head'}   # beside a report
-_CHECKPOINT = ('Least time between two checkpoints, from which a run that was stopped goes on; 0 writes one after each '
-               'epoch.')
+_CHECKPOINT = 'Least time between two checkpoints, from which a stopped run goes on; 0 writes one after each epoch.'
 _GPUS = 'GPUs of a job, with one process each: the batch grows by their number n, the learning rate by its root.'
 
 # %% ../nbs/700_cli.ipynb #6b9daf66
@@ -151,7 +149,7 @@ def bench(
     test: Annotated[bool, typer.Option('--test', help=_TEST)] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
-    out: Annotated[Path, typer.Option(help=_OUT, **_FILE)] = 'runs',
+    out: Annotated[Path, typer.Option(help=_OUT, **_FILE)] = 'runs', jobs: JOBS = None,
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     gpus: Annotated[int, typer.Option(help=_GPUS, min=0)] = 0,
@@ -189,7 +187,7 @@ def bench(
     job = dict(cluster=cluster, partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size,
                wait=wait) if cluster else {}
     if is_first(): check_out(out/'report.html', [data], _TABLES, make=True, own='--line: #888', folder=True)
-    results = make_runs(specs, out, device, Console(), checkpoint_seconds, **job)
+    results = make_runs(specs, out, device, Console(), checkpoint_seconds, jobs, **job)
     if not is_first() or not results: return
     if tests: results = ask_tests(results, tests, device, say)
     say(_written(results := _show_asked(results, specs, data, recipe), out/'report.html'))
@@ -242,6 +240,7 @@ def lr(
     device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
     out: Annotated[Path, typer.Option(help='Folder for the runs, not below one to be reported.', **_FILE)] = 'runs-lr',
     checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60,
+    jobs: JOBS = None, # Runs at a time
     **overrides
 ):
     """Find each head's learning rate in a grid.
@@ -261,7 +260,7 @@ def lr(
     if seeds is None and not is_followed(start, find_recipe(recipe)): seeds = '0,10'
     specs = read_specs(data, heads, seeds, recipe, rates=grid, save_recipe=save_recipe, **common)
     check_out(out/'rates.csv', [data], make=True, own='head,', folder=True)
-    best, table = learning_rates(make_runs(specs, out, device, Console(), checkpoint_seconds))
+    best, table = learning_rates(make_runs(specs, out, device, Console(), checkpoint_seconds, jobs))
     say(table.to_string())
     table.to_csv(out/'rates.csv')
     for head, its in best.items():

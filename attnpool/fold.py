@@ -7,6 +7,7 @@ __all__ = ['foldable', 'norm_options', 'fold_query', 'Scored', 'scores', 'Gather
            'gather_own_plain', 'gather', 'gather_own']
 
 # %% ../nbs/040_fold.ipynb #52748be1
+from functools import reduce
 from typing import Callable, NamedTuple
 
 import torch
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # some of these are here for those who import them from fold
-from .chunks import chunks, clear_scratch, dots, in_chunks, is_near, read_chunk, scratch, weighted_sum, widen
+from .chunks import (
+    centred, chunks, clear_scratch, dots, in_chunks, map_gradient, read_again, read_chunk, scratch, weighted_sum, whole,
+    widen, with_mean)
 from attnpool.forms import (
     Affine, affine, form, form_asked_for, forms_used, is_traced, kernels_for, linear, no_autocast, note_form, readable,
     wide)
@@ -45,11 +48,16 @@ def fold_query(
     dtype: torch.dtype, # Of the result
 ) -> Tensor: # `u` `(queries*num_heads, c)`, query-major
     "The query, folded through the keys and the norm's weight."
-    Q = linear(query, q).unflatten(1, (num_heads, -1))                                       # (queries, heads, d)
-    if num_heads == 1: u = Q.squeeze(1) @ k[0]                                               # W_k^T q
-    else: u = torch.einsum('qhd,hdc->qhc', Q, k[0].unflatten(0, (num_heads, -1))).flatten(0, 1)
-    weight = getattr(norm, 'weight', None)
-    return scale * u.to(dtype) if weight is None else scale * u.to(dtype) * weight.to(dtype)
+    Q = linear(query, q)                                                                     # (queries, heads*d)
+    # the keys' bias does not matter; a gradient of exactly zero, not None: DDP waits for all
+    if k[1] is not None and k[1].requires_grad: Q = torch.add(Q, k[1], alpha=0)
+    if num_heads == 1: u = Q @ k[0]                                                          # W_k^T q
+    else:
+        Q, keys = Q.unflatten(1, (num_heads, -1)), k[0].unflatten(0, (num_heads, -1))
+        u = torch.einsum('qhd,hdc->qhc', Q, keys).flatten(0, 1)
+    u, weight = u.to(dtype), getattr(norm, 'weight', None)
+    if scale != 1: u = scale * u
+    return u if weight is None else u * weight.to(dtype)
 
 # %% ../nbs/040_fold.ipynb #54fc6f48
 class Scored(NamedTuple):
@@ -96,55 +104,51 @@ def gather_plain(
 
 # %% ../nbs/040_fold.ipynb #90a0d288
 def _gather_forward(x, u, v, mask, centre, eps, mean):
-    "The results of `gather_plain`, and what the backward pass needs: mean or None, `r`, weights before dropout."
-    n, parts = x.shape[2], []
-    if centre: u = u - u.mean(-1, keepdim=True)
+    "The results of `gather_plain`, what the backward pass needs, and for each chunk whether its mean was subtracted."
+    n, parts, fars = x.shape[2], [], []
+    rows = with_mean(centred(u)) if centre else u
     for s in chunks(x):
-        t, mu, far, r, d = read_chunk(widen(x[s]), u, centre, eps)
+        t, mu, far, r, d = read_chunk(widen(x[s]), rows, centre, eps)
         a = (d * r).softmax(-1)
         left, m = a if mask is None else a * mask[s], None
         p = left * r
         if mean:   # one more weighted sum
-            z, m = weighted_sum(torch.cat([p, p.new_full((len(p), 1, n), 1 / n)], 1), t).split([len(u), 1], 1)
-            m = (m + mu.mean(-1, keepdim=True) if far else m).squeeze(1)
+            z = weighted_sum(torch.cat([p, p.new_full((p.shape[0], 1, n), 1 / n)], 1), t)
+            z, m = z[:, :-1], z[:, -1]
+            if far: m = m + mu.mean(-1)
         else: z = weighted_sum(p, t)
-        if centre: z = z - z.mean(-1, keepdim=True)
+        if centre: z = centred(z)
         parts.append((z, None if mask is None else left.sum(-1, keepdim=True), m, mu, r, a))
-    whole = [None if part[0] is None else torch.cat(part) for part in zip(*parts)]
-    return whole[:3], whole[3:]
+        fars.append(far)
+    z, left, m, *kept = whole(parts)
+    return [z, left, m], [*kept, rows], fars
 
-def _read_again(x, gx, mu, r):
-    "Slice, chunk, whether its mean was subtracted, and where its gradient goes: None without `gx`."
-    for s in chunks(x):
-        t = chunk = widen(x[s])
-        out = None if gx is None else gx[s] if gx.dtype == chunk.dtype else chunk   # a widened chunk is ours
-        far = mu is not None and not is_near(mu[s], r[s]**-2)
-        if far: t = torch.sub(t, mu[s], out=scratch(t, 'chunk') if out is None else out)
-        yield s, t, far, out
-        if out is chunk: gx[s] = out
-
-def _gather_backward(x, u, v, mask, kept, grads, centre, eps, mean, need_x):
+def _gather_backward(x, u, v, mask, kept, fars, grads, centre, eps, mean, need_x):
     "Gradients of the map (None unless asked for) and of `u`."
-    (mu, r, a), (gz, gleft, gmean), (c, n) = kept, grads, x.shape[1:]
-    if centre: u, gz = u - u.mean(-1, keepdim=True), gz - gz.mean(-1, keepdim=True)
-    gx, gu = torch.empty_like(x) if need_x else None, torch.zeros_like(u)
-    for s, t, far, out in _read_again(x, gx, mu, r):
-        R, A, G = r[s], a[s], gz[s]
-        ti, d = dots(torch.cat([G, u.expand(len(G), -1, -1)], 1), t).split(len(u), 1)
+    (mu, r, a, rows), (gz, gleft, gmean), (c, n), k = kept, grads, x.shape[1:], u.shape[0]
+    if centre: gz = centred(gz)
+    gx, gu = torch.empty_like(x) if need_x else None, []
+    for s, t, far, out in read_again(x, gx, mu, fars):
+        R, A = r[s], a[s]
+        G = torch.cat([gz[s], rows.expand(A.shape[0], -1, -1)], 1)
+        found = dots(G, t)
+        ti, d = found[:, :k], found[:, -k:]
         da = R * ti if gleft is None else R * ti + gleft[s]
         if mask is not None: da = da * mask[s]
-        ds = A * (da - (A * da).sum(-1, keepdim=True))
-        left = A if mask is None else A * mask[s]
-        p, dd = left * R, ds * R
-        gu += weighted_sum(dd, t).sum(0)
+        ds = torch._softmax_backward_data(da, A, -1, A.dtype)
+        dd = ds * R
+        gu.append(weighted_sum(dd, t).sum(0))
         if out is None: continue
-        kappa = R.new_zeros(1, 1, 1) if eps is None else -(left * ti + ds * d).sum(1, keepdim=True) * R**3 / c
-        if far or mu is None: torch.mul(t, kappa, out=out)
-        else: torch.addcmul(-kappa * mu[s], t, kappa, out=out)
-        if len(u) == 1: out.addcmul_(G.mT, p).addcmul_(u.mT, dd)
-        else: out.baddbmm_(torch.cat([G.mT, u.mT.expand(len(G), -1, -1)], 2), torch.cat([p, dd], 1))
-        if gmean is not None: out.add_(gmean[s, :, None] / n)
-    return gx, gu - gu.mean(-1, keepdim=True) if centre else gu, None
+        left = A if mask is None else A * mask[s]
+        kappa = R.new_zeros(1, 1, 1) if eps is None else (left * ti + ds * d).sum(1, keepdim=True) * R**3 / -c
+        factors = [left * R, dd]
+        if centre: factors.insert(1, torch.zeros_like(kappa) if far else kappa * mu[s] * -c)
+        if gmean is not None:
+            G = torch.cat([G, gmean[s, None]], 1)
+            factors.append(R.new_full((A.shape[0], 1, n), 1 / n))
+        map_gradient(t, kappa, G, torch.cat(factors, 1), out)
+    gu = reduce(torch.add, gu)
+    return gx, centred(gu) if centre else gu, None
 
 # %% ../nbs/040_fold.ipynb #392a6781
 def mixture(
@@ -175,7 +179,7 @@ def _block_rows(g, k):
 def _own_dots(g, x, k):
     "`g` `(b, c)` times `x` `(b, c, n)`, summed over the channels of each query: `(b, k, n)`."
     b, c, n = x.shape
-    if x.mT.is_contiguous(): return (x.mT @ _block_rows(g, k).mT).mT
+    if x.mT.is_contiguous(): return torch.bmm(_block_rows(g, k), x)
     return torch.bmm(g.reshape(b * k, 1, c // k), x.reshape(b * k, c // k, n)).view(b, k, n)
 
 def _own_sum(w, x):
@@ -185,10 +189,10 @@ def _own_sum(w, x):
     return torch.bmm(w.reshape(b * k, 1, n), x.reshape(b * k, -1, n).mT).view(b, -1)
 
 def _own_forward(x, u, v, share, eps):
-    "`gather_own_plain`, and what the backward pass needs: mean, `r`, weights before the mixture, `u·x`, `v·x`."
-    k, parts = len(u), []
-    u = u - u.mean(-1, keepdim=True)
-    rows = u if v is None else torch.cat([u, v])
+    "`gather_own_plain`, what the backward pass needs, and for each chunk whether its mean was subtracted."
+    k, parts, fars = len(u), [], []
+    u = centred(u)
+    rows = with_mean(u if v is None else torch.cat([u, v]))
     for s in chunks(x):
         t, mu, far, r, d = read_chunk(widen(x[s]), rows, True, eps)
         d, l = d[:, :k], d[:, k:]
@@ -198,45 +202,43 @@ def _own_forward(x, u, v, share, eps):
         z = _own_sum(w, t) if v is None else (w * l).sum(-1)
         if far and v is None: z = (z.unflatten(1, (k, -1)) + (w * mu).sum(-1, keepdim=True)).flatten(1)
         parts.append((z, mu, r, a, d, l))
-    z, *kept = (torch.cat(part) for part in zip(*parts))
-    return [z], kept
+        fars.append(far)
+    z, *kept = whole(parts)
+    return [z], [*kept, rows], fars
 
 # %% ../nbs/040_fold.ipynb #d9985e58
-def _own_backward(x, u, v, share, kept, grads, eps, need_x):
+def _own_backward(x, u, v, share, kept, fars, grads, eps, need_x):
     "Gradients of the map (None unless asked for), of `u` and of `v`."
-    (mu, r, a, d, l), (g,), (k, c) = kept, grads, u.shape
-    u = u - u.mean(-1, keepdim=True)
-    rows = torch.cat([u, u.new_ones(1, c)] if v is None else [u, u.new_ones(1, c), v]).mT
+    (mu, r, a, d, l, rows), (g,), (k, c) = kept, grads, u.shape
     gx, gu, gv = torch.empty_like(x) if need_x else None, torch.zeros_like(u), v if v is None else torch.zeros_like(v)
-    for s, t, far, out in _read_again(x, gx, mu, r):
+    for s, t, far, out in read_again(x, gx, mu, fars):
         M, R, A, G, W = mu[s], r[s], a[s], g[s], a[s]
         da = _own_dots(G, t, k) if v is None else l[s] * G[:, :, None]
         if far and v is None: da = da + M * G.unflatten(1, (k, -1)).sum(-1, keepdim=True)
         if share is not None: da, W = da * (1 - share[s]), mixture(A, share[s])
-        ds = A * (da - (A * da).sum(-1, keepdim=True))
+        ds = torch._softmax_backward_data(da, A, -1, A.dtype)
         dd, dl = ds * R, None if v is None else W * G[:, :, None]
         sums = torch.bmm(dd if v is None else torch.cat([dd, dl], 1), t.mT).sum(0)
         gu += sums[:k]
         if v is not None: gv += sums[k:]
         if v is not None and far: gv += (dl * M).sum((0, 2))[:, None]
         if out is None: continue
-        kappa = -(ds * d[s]).sum(1, keepdim=True) * R**3 / c
-        shift = torch.zeros_like(M) if far else -kappa * M
-        torch.mul(t, kappa, out=out)
-        columns, factors = [rows.expand(len(G), -1, -1)], [dd, shift] if v is None else [dd, shift, dl]
+        kappa = (ds * d[s]).sum(1, keepdim=True) * R**3 / -c
+        its, factors = rows.expand(len(G), -1, -1), [torch.zeros_like(M) if far else kappa * M * -c, dd]
+        if v is not None: factors.append(dl)
+        elif t.mT.is_contiguous(): its, factors = torch.cat([its, _block_rows(G, k)], 1), [*factors, W]
+        map_gradient(t, kappa, its, torch.cat(factors, 1), out)
         if v is None and not t.mT.is_contiguous():
             out.unflatten(1, (k, -1)).addcmul_(W[:, :, None], G.unflatten(1, (k, -1))[..., None])
-        elif v is None: columns, factors = [*columns, _block_rows(G, k).mT], [*factors, W]
-        out.baddbmm_(torch.cat(columns, 2), torch.cat(factors, 1))
-    return gx, gu - gu.mean(-1, keepdim=True), gv
+    return gx, centred(gu), gv
 
 # %% ../nbs/040_fold.ipynb #03f44a43
 def _kernels_forward(x, u, v, mask, centre, eps, mean):
     from attnpool import kernels
     z, m, *kept = kernels.pool_forward(x, u, centre, eps, mean)
-    return [z, None, m], [*kept, z]
+    return [z, None, m], [*kept, z], None
 
-def _kernels_backward(x, u, v, mask, kept, grads, centre, eps, mean, need_x):
+def _kernels_backward(x, u, v, mask, kept, fars, grads, centre, eps, mean, need_x):
     from attnpool import kernels
     (*kept, z), (gz, _, gmean) = kept, grads
     return *kernels.pool_backward(x, u, z, *kept, centre, eps, gz, gmean, need_x), None
@@ -244,7 +246,7 @@ def _kernels_backward(x, u, v, mask, kept, grads, centre, eps, mean, need_x):
 class _Way(NamedTuple):
     "How something is gathered. All three take the map, `u`, `v`, a mask or share, and options by name."
     plain: Callable      # its results, by operations that autograd knows
-    forward: Callable    # its results, and what is kept for backward
+    forward: Callable    # its results, tensors to keep for backward, and whether each chunk's mean was subtracted
     backward: Callable   # from what was kept and the results' gradients: those of the map, `u` and `v`
 
 def _plain(x, u, v, mask, **options): return gather_plain(x, u, mask=mask, **options)
@@ -255,7 +257,7 @@ class _InChunks(torch.autograd.Function):
     "Saves the map and a few numbers per position."
     @staticmethod
     def forward(ctx, way, options, *given):
-        results, kept = way.forward(*given, **options)
+        results, kept, ctx.fars = way.forward(*given, **options)
         ctx.save_for_backward(*given, *kept)
         ctx.way, ctx.options = way, options
         return tuple(results)
@@ -266,17 +268,18 @@ class _InChunks(torch.autograd.Function):
         given, kept = saved[:4], saved[4:]
         with no_autocast(given[0]):
             if not ((more := torch.is_grad_enabled()) or any(g is not None and is_traced(g) for g in grads)):
-                return None, None, *ctx.way.backward(*given, kept, grads, **ctx.options, need_x=need[0]), None
+                return None, None, *ctx.way.backward(*given, kept, ctx.fars, grads, **ctx.options, need_x=need[0]), None
             with torch.enable_grad(): again = zip(ctx.way.plain(*given, **ctx.options), grads)
             outs, gs = zip(*((o, g) for o, g in again if o is not None and o.requires_grad))
             found = iter(torch.autograd.grad(outs, [t for t, n in zip(given, need) if n], gs, create_graph=more))
             return None, None, *(next(found) if n else None for n in need), None
 
-def _run(way, options, x, *given):
+def _learns(*given): return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+
+def _run(way, options, learns, x, *given):
     x = x.as_subclass(Tensor)
     if not (x.is_contiguous() or x.mT.is_contiguous()): x = x.contiguous()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given)):
-        return _InChunks.apply(way, options, x, *given)
+    if learns: return _InChunks.apply(way, options, x, *given)
     return way.forward(x, *given, **options)[0]
 
 # %% ../nbs/040_fold.ipynb #7be0e8b7
@@ -293,12 +296,12 @@ def gather(
     options, asked = dict(centre=centre, eps=eps, mean=mean), form_asked_for()
     with no_autocast(x):
         u = u.to(wide(x.dtype))
-        if asked == 'plain' or not in_chunks(x):
+        if asked == 'plain' or not in_chunks(x, learns := _learns(x, u)):
             note_form(asked or 'folded')
             return gather_plain(x, u, mask=mask, **options)
         with_kernels = mask is None and kernels_for(x, u) is not None
         note_form('kernels' if with_kernels else 'folded')
-        return Gathered(*_run(_KERNELS if with_kernels else _GATHER, options, x, u, None, mask))
+        return Gathered(*_run(_KERNELS if with_kernels else _GATHER, options, learns, x, u, None, mask))
 
 def gather_own(
     x: Tensor, # Map `(b, c, n)`, any float dtype
@@ -311,6 +314,7 @@ def gather_own(
     note_form(asked := form_asked_for() or 'folded')
     with no_autocast(x):
         u, v = (None if t is None else t.to(wide(x.dtype)) for t in (u, v))
-        if asked == 'plain' or not in_chunks(x): return gather_own_plain(x, u, v, share, eps)
+        if asked == 'plain' or not in_chunks(x, learns := _learns(x, u, v)):
+            return gather_own_plain(x, u, v, share, eps)
         if share is not None and not isinstance(share, Tensor): share = u.new_full((len(x), 1, 1), share)
-        return _run(_OWN, dict(eps=eps), x, u, v, share)[0]
+        return _run(_OWN, dict(eps=eps), learns, x, u, v, share)[0]

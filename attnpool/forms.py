@@ -35,6 +35,7 @@ def wide(
 
 def autocast_on(x: Tensor) -> bool:
     "Whether autocast is at work on the device of `x` (some, such as meta, have none)."
+    if not torch._C._is_any_autocast_enabled(): return False
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 def no_autocast(x: Tensor) -> ContextManager:

@@ -21,7 +21,7 @@ from fastcore.docments import docments
 from torch import nn
 
 from .callback.order import Order, batches_in_step
-from .callback.precision import ChannelsLast
+from .callback.precision import ChannelsLast, quickest
 from .choices import LOSSES, MIXES, NAMES, OPTIMIZERS, PRECISIONS, SCHEDULES, TRAINS, decided
 from .data.batches import normalise
 from .data.cache import write_file
@@ -136,7 +136,9 @@ def get_recipe(
 ) -> Recipe: # With one learning rate
     "A recipe with one learning rate and with the given fields replaced."
     r = change_recipe(recipe, **overrides).for_head(head, data)
-    return r if arch is None else r.for_arch(arch)
+    if arch is None: return r
+    if r.precision == 'quickest': r = replace(r, precision=quickest(arch, r.size, r.micro_bs or r.bs))
+    return r.for_arch(arch)
 
 # %% ../nbs/450_recipe.ipynb #57a20888
 def small_data_metrics() -> list: # New ones at each call, since they keep sums

@@ -86,7 +86,7 @@ class Recipe:
     label_smoothing: float = 0. # Share of the label that is spread over all classes
     mix: str = 'none' # What mixes the pictures: `MIXES`
     wd: float | None = None # Weight decay; if none is given, the recipe's for the network, or the optimizer's own
-    precision: str = 'auto' # Precision: `PRECISIONS`; auto is mixed on a GPU, float32 elsewhere
+    precision: str = 'auto' # Precision: `PRECISIONS`; auto is mixed on a GPU, float32 elsewhere; quickest: as measured
     warmup: float | None = None # Share of the training in which the rate rises; if none is given, the schedule's own
     loss: str = 'cross_entropy' # Loss: `LOSSES`
     augment: str = 'own' # Augmentation: `AUGMENTS`, or own: that of the data set

@@ -158,6 +158,8 @@ def main():
     found = chosen(asked.pages)
     # a terminal of one width and without colours; one thread for each of several processes
     os.environ |= dict(COLUMNS='80', NO_COLOR='1', OMP_NUM_THREADS='1')
+    kept = tempfile.TemporaryDirectory()   # what pages measure of this machine is not kept for its user
+    os.environ['ATTNPOOL_CACHE'] = kept.name
     for name in ('GITHUB_ACTIONS', 'FORCE_COLOR', 'PY_COLORS'): os.environ.pop(name, None)
     can_fork = 'forkserver' in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context('forkserver' if can_fork else 'spawn')

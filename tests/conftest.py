@@ -1,9 +1,16 @@
+import atexit
+import os
+import shutil
+import tempfile
 import warnings
 
 import pytest
 import torch
 
 warnings.filterwarnings("ignore", category=FutureWarning)
+
+os.environ["ATTNPOOL_CACHE"] = tempfile.mkdtemp(prefix="attnpool-")   # not the user's own; processes that tests start have it too
+atexit.register(shutil.rmtree, os.environ["ATTNPOOL_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -25,7 +25,7 @@ ADD_UP = {"average", "max", "avgmax", "gem", "lse"}   # without a matrix product
 def test_everybody_takes_part():
     layers = pools.competitors((64, 5, 7))
     assert next(iter(layers)) == pools.BASELINE
-    assert set(layers) == {"average", "fold"} | {f"head {name}" for name in HEADS} | set(OTHERS)
+    assert set(layers) == {"average", "average+linear", "fold"} | {f"head {name}" for name in HEADS} | set(OTHERS)
     x = torch.randn(2, 64, 5, 7)
     for name, layer in layers.items():
         assert layer(x).shape == (2, 10 if name.startswith("head") else layer.c_out if name in PEERS else 64), name
@@ -71,7 +71,7 @@ def test_multiply_adds():
     c, n = 512, 196
     fold, blog = (pools.multiply_adds(pools.competitors((c, 14, 14), [name])[name], (c, 14, 14)) for name in ("fold", "blog"))
     assert blog == 2 * n * c**2 + 2 * c**2 + 2 * n * c   # keys and values; query and projection; scores and sum
-    assert fold == 4 * c**2 + 3 * n * c                  # query, fold, value, projection; mean, scores and sum
+    assert fold == 4 * c**2 + 2 * n * c                  # query, fold, value, projection; scores and sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,8 +91,8 @@ def test_the_table_and_its_files(tmp_path, dtype):
 
 def test_the_form_that_ran_stands_in_the_table():
     table = pools.measure_pools([(256, 14, 14)], [2], [torch.float32], ["contiguous"], rounds=1).set_index("layer").form
-    assert set(table[["average", "head avg", *OTHERS]]) == {""}
-    assert set(table.drop(["average", "head avg", *OTHERS])) == {"folded"}
+    assert set(table[["average", "average+linear", "head avg", *OTHERS]]) == {""}
+    assert set(table.drop(["average", "average+linear", "head avg", *OTHERS])) == {"folded"}
     layer = pools.competitors((64, 14, 14), ["fold"])["fold"]
     with form("plain"): assert timing.forms_of(lambda: layer(torch.randn(2, 64, 14, 14))) == "plain"
 
@@ -130,7 +130,7 @@ def test_rows_of_goals():
 
 
 SMALL = dict(forward="512x7x7", training="512x7x7", folded="512x7x7", core="512x7x7", memory="512x7x7", copy="64x20x20", mish="16x40x40",
-             step="3x32x32")
+             step="3x32x32", linear="512x7x7", dispatch="64x4x4")
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -141,9 +141,9 @@ def test_every_kind_of_goal_is_measured(kind, monkeypatch):
     monkeypatch.setattr(goals, "read_goals", lambda: [small])
     monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
     table = goals.goals(rounds=2)
-    assert len(table) == (6 if kind == "copy" else 1) and (table.measured > 0).all()
-    assert ((table.low > 0) & (table.low <= table.high)).all() or kind == "memory"
-    assert table.form.iloc[0] == ("" if kind == "mish" else "folded")
+    assert len(table) == dict(copy=6, dispatch=2).get(kind, 1) and (table.measured > 0).all()
+    assert ((table.low > 0) & (table.low <= table.high)).all() or kind in ("memory", "dispatch")
+    assert table.form.iloc[0] == dict(mish="", dispatch="plain").get(kind, "folded")
 
 
 def test_goals_of_another_device_are_left_out():
@@ -162,9 +162,18 @@ def test_copy_ratio(monkeypatch, fmt):
 
 def test_steps():
     variants = steps.step_variants(["fastxtend", "ours, bf16"], batch=2, size=32)
-    assert list(variants) == ["fastxtend", "ours, bf16"] and "ours, compiled" in steps.VARIANTS
+    assert list(variants) == ["fastxtend", "ours, bf16"]
     shares = steps.step_profile(variants["fastxtend"], 1)
     assert shares.sum() == pytest.approx(1) and {"convolution", "BlurPool", "Mish", "head", "batch norm"} < set(shares.index)
+
+
+def test_steps_of_two_sizes():
+    lines = []
+    table, shares = steps.measure_steps(sizes=[(1, 32), (2, 32)], rounds=1, progress=lines.append)
+    assert list(table.columns) == ["step", "ms", "ratio", "low", "high", "batch", "size"] and lines == ["1 pictures of 32 px", "2 pictures of 32 px"]
+    assert list(table.step) == 2 * [name for name, options in steps.VARIANTS.items() if "compiled" not in options] and list(table.batch) == [1] * 5 + [2] * 5
+    assert {options["compiled"] for options in steps.VARIANTS.values() if "compiled" in options} == {"default", "reduce-overhead"}   # minutes; on a GPU
+    assert list(shares) == ["fastxtend", "ours, channels last"] and shares.sum().to_numpy() == pytest.approx([1, 1])
 
 
 # Networks

@@ -300,9 +300,10 @@ def test_batches_are_those_of_the_printed_block():
         return plain(dls.valid), plain(dls.train)
     theirs = batches(partial(blog_dls, root, 24, 8, STATS["imagenette"]))
     ours = batches(partial(picture_dls, root, 24, 8, "cpu"))
-    assert same(ours[0], theirs[0])
     assert Counter(y.item() for _, ys in ours[1] for y in ys) == Counter(y.item() for _, ys in theirs[1] for y in ys)
-    assert same(ours[1], theirs[1])
+    for mine, its in zip(ours, theirs):   # fastai warps by another order of the same products
+        assert len(mine) == len(its) and all(torch.equal(a[1], b[1]) for a, b in zip(mine, its))
+        for a, b in zip(mine, its): torch.testing.assert_close(a[0], b[0], rtol=0, atol=2e-4)   # a grey level is .015
 
 
 def test_petals_turn_and_flip_vertically_and_imagenette_does_not():

@@ -96,7 +96,8 @@ def test_the_recipe_is_fastais_fine_tune(body, epochs, frozen, warmup):
         with quiet(learn): learn.fine_tune(epochs - frozen, 2e-2, freeze_epochs=frozen, **({} if warmup is None else dict(pct_start=warmup)))
         return learn
     a, b = trained(ours), trained(fastais)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert a.keys() == b.keys()
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=0, atol=5e-5, msg=k)   # Adam in one pass rounds otherwise
 
 
 @pytest.mark.parametrize("body", BODIES)

@@ -1,4 +1,5 @@
 "Mixed precision and channels last: what the network computes in, and that it is as before afterwards."
+import json
 from contextlib import suppress
 
 import pytest
@@ -9,7 +10,12 @@ from fastai.vision.all import Callback, CancelBatchException, CrossEntropyLossFl
 from fastai.data.all import DataLoader, DataLoaders
 from torch import nn
 
-from attnpool.callback.precision import best_amp, ChannelsLast, MixedPrecision
+from attnpool.callback.precision import best_amp, ChannelsLast, MixedPrecision, quickest
+from attnpool.choices import PRECISIONS
+from attnpool.data.digits import digits_dls
+from attnpool.measured import measured
+from attnpool.recipe import get_recipe, recipe_learner
+from attnpool.runs.spec import make_spec
 
 DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
@@ -157,3 +163,54 @@ def test_all_together():
     learn = make_learn(cbs=[ChannelsLast(), MixedPrecision()])
     seen = fit(learn, epochs=2)
     assert all(seen.inputs) and set(seen.preds) == {torch.bfloat16}
+
+
+# The quicker precision of a CPU
+
+@pytest.fixture
+def seconds(tmp_path, monkeypatch):
+    "Answers that this machine has given: seconds of a step, by network."
+    monkeypatch.setenv("ATTNPOOL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("attnpool.measured._asked", {})
+    monkeypatch.setattr("attnpool.callback.precision.default_device", lambda: torch.device("cpu"))
+    def put(bf16, arch="xeca_resnext_tiny", n=16, size=32):
+        return measured(f"training step of {arch}: {n} pictures of {size} px", lambda: dict(float32=1., bf16=bf16))
+    return put
+
+
+@pytest.mark.parametrize("bf16, found", [(.5, "bf16"), (.92, "auto"), (3., "auto")])
+def test_speed_quickest_is_decided_in_the_spec(seconds, bf16, found):
+    "bf16 only where it saves more than a tenth; else the spec, and so the run's name, is that of float32 as ever."
+    seconds(bf16)
+    options = dict(size=32, bs=16)
+    spec = make_spec(precision="quickest", **options)
+    assert spec.recipe.precision == found
+    assert spec.id == make_spec(precision=found, **options).id
+    assert (spec.id == make_spec(**options).id) == (found == "auto")
+    assert {make_spec(head=head, precision="quickest", **options).recipe.precision for head in ("concat", "learned")} == {found}
+
+
+def test_speed_quickest_is_measured_once_and_disturbs_nothing(seconds, tmp_path):
+    state = torch.random.get_rng_state()
+    first = quickest("xeca_resnext_tiny", 16, 4)
+    assert first in ("bf16", "auto") and torch.equal(state, torch.random.get_rng_state())
+    kept = json.loads((tmp_path / "cache/measured.json").read_text()).popitem()[1]
+    (question, answer), = kept.items()
+    assert question == "training step of xeca_resnext_tiny: 4 pictures of 16 px" and set(answer) == {"float32", "bf16"}
+    assert all(0 < s < 60 for s in answer.values()) and quickest("xeca_resnext_tiny", 16, 4) == first
+    seconds(.5, n=32)
+    assert quickest("xeca_resnext_tiny", 32, 256) == "bf16"   # measured with 32 pictures
+
+
+def test_speed_quickest_of_a_learner_trains_so(seconds):
+    seconds(.5)
+    dls = digits_dls(32, 16, n_train=32, n_valid=16)
+    learn = recipe_learner(dls, "xeca_resnext_tiny", "avg", get_recipe("quick", epochs=1, size=32, bs=16, precision="quickest"), lr=1e-3)
+    assert learn.recipe.precision == "bf16" and learn.mixed_precision.amp_mode in ("bf16", AMPMode.BF16)
+
+
+def test_speed_quickest_without_a_network_says_what_to_type(seconds, monkeypatch):
+    with pytest.raises(ValueError, match=r"^precision: 'quickest' is decided where a recipe meets its network.*bf16 or float32"):
+        PRECISIONS["quickest"]("cpu")
+    monkeypatch.setattr("attnpool.callback.precision.default_device", lambda: torch.device("cuda"))
+    assert quickest("no network is built", 32, 16) == "auto"   # which is mixed there

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from .maps import FILE
 from ..registry import BadInput
-from ..runs.options import check_device, check_out, expand, make_runs, read_list, read_options, say
+from ..runs.options import JOBS, check_device, check_out, expand, make_runs, read_list, read_options, say
 
 # %% ../../nbs/696_commands.ablate.ipynb #25f419a9
 _SWEEP = ('Which: table5, parts of the network; B1, learning rate and weight decay; B2, learning rate and stochastic '
@@ -85,6 +85,7 @@ def ablate(
     device: Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')] = 'auto',
     out: Annotated[Path, typer.Option(help=_OUT, **FILE)] = 'runs',
     checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60.,
+    jobs: JOBS = None, # Runs at a time
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
     gpus: Annotated[int, typer.Option(help='GPUs of a job, with one process each.', min=0)] = 0,
@@ -127,5 +128,5 @@ def ablate(
         tell_tests_left(todo[0].data, say)
     job = dict(cluster=cluster, partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size,
                wait=wait)
-    made = make_runs(todo, out, device, console, checkpoint_seconds, **(job if cluster else {}))
+    made = make_runs(todo, out, device, console, checkpoint_seconds, jobs, **(job if cluster else {}))
     if is_first() and made: _report(sweep, specs, {r.spec: r for r in made}, page)

@@ -12,10 +12,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..runs.options import check_device, check_out, path_of, read_list, say
+from ..registry import BadInput
+from ..runs.options import check_device, check_out, expand, path_of, read_list, say
 
 # %% ../../nbs/690_cost.commands.ipynb #ea97543b
 _FILE = dict(parser=path_of, metavar='PATH')
+_EPOCHS = ("Whole epochs of pictures instead: the blog's own code against attnpool bench's, and where the time goes. "
+           'With --quick under two minutes on two cores.')
+_PICTURES = ('For --epochs: folder, archive or CSV of pictures, or a known data set; a part is enough.  [default: made '
+             'ones]')
 
 # %% ../../nbs/690_cost.commands.ipynb #96b21ab4
 def speed(
@@ -24,35 +29,52 @@ def speed(
     growth: Annotated[bool, typer.Option('--growth', help='Against the size of the map and the queries.')] = False,
     steps: Annotated[bool, typer.Option('--steps', help='Whole training steps of XECA-XResNeXt50S with the concat head '
                                         "instead: fastxtend's body, what changes in it, and where time goes.")] = False,
+    dispatch: Annotated[bool, typer.Option('--dispatch', help='Attention in its plain form, folded, and as chosen, '
+                                           'over a grid of sizes.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='Folder for the CSV and the plot.', **_FILE)] = 'speed',
+    epochs: Annotated[bool, typer.Option('--epochs', help=_EPOCHS)] = False,
+    data: Annotated[str | None, typer.Argument(help=_PICTURES, parser=expand)] = None,
 ):
     """Measure what pooling costs: every head, the blog's layer as printed, and the pools of timm and torch, in turns in
     one process.
 
     Prints ratios to average pooling (medians, quartiles in brackets): forward, training step; memory in copies of the
     map, parameters, multiply-adds, and which form of attention pooling ran.
+
+    Example:
+
+        attnpool speed --epochs photos/
     """
-    import pandas as pd
+    if figures + growth + steps + epochs + dispatch > 1:
+        raise BadInput('--figures, --growth, --steps, --epochs and --dispatch are measured one at a time. Give one.')
+    if data is not None and not epochs:
+        raise BadInput(f'data: only --epochs reads pictures, got {data}. Add --epochs, or leave the pictures out.')
     from attnpool.cost import pools, timing
     console, device, plot = Console(), check_device(device), None
-    check_out(out/'speed.csv', make=True)
+    check_out(out/'speed.csv', [data] if data else [], make=True)
     say(timing.machine(device))
-    if figures:
+    if epochs:
+        from attnpool.cost import epochs as e
+        name, plot = 'epochs', e.plot_epochs
+        table = e.measure_epochs(data, *e.usual_settings(device, quick), device, progress=say)
+        say(f'\n{e.epoch_tables(table)}')
+    elif figures:
         from attnpool.cost.goals import goals
         name, table = 'figures', goals(device, progress=say)
+    elif dispatch:
+        from attnpool.cost import dispatch as d
+        name, plot = 'dispatch', d.plot_dispatch
+        table = d.measure_dispatch(**d.QUICK if quick else d.GRID, device=device, progress=say)
+        say(d.dispatch_summary(table).to_string())
     elif growth:
         name, table, plot = 'growth', pools.measure_growth(device=device, progress=say), pools.plot_growth
         say(table.to_string(index=False))
     elif steps:
-        from attnpool.cost.steps import step_profile, step_variants
-        variants = step_variants(device=device)
-        times = timing.ratios(timing.time_in_turns(variants, device=device))
-        name, table = 'steps', times.rename_axis('step').reset_index()
+        from attnpool.cost.steps import measure_steps
+        name, table, shares = 'steps', *measure_steps(device, progress=say)
         say(table.round(2).to_string(index=False))
-        profiled = ('fastxtend', 'ours, channels last') if device == 'cpu' else ()
-        shares = {n: step_profile(variants[n]) for n in profiled}
-        if shares: say('\nShares of the step, by kind of operation\n' + pd.DataFrame(shares).round(3).to_string())
+        if len(shares): say(f'\nShares of the step, by kind of operation\n{shares.round(3).to_string()}')
     else:
         name, plot = 'speed', pools.plot_pool_costs
         table = pools.measure_pools(**(pools.QUICK if quick else {}), device=device, progress=say)

@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .pools import competitors, FORMATS, multiply_adds
+from .dispatch import QUICK, measure_dispatch
+from .pools import FORMATS, LINEAR, competitors, multiply_adds
 from .steps import step_variants
 from .timing import forms_of, peak_memory, ratios, time_in_turns, training_step
 from ..fold import form, gather, gather_plain
@@ -168,8 +169,27 @@ def _step(g, device, rounds):
     steps = step_variants(['fastxtend', 'ours, channels last'], g.batch, g.shape[1], device)
     return _quotient(*steps.values(), device, rounds)
 
+# %% ../../nbs/680_cost.goals.ipynb #031da9ef
+def _linear(g, device, rounds):
+    "A layer's time, `option` says which and of what, over that of average pooling and a linear layer of its width."
+    kind, name = g.option.split(' ', 1)
+    x, layers = _map(g, device)[0], competitors(g.shape, [LINEAR, name])
+    run = dict(forward=_inference, training=training_step)[kind]
+    ours, theirs = (run(layers[n].to(device, g.dtype), x) for n in (name, LINEAR))
+    return _quotient(ours, theirs, device, rounds)
+
+def _dispatch(g, device, rounds):
+    "The worst of a grid of sizes up to that of the goal, forward and training."
+    sides, channels = (tuple(n for n in QUICK[k] if n <= g.shape[i]) for k, i in (('sides', 1), ('channels', 0)))
+    sizes = dict(sides=sides, channels=channels, batches=(1, g.batch), dtypes=(g.dtype,), formats=(g.format,))
+    table = measure_dispatch(**QUICK | sizes | dict(rounds=rounds), device=device)
+    worst = table.loc[table.groupby('kind').over_plain.idxmax()]
+    return [dict(part=f', {r.kind} (at {r.batch}x{r.channels}x{r.side}x{r.side}, {r.queries} queries)',
+                 measured=r.over_plain, form=r.form) for r in worst.itertuples()]
+
 MEASURES = dict(forward=_forward, training=_training, folded=_folded, core=_core, memory=_memory, copy=_copy,
-                error=_error, multiply_adds=_multiply_adds, mish=_mish, step=_step)
+                error=_error, multiply_adds=_multiply_adds, mish=_mish, step=_step,
+                linear=_linear, dispatch=_dispatch)
 
 def goals(
     device: str | torch.device = 'cpu', # What is measured; rows of another device are left out

@@ -238,6 +238,11 @@ def _alone(results, *_):
     if compared <= {*PAPER_HEADS}: return 'Differences are to avg, which is not among these heads.'
     return "Without avg there are no differences to average pooling: add it to --heads."
 
+def _threads(results, part, _):
+    n = sorted({r.threads for r in results if r.threads and r.device == 'cpu' and part != 'test'})
+    return len(n) > 1 and (f"Runs were made with {' and '.join(map(str, n))} threads (--jobs): their times do not "
+                           "compare, and as they round otherwise, the same seed differs a little.")
+
 def remarks(
     results: Sequence[Result], # Of one setting
     part: str = 'validation', # Which pictures their metrics are of, in words
@@ -245,7 +250,7 @@ def remarks(
 ) -> list[str]: # Sentences to stand above its table, the gravest first; none where all is well
     "What a reader of the table must know."
     if table is None: table = summarize(results)
-    every = _failed, _diverged, _doubled, _guessing, _few, _uneven, _runs, _alone
+    every = _failed, _diverged, _doubled, _guessing, _few, _uneven, _runs, _alone, _threads
     return [text for say in every if (text := say(results, part, table))]
 
 # %% ../../nbs/610_report.stats.ipynb #e9f14c09

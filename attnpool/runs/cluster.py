@@ -23,8 +23,8 @@ from ..data.cache import write_file
 from ..registry import BadInput
 from .spec import Spec
 from .store import Result, load_run
-from .sweep import keep_memory
 from .train import run
+from .workers import keep_memory
 
 # %% ../../nbs/550_runs.cluster.ipynb #fbfe8208
 class RunJob:
