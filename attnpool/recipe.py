@@ -189,7 +189,7 @@ def built(
     drop_path: float, # Stochastic depth of the body, 0 for none
     options: dict, # Of the network, by name
 ):
-    "What is built with stochastic depth, by the name that it has there; an option that is not known is the user's mistake."
+    "What is built with stochastic depth, by the name that it has there. An unknown option is the user's mistake."
     if drop_path and not isinstance(arch, str):
         raise BadInput(f"drop_path: it needs a network's name for arch, got {drop_path}. Leave it out, or give a name.")
     if drop_path: options = options | {'stoch_depth' if arch in ARCHS else 'drop_path_rate': drop_path}

@@ -73,6 +73,7 @@ def _asked_of(recipe, given, heads, **common):
     def started(head): return start.for_all_heads(head) if len(heads) > 1 else start
     return {head: common | dict(options=mine(head), start=started(head)) for head in heads}, start, of_arch
 
+# %% ../../nbs/563_runs.asked.ipynb #9b1d5c20
 def read_specs(
     data: str, # Name or path, as for `make_spec`
     heads: str | None, # As for `get_head`, separated by commas, or 'all', 'peers'; None for the usual or the runs' own
