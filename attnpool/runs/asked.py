@@ -74,6 +74,16 @@ def _asked_of(recipe, given, heads, **common):
     return {head: common | dict(options=mine(head), start=started(head)) for head in heads}, start, of_arch
 
 # %% ../../nbs/563_runs.asked.ipynb #9b1d5c20
+def _starts(start, task):
+    "What runs begin from, one after the other; '' is from scratch."
+    words = [start]
+    if isinstance(start, str) and ',' in start and not path_of(start).exists():
+        if not task.head:
+            raise BadInput(f"start: heads are compared from one start, got {start}. Name one; another is another "
+                           "command.")
+        words = list(dict.fromkeys(read_list('start', start)))
+    return ['' if word == 'none' else word for word in words]
+
 def read_specs(
     data: str, # Name or path, as for `make_spec`
     heads: str | None, # As for `get_head`, separated by commas, or 'all', 'peers'; None for the usual or the runs' own
@@ -108,16 +118,19 @@ def read_specs(
         specs = _following(data, heads, seeds_given, recipe, given, rates, **common)
     else:
         common['arch'] = ARCH_USUAL if common.get('arch') is None else common['arch']
-        of_heads, start, of_arch = _asked_of(recipe, given, heads, **common)
+        starts = _starts(common.pop('start', None), task)   # of a task with one head they are compared
+        asked = [_asked_of(recipe, given, heads, start=start, **common) for start in starts]
         train = common.get('train') or recipe.train
         if train == 'frozen' and not splits and seeds is None and (is_path(data) or data in SOURCES): splits = 10
         numbers = range(1, splits + 1) if splits else read_list('seeds', '1,2,3' if seeds is None else seeds, int)
         def on(data):
             split = dict(split='seed') if splits else {}
             return [make_spec(data, head, seed, recipe=recipe, **of_heads[head] | split | dict(lr=r))
-                    for seed in numbers for head in heads for r in rates or [common.get('lr')]]
+                    for seed in numbers for of_heads, *_ in asked for head in heads
+                    for r in rates or [common.get('lr')]]
         on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
-        if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
+        for _, start, of_arch in asked:
+            if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
         specs = on(data_for(data, recipe))
     if save_recipe and is_first():
         check_out(save_recipe, [data], own='# A recipe of attnpool')
