@@ -116,6 +116,43 @@ def test_a_segment_run_of_another_network_is_no_start(trained, photos):
         make_spec(photos, arch="torchvision.resnet18", start=trained.folder, **TINY)
 
 
+# Bad input: no run is begun
+
+def masks_of(folder, part): return sorted((folder/part/"masks").iterdir())
+def put(file, values): Image.fromarray(values).save(file)
+
+BAD = {
+    "another size": (lambda d: put(masks_of(d, "train")[0], np.zeros((20, 28), np.uint8)), "train/images/0.png (the mask is 28 x 20 pixels, the picture 28 x 24)"),
+    "16 bits": (lambda d: put(masks_of(d, "train")[0], np.full((24, 28), 1000, np.uint16)), "train/masks/0.png: more than 8 bits a pixel"),
+    "colours": (lambda d: put(masks_of(d, "train")[0], np.arange(24 * 28 * 3).reshape(24, 28, 3).astype(np.uint8)), "train/masks/0.png: colours (RGB) without a palette"),
+    "no partner": (lambda d: masks_of(d, "val")[0].unlink(), "val/images/0.png (it has no mask)"),
+    "one class": (lambda d: [put(f, np.zeros((24, 28), np.uint8)) for part in ("train", "val") for f in masks_of(d, part)], "hold one class only, '0'"),
+    "nothing to train": (lambda d: [put(f, np.full((24, 28), IGNORED, np.uint8)) for f in masks_of(d, "train")], "the training masks of"),
+    "nothing to measure": (lambda d: [put(f, np.full((24, 28), IGNORED, np.uint8)) for f in masks_of(d, "val")], "the validation masks of"),
+}
+
+
+@pytest.mark.parametrize("spoil, words", BAD.values(), ids=BAD)
+def test_bench_of_bad_segment_masks_begins_no_run(spoil, words, tmp_path, capsys):
+    spoil(photographed(tmp_path/"data", [(24, 28)]))
+    assert asked("bench", tmp_path/"data", *WORDS, "--seeds", "1,2", "--out", tmp_path/"runs") == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not list((tmp_path/"runs").glob("*/spec.json"))
+
+
+def test_segment_trains_on_batches_without_any_label(tmp_path):
+    data = photographed(tmp_path/"data", [(24, 28)])
+    for f in masks_of(data, "train")[:9]: put(f, np.full((24, 28), IGNORED, np.uint8))   # of twelve, in batches of two
+    result = run(make_spec(data, **TINY | dict(bs=2)), tmp_path, "cpu")
+    assert result.status == "complete" and np.isfinite(result.history().train_loss).all() and 0 < result.value < 1
+
+
+@pytest.mark.parametrize("name", ["bs", "micro_bs"])
+def test_segment_batches_of_one_are_refused_before_the_data_are_read(name, tmp_path, capsys):
+    assert asked("bench", tmp_path, "--task", "segment", f"--{name.replace('_', '-')}", "1", "--out", tmp_path/"runs") == 2
+    assert f"{name}: UPerNet's norms" in capsys.readouterr().err
+
+
 # Compared
 
 def test_segment_starts_are_compared_in_one_command(photos, trained, tmp_path, capsys):
@@ -129,8 +166,10 @@ def test_segment_starts_are_compared_in_one_command(photos, trained, tmp_path, c
     assert np.allclose(table.loc[1, ["difference", "low", "high"]].astype(float), [np.mean(d), np.mean(d) - half, np.mean(d) + half], atol=1e-4)
     assert "start=none seed 1" in said and f"start={trained.folder.name} seed 2" in said and "vs from scratch" in said
     assert asked("bench", photos, *WORDS, "--start", trained.folder, "--seeds", "1,2", "--out", tmp_path) == 0
-    said = capsys.readouterr().out
-    assert "2 of 2 runs are in" in said and "--start none,START makes both" in said
+    assert "2 of 2 runs are in" in capsys.readouterr().out
+    only = [r for r in collect([tmp_path])[0] if r.spec.start]
+    others = [r.__class__(**vars(r) | dict(spec=make_spec(photos, start="pretrained", arch="resnet18", seed=r.spec.seed, **TINY))) for r in only]
+    assert any("--start none,START makes both" in line for line in remarks(only + others))
 
 
 @pytest.mark.parametrize("more, words", [
@@ -151,7 +190,11 @@ def test_segment_recipes_of_steps_are_told_in_steps(photos, tmp_path):
 # Several processes
 
 def test_segment_counts_of_several_processes_are_those_of_one(odd_photos, tmp_path):
-    spec = make_spec(odd_photos, **TINY | dict(bs=4))
+    "Pictures of several sizes, five for two processes; and a start whose head looks at them."
+    for i, f in enumerate(sorted((odd_photos/"train"/"images").iterdir())):
+        (tmp_path/"classes"/("val", "train")[i > 3]/"ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.open(f).save(tmp_path/"classes"/("val", "train")[i > 3]/"ab"[i % 2]/f.name)
+    start = run(make_spec(tmp_path/"classes", "learned", size=24, bs=4, epochs=1), tmp_path, "cpu").folder
     script = tmp_path/"script.py"
     script.write_text(f"""
 import json, torch
@@ -160,7 +203,7 @@ from attnpool.runs.spec import make_spec
 from attnpool.runs.train import run
 from attnpool.runs.train import open_run
 device = join_processes('cpu')
-result = run(make_spec({str(odd_photos)!r}, **{TINY!r}), {str(tmp_path)!r}, 'cpu')
+result = run(make_spec({str(odd_photos)!r}, start={str(start)!r}, **{TINY!r}), {str(tmp_path)!r}, 'cpu')
 learn = open_run(result.folder, 'cpu')
 with learn.no_bar(), learn.no_logging():
     with distributed(learn): several = learn.validate()
@@ -174,4 +217,6 @@ print(json.dumps([list(map(float, several)), list(map(float, alone)), result.met
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
     assert len(told) == 2 and told[0] == told[1]
     several, alone, miou, n = told[0]
+    folder, = tmp_path.glob("odd*-upernet-*")
+    with np.load(folder/"maps.npz") as f: assert str(f["maps_of"]) == start.name and f["maps"].shape == f["truth"].shape
     assert n == 5 and np.allclose(several, alone, atol=1e-5) and math.isclose(miou, alone[1], abs_tol=1e-6)

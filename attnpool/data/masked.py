@@ -114,4 +114,7 @@ def without_broken_masks(
         there = f'one class only, {only[0]!r}' if only else 'no class'
         raise BadInput(f"data: the training masks of {left.root} hold {there}. To tell pixels apart there must be two; "
                        "save what surrounds the objects as a class of its own, 0.")
+    if not found.counts[good][left.n_train:][:, list(left.values)].any():
+        raise BadInput(f"data: the validation masks of {left.root} hold no class, so nothing could be measured. Label "
+                       "some of them, or let others validate.")
     return left, good

@@ -136,5 +136,6 @@ def read_specs(
         check_out(save_recipe, [data], own='# A recipe of attnpool')
         changes = {f.name: common.get(f.name) for f in fields(Recipe) if f.compare}
         say(f'Recipe: {write_recipe(change_recipe(recipe, **changes), save_recipe)}')
-    if is_first() and specs[0].recipe.train != 'frozen' and not (rates or common.get('lr')): _say_rates(specs, recipe)
+    searched = rates or common.get('lr') or task.head or specs[0].recipe.train == 'frozen'
+    if is_first() and not searched: _say_rates(specs, recipe)
     return specs
