@@ -109,7 +109,8 @@ class WholeDL(TfmdDL):
     ):
         "Draw pictures, truth, prediction and what is wrong: what `learn.show_results()` shows."
         if not show: return super().show_results(b, out, max_n, show=False, **kwargs)
-        self._draw(b, out[:max_n].as_subclass(Tensor), max_n, figsize, **kwargs)
+        out, = out if isinstance(out, tuple) else (out,)   # Interpretation wraps it
+        self._draw(b, [o.as_subclass(Tensor) for o in out[:max_n]], max_n, figsize, **kwargs)
 
 # %% ../../nbs/385_data.dense.ipynb #f98650a8
 class _Datasets(Datasets):
