@@ -171,16 +171,16 @@ def test_segment_names_stand_where_they_fit():
     assert mask[int(there[1] * 40), int(there[0] * 60)] == 2 and there[2] < .11 < .5 < at[2]   # thin and high; wide
     assert name_places(np.full((4, 4), IGNORED), vocab) == []
     whole = np.zeros((9, 9), int)
-    assert name_places(whole, ["sky"])[0][1:3] == (.5, .5)
+    assert name_places(whole, ["sky"])[0][1:3] == pytest.approx((.5, .5))
 
 
 def test_segment_figure_of_many_classes_has_names_on_areas_and_a_short_legend():
     mask, vocab = np.arange(48).repeat(2).reshape(8, 12).repeat(10, 0).repeat(10, 1), [f"c{i}" for i in range(150)]
-    fig = show_masks([np.zeros((80, 120, 3), np.uint8)], [mask], vocab)
+    fig = show_masks([np.zeros((80, 120, 3), np.uint8)], [mask], vocab, cell=4)
     words = [t.get_text() for t in fig.legends[0].get_texts()]
     assert len(words) == 31 and "and 18 more" in words
     assert not fig.axes[0].texts and {t.get_text() for t in fig.axes[1].texts} == set(vocab[:48])
-    assert not show_masks([np.zeros((80, 120, 3), np.uint8)], [mask % 11], vocab).axes[1].texts
+    assert not show_masks([np.zeros((80, 120, 3), np.uint8)], [mask % 11], vocab, cell=4).axes[1].texts
 
 
 def test_segment_page_has_names_on_areas_and_shares_of_the_truth():

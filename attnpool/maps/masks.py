@@ -159,7 +159,8 @@ def name_places(
         if str(vocab[k]) == CLEAR or not name: continue
         wide = max(1., .5 * len(name))   # over its height
         room = distance_transform_edt(np.pad(mask == k, 1), sampling=(1, 1 / wide))[1:-1, 1:-1]
-        y, x = np.unravel_index(room.argmax(), room.shape)
+        best = np.argwhere(room >= room.max() - 1e-6)
+        y, x = best[((best - best.mean(0))**2).sum(1).argmin()]   # of equals the one in their middle
         out.append((name, (x + .5) / w, (y + .5) / h, min(1., 2 * room[y, x] * wide / w)))
     return out
 
