@@ -138,7 +138,7 @@ def bench(
     heads: Annotated[str | None, typer.Option(help=_HEADS)] = None,
     seeds: Annotated[str | None, typer.Option(help=_SEEDS)] = None,
     splits: Annotated[int | None, typer.Option(help=_SPLITS, min=2)] = None,
-    task: Annotated[str, typer.Option(help='Task: `TASKS`; segment is for pictures with masks, as scenes.')] = 'classify',
+    task: Annotated[str, typer.Option(help='Task: `TASKS`; segment is for pictures with masks.')] = 'classify',
     arch: Annotated[str | None, typer.Option(help=_ARCH)] = None,
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN|RUNS')] = '',
     options: Annotated[str, typer.Option(help='Options of heads and network: num_heads=2,ffn_expand=1.')] = '',
