@@ -88,7 +88,7 @@ def _show_asked(results, specs, data, recipe):
     results = [load_run(path) for path in starts] + results
     if starts: _show_settings(results)
     else:
-        start = f' from {first.start.name}' * bool(first.start)
+        start = f' from {first.start.name}' * bool(first.start and len({s.start.name for s in specs}) == 1)
         say(f'{data}, {first.arch}{start}, recipe {recipe}')   # a title is cut
         _show(results)
     return results
@@ -111,7 +111,7 @@ _ARCH = ('Network: `ARCHS`, any timm name, or one of torchvision, such as torchv
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "
           '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone. Of a '
           'folder of RUNS each goes on by itself: with its head, network, options, seed and split; so does a run with '
-          'the recipe fixres or finetune-21k.  [default: from scratch]')
+          'the recipe fixres or finetune-21k. To segment, several are compared: none,RUN.  [default: from scratch]')
 _RECIPE = 'Recipe: `RECIPES`; or a TOML file. The options after it replace single values.'
 _RECIPE_OF = f'{_RECIPE}  [default: quick; to segment segment-small]'
 _SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recipe; then go on.'
@@ -127,7 +127,7 @@ _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn a
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
 _TEST = 'Ask each run once about the test pictures, in test/CLASS; they get a table of their own.'
 _FILE, _RUNS = (dict(parser=path_of, metavar=name) for name in ('PATH', 'RUNS'))
-_TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | ', '.runs.csv': 'spec.head'}   # beside a report
+_TABLES = {'.csv': 'head,lr,parameters,', '.md': ' | n | ', '.runs.csv': 'spec.head'}   # beside a report
 _CHECKPOINT = 'Least time between two checkpoints, from which a stopped run goes on; 0 writes one after each epoch.'
 _GPUS = 'GPUs of a job, with one process each: the batch grows by their number n, the learning rate by its root.'
 

@@ -7,7 +7,7 @@ __all__ = ['DENSE_METRICS', 'DenseLoss', 'Confusion', 'DenseMetric', 'dense_metr
 
 # %% ../nbs/485_dense.ipynb #r4850004
 from dataclasses import dataclass, field
-from typing import Sequence
+from typing import Any, Callable, Sequence
 
 import pandas as pd
 import torch
@@ -135,6 +135,11 @@ class DenseMetric(Metric):
     ):
         "Count a batch."
         if self.leads: self.counts.add(learn.pred, *learn.yb)
+    def sum_up(self,
+        over: Callable[[Tensor], Any], # Adds to a tensor, in place, those of the other processes
+    ):
+        "Count what other processes have counted, each of its own pictures."
+        if self.leads: over(self.counts.matrix)
 
 def dense_metrics() -> list[Metric]: # New ones at each call, since they keep counts
     "mIoU, the share of pixels that are right, and the mean of that over the classes."

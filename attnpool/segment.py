@@ -172,7 +172,8 @@ def segment_learner(
         start = find_start(start, arch, False)
         if start.stats: normalise(dls, start.stats)
     model, others = segmenter_for(dls, arch, r.drop_path, start, **options or {})
-    return learner_for(dls, model, r, dense_loss(r), dense_metrics() if metrics is None else metrics, cbs, path=path, **others)
+    if metrics is None: metrics = dense_metrics()
+    return learner_for(dls, model, r, dense_loss(r), metrics, cbs, path=path, **others)
 
 # %% ../nbs/487_segment.ipynb #r4870019
 _SHOWN, _SIDE = 8, 512   # pictures of a run; the longest side of one, in pixels

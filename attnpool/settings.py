@@ -176,3 +176,10 @@ def loader_bs(self: Recipe,
     near = f'{max(k for k in whole if k < micro)} or {min(k for k in whole if k > micro)}'
     what = f'the batch of {share}' + f', the share of one of {n} processes,' * (n > 1)
     raise BadInput(f"micro_bs: {what} does not divide into parts of {micro}. Use {near}, or another bs.")
+
+@patch
+def shown(self: Recipe,
+    n: int, # Number of training pictures
+) -> int:
+    "How many pictures a network is shown in a whole training."
+    return self.steps * self.bs if self.steps else self.epochs * n

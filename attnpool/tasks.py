@@ -234,7 +234,11 @@ def _segmenter(spec, dls, head=None):
     return segmenter_for(dls, spec.arch, spec.recipe.drop_path, spec.start, **of_head, **of_arch)
 
 def _check_segment(spec):
-    check_dense(spec.recipe)
+    check_dense(r := spec.recipe)
+    if 1 in (r.bs, r.micro_bs):
+        name = 'bs' if r.bs == 1 else 'micro_bs'
+        raise BadInput(f"{name}: UPerNet's norms over a map that is pooled to one position need two pictures at a time "
+                       f"in training, got 1. Use --{name.replace('_', '-')} 2 or more.")
     if spec.eval_sizes:
         raise BadInput(f"eval_sizes: masks are validated on whole pictures, got {spec.eval_sizes}. Leave it out; "
                        "attnpool evaluate RUN --ratios .5,1,1.5 asks at several scales.")

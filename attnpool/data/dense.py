@@ -109,7 +109,8 @@ class WholeDL(TfmdDL):
     ):
         "Draw pictures, truth, prediction and what is wrong: what `learn.show_results()` shows."
         if not show: return super().show_results(b, out, max_n, show=False, **kwargs)
-        self._draw(b, out[:max_n].as_subclass(Tensor), max_n, figsize, **kwargs)
+        out, = out if isinstance(out, tuple) else (out,)   # Interpretation wraps it
+        self._draw(b, [o.as_subclass(Tensor) for o in out[:max_n]], max_n, figsize, **kwargs)
 
 # %% ../../nbs/385_data.dense.ipynb #f98650a8
 class _Datasets(Datasets):
@@ -121,7 +122,7 @@ class _Datasets(Datasets):
         return new
 
 def _datasets(read, mask, n, n_train):
-    return _Datasets(np.arange(n), [read, mask], splits=(np.arange(n_train), np.arange(n_train, n)))
+    return _Datasets([*range(n)], [read, mask], splits=(range(n_train), range(n_train, n)))   # for Interpretation
 
 def _listed(listing, load, pixels=None, vocab=None):
     masks = [str(listing.root/m) for m in listing.masks]

@@ -290,6 +290,7 @@ def setting_of(
     every = dict(data=data['name'], arch=spec['arch'], start=start['name'], recipe=recipe.pop('name'),
                  size=recipe.get('size'))
     if spec['split'] == 'own': del spec['split']   # of the data, as nearly all
+    if recipe.get('steps'): del recipe['epochs']   # the parts in which they are done
     every |= recipe | spec | dict(weights=start['fingerprint'], body_only=start['body_only'] or None,
                                   start_setting=start.get('setting'),
                                   family=data['family'], fingerprint=data['fingerprint'], pictures=result.pictures)
@@ -299,14 +300,15 @@ def tell_apart(
     groups: Sequence[Sequence[Result]] # From `group_by_setting`
 ) -> list[tuple[str, dict]]: # For each group its title, and the fields in it
     "A title for each setting: data, network, recipe, size, epochs, and what else differs between the groups."
-    first = 'data', 'arch', 'start', 'recipe', 'size', 'epochs'
+    first = 'data', 'arch', 'start', 'recipe', 'size', 'steps', 'epochs'
     every = [setting_of(g[0]) for g in groups]
     names = dict.fromkeys(k for s in every for k in s if k not in first)
     others = [k for k in names if len({str(s.get(k)) for s in every if 'arch' in s}) > 1]   # not of logs
     chosen = [{k: s[k] for k in (*first, *others) if k in s} for s in every]
     words = dict.fromkeys(first, '{}') | dict(
-        start='from {}', size='{} px', epochs='{} epochs', bs='batches of {}', micro_bs='in parts of {}',
-        fingerprint='pictures {:.6}', start_setting='after runs of setting {}', weights='weights {:.6}')
+        start='from {}', size='{} px', steps='{:,} steps', epochs='{} epochs', bs='batches of {}',
+        micro_bs='in parts of {}', fingerprint='pictures {:.6}', start_setting='after runs of setting {}',
+        weights='weights {:.6}')
     hashes = 'fingerprint', 'start_setting', 'weights'   # where words tell nothing
     def word(k, v):
         if k == 'options': return ' '.join(f'{name}={value}' for name, value in v.items())

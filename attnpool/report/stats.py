@@ -241,7 +241,8 @@ def _alone(results, *_):
     compared = {r.spec.head for r in results if r.value is not None}
     if not compared or any(is_baseline(r.spec) for r in results): return ''
     if compared <= {*TASK_HEADS}:
-        return '' if len(by_row(results)) == 1 else 'Without runs from scratch there are no differences to them.'
+        return '' if len(by_row(results)) == 1 else ('Without runs from scratch there are no differences to '
+                                                   'them: --start none,START makes both.')
     if compared <= {*PAPER_HEADS}: return 'Differences are to avg, which is not among these heads.'
     return "Without avg there are no differences to average pooling: add it to --heads."
 

@@ -137,7 +137,6 @@ def make_spec(
     start = find_start(start, arch, **of_arch)
     if not isinstance(data, DataId): data = data_for(data, recipe)
     r = check_frozen(get_recipe(recipe, head, data.family, arch, **overrides))
-    r.check_start(start)
     if r.train == 'frozen': start = start.for_all_heads(head)   # a probe is a comparison
     if split not in SPLITS: raise unknown('split', split, SPLITS)
     if split == 'seed' and data.name and not data.fingerprint:
@@ -153,6 +152,7 @@ def make_spec(
     sizes, options = tuple(_whole('eval_sizes', s, 1) for s in eval_sizes), _pairs(of_head | of_arch)
     spec = Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split, folder)
     its.check(spec)
+    r.check_start(start)
     return _unseen(spec)
 
 # %% ../../nbs/510_runs.spec.ipynb #5d0b7f01

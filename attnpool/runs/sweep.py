@@ -43,7 +43,8 @@ def _ended(r):
 def _titles(specs):
     "The head of each run, with what tells it from others of that head beside the seed."
     heads, out = {}, {}
-    for s in specs: heads.setdefault(s.head, {})[s] = dict(s.options) | decided(s.recipe)
+    def began(s): return dict(start=s.start.name or 'none') if TASKS[s.task].head else {}   # which are compared
+    for s in specs: heads.setdefault(s.head, {})[s] = began(s) | dict(s.options) | decided(s.recipe)
     for head, its in heads.items():
         common = set.intersection(*({(k, repr(v)) for k, v in values.items()} for values in its.values()))
         for s, values in its.items():
