@@ -57,6 +57,10 @@ def _poly(learn, epochs, lr, warmup):   # a straight line to 0; XCiT's rise, 1,5
 def _cross_entropy(recipe):
     return LabelSmoothingCrossEntropyFlat(recipe.label_smoothing) if recipe.label_smoothing else CrossEntropyLossFlat()
 
+@LOSSES.register('balanced')
+def _balanced(recipe):
+    raise BadInput("loss: 'balanced' evens out the pixels of classes, for masks (--task segment). Use cross_entropy.")
+
 MIXES['none'] = lambda: []
 MIXES['cutmixup'] = lambda: [CutMixUpAugment()]                        # each sample by itself
 MIXES['cutmixup-batch'] = lambda: [CutMixUpAugment(element=False)]     # once for each batch, as the blog did

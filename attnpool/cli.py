@@ -15,7 +15,7 @@ from rich.console import Console
 
 from .commands.ablate import ablate
 from .commands.evaluate import evaluate
-from .commands.maps import maps
+from .commands.maps import Device, maps
 from .cost.commands import complexity, speed
 from .registry import BadInput
 from .runs.asked import is_followed, read_specs
@@ -113,8 +113,8 @@ _START = ("What the body's weights begin as: pretrained (timm's or torchvision's
           'folder of RUNS each goes on by itself: with its head, network, options, seed and split; so does a run with '
           'the recipe fixres or finetune-21k. To segment, several are compared: none,RUN.  [default: from scratch]')
 _RECIPE = 'Recipe: `RECIPES`; or a TOML file. The options after it replace single values.'
+_RECIPE_OF = f'{_RECIPE}  [default: quick; to segment segment-small]'
 _SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recipe; then go on.'
-_DEVICE = 'cpu, cuda, mps, or auto.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
 _CHECK = 'all: look at every picture before, not at a sample of each class where there are more than 50,000.'
@@ -138,18 +138,17 @@ def bench(
     heads: Annotated[str | None, typer.Option(help=_HEADS)] = None,
     seeds: Annotated[str | None, typer.Option(help=_SEEDS)] = None,
     splits: Annotated[int | None, typer.Option(help=_SPLITS, min=2)] = None,
-    task: Annotated[str, typer.Option(help='Task: `TASKS`.')] = 'classify',
+    task: Annotated[str, typer.Option(help='Task: `TASKS`; segment is for pictures with masks.')] = 'classify',
     arch: Annotated[str | None, typer.Option(help=_ARCH)] = None,
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN|RUNS')] = '',
     options: Annotated[str, typer.Option(help='Options of heads and network: num_heads=2,ffn_expand=1.')] = '',
-    recipe: Annotated[str | None, typer.Option(help=f'{_RECIPE}  [default: quick; to segment segment-small]',
-                                               parser=expand, metavar='NAME|FILE')] = None,
+    recipe: Annotated[str | None, typer.Option(help=_RECIPE_OF, parser=expand, metavar='NAME|FILE')] = None,
     save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     check: Annotated[str | None, typer.Option(help=_CHECK, metavar='all')] = None,
     test: Annotated[bool, typer.Option('--test', help=_TEST)] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
-    device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
+    device: Device = 'auto', # As for `check_device`
     out: Annotated[Path, typer.Option(help=_OUT, **_FILE)] = 'runs', jobs: JOBS = None,
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
@@ -238,7 +237,7 @@ def lr(
     recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
     save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
-    device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
+    device: Device = 'auto', # As for `check_device`
     out: Annotated[Path, typer.Option(help='Folder for the runs, not below one to be reported.', **_FILE)] = 'runs-lr',
     checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60,
     jobs: JOBS = None, # Runs at a time

@@ -16,6 +16,7 @@ from fastai.vision.all import Learner, Metric
 from torch import Tensor, nn
 
 from .masks import IGNORED, confusion, iou
+from .registry import BadInput
 
 # %% ../nbs/485_dense.ipynb #r4850006
 class DenseLoss(nn.Module):
@@ -23,25 +24,32 @@ class DenseLoss(nn.Module):
     def __init__(self,
         aux_weight: float = .4, # Of the auxiliary layer's loss, 0 or more; the usual one
         label_smoothing: float = 0., # Share of the label that is spread over all classes, in [0, 1)
+        balance: float = 0., # How far the classes of a batch are evened out, 0 (all pixels alike) to 1 (all classes)
     ):
         super().__init__()
-        self.aux_weight, self.label_smoothing = aux_weight, label_smoothing
+        if not 0 <= balance <= 1: raise BadInput(f"balance: expected 0 to 1, got {balance}. The usual one is .5.")
+        self.aux_weight, self.label_smoothing, self.balance = aux_weight, label_smoothing, balance
 
-    def extra_repr(self): return f'aux_weight={self.aux_weight}, label_smoothing={self.label_smoothing}'
+    def extra_repr(self):
+        return f'aux_weight={self.aux_weight}, label_smoothing={self.label_smoothing}, balance={self.balance}'
 
     def forward(self,
         out: Tensor | tuple[Tensor, Tensor], # Logits `(b, n, h, w)` at any stride; while training two, of the layers
         y: Tensor, # Classes `(b, H, W)`, `IGNORED` for pixels without one
     ) -> Tensor: # A number
-        "The mean over the pixels that have a class; 0 where none has."
+        "The mean over the pixels that have a class, weighted where they are evened out; 0 where none has."
         first, *others = out if isinstance(out, (tuple, list)) else (out,)
         return self._one(first, y) + self.aux_weight * sum(self._one(o, y) for o in others)
 
     def _one(self, logits, y):
         y, logits = y.as_subclass(Tensor), logits.as_subclass(Tensor)
-        if logits.shape[2:] != y.shape[1:]: logits = _enlarged(logits.float(), y.shape[1:])
-        how = dict(ignore_index=IGNORED, label_smoothing=self.label_smoothing, reduction='sum')
-        return F.cross_entropy(logits, y, **how) / (y != IGNORED).sum().clamp(min=1)
+        if logits.dtype in (torch.half, torch.bfloat16): logits = logits.float()
+        if logits.shape[2:] != y.shape[1:]: logits = _enlarged(logits, y.shape[1:])
+        each = F.cross_entropy(logits, y, ignore_index=IGNORED, label_smoothing=self.label_smoothing, reduction='none')
+        if not self.balance: return each.sum() / (y != IGNORED).sum().clamp(min=1)
+        weights = torch.bincount(y.flatten(), minlength=IGNORED + 1).clamp(min=1).to(each)**-self.balance
+        weights = weights.masked_fill(torch.arange(len(weights), device=y.device) == IGNORED, 0)[y]
+        return (weights * each).sum() / weights.sum().clamp(min=torch.finfo(each.dtype).tiny)
 
     def activation(self,   # for fastai's get_preds and predict
         out: Tensor, # Logits `(b, n, h, w)`

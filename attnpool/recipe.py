@@ -52,7 +52,8 @@ _row('fixres', **_TUNED, epochs=10, size=384, bs=1024, lr=1e-5, opt='adamw', war
 _row('finetune-21k', **_TUNED, epochs=100, size=224, bs=1024, lr=5e-4, opt='adamw', warmup=5/100, micro_bs=128)
 _row('segment', epochs=40, size=512, bs=16, lr=6e-5, opt='adamw', schedule='poly', wd=.01, drop_path=None,
      augment='segment', steps=160_000)
-_row('segment-small', epochs=30, size=64, bs=8, lr=4e-3, opt='adamw', schedule='poly', wd=.01, warmup=1/10)
+_row('segment-small', epochs=8, size=96, bs=16, lr=4e-3, opt='adamw', schedule='poly', wd=.01, warmup=1/10,
+     loss='balanced', steps=800)
 _row('probe', epochs=8, size=None, bs=64, opt='adamw-groups', schedule='one_cycle', augment='none', train='frozen')
 _row('finetune', epochs=6, size=None, bs=32, opt='adam', schedule='one_cycle', train='finetune')
 _OTHER = _KIND | dict(size=224, bs=768, augment='randaugment')
@@ -189,7 +190,7 @@ def built(
     drop_path: float, # Stochastic depth of the body, 0 for none
     options: dict, # Of the network, by name
 ):
-    "What is built with stochastic depth, by the name that it has there; an option that is not known is the user's mistake."
+    "What is built with stochastic depth, by the name that it has there. An unknown option is the user's mistake."
     if drop_path and not isinstance(arch, str):
         raise BadInput(f"drop_path: it needs a network's name for arch, got {drop_path}. Leave it out, or give a name.")
     if drop_path: options = options | {'stoch_depth' if arch in ARCHS else 'drop_path_rate': drop_path}

@@ -28,7 +28,7 @@ from .data.augment import augment_name
 from .data.cache import printable, write_file
 from .data.dense import dense_dls, empty_dense_dls
 from .data.pictures import empty_dls
-from .dense import DENSE_METRICS, DenseLoss, dense_metrics
+from .dense import DENSE_METRICS, dense_metrics
 from .distributed import processes
 from .heads import get_head
 from .maps.compute import is_per_class, saliency
@@ -42,7 +42,7 @@ from .pooling.paper import PAPER_HEADS
 from .recipe import LOSSES, network_for, small_data_metrics
 from .registry import BadInput, Registry, unknown
 from .runs.classes import imagenet_names, match_classes
-from .segment import check_dense, look_at_segments, segmenter_for, upernet
+from .segment import check_dense, dense_loss, look_at_segments, segmenter_for, upernet
 
 # %% ../nbs/505_tasks.ipynb #0c185f62
 @dataclass(frozen=True)
@@ -233,8 +233,6 @@ def _segmenter(spec, dls, head=None):
     of_head, of_arch = split_options(spec.head, spec.arch, dict(spec.options))
     return segmenter_for(dls, spec.arch, spec.recipe.drop_path, spec.start, **of_head, **of_arch)
 
-def _dense_loss(recipe): return DenseLoss(label_smoothing=recipe.label_smoothing)
-
 def _check_segment(spec):
     check_dense(r := spec.recipe)
     if 1 in (r.bs, r.micro_bs):
@@ -246,5 +244,5 @@ def _check_segment(spec):
                        "attnpool evaluate RUN --ratios .5,1,1.5 asks at several scales.")
     augment_name(spec.recipe.augment, spec.data.family, masks=True)
 
-TASKS['segment'] = Task(_masks, _segmenter, _dense_loss, dense_metrics, DENSE_METRICS[0], look_at_segments, None,
+TASKS['segment'] = Task(_masks, _segmenter, dense_loss, dense_metrics, DENSE_METRICS[0], look_at_segments, None,
                         'segment-small', 'upernet', empty_dense_dls, _check_segment)

@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 from attnpool.cli import app
 from attnpool.data.dense import dense_dls
 from attnpool.maps.areas import Areas, areas_html, areas_page, is_dense, read_areas, segment_pictures, Segmented
-from attnpool.maps.masks import class_bars, class_colours, error_colours, mask_colours, mask_image, occurring, show_masks
+from attnpool.maps.masks import class_bars, class_colours, error_colours, mask_colours, mask_image, name_places, occurring, show_masks
 from attnpool.maps.page import maps_page
 from attnpool.masks import IGNORED
 from attnpool.registry import BadInput
 from attnpool.report.collect import by_row, collect, group_by_setting
-from attnpool.report.dense import class_tables, format_classes
+from attnpool.report.dense import class_tables, dense_parts, format_classes
 from attnpool.report.page import write_report
 from attnpool.report.stats import format_table, remarks, summarize
 from attnpool.runs.spec import make_spec
@@ -154,10 +154,41 @@ def test_segment_show_masks_says_what_is_wrong(asked, words):
 def test_segment_bars_are_means_and_deviations_and_of_many_classes_the_extremes():
     def table(*iou): return pd.DataFrame({"class": [*map(str, range(len(iou)))], "iou": iou})
     ax = class_bars({"a": [table(.2, .5), table(.4, np.nan)]}).axes[0]
-    np.testing.assert_allclose([b.get_width() for b in ax.patches], [30, 50])
+    np.testing.assert_allclose([b.get_width() for b in ax.patches], [50, 30])   # the best first
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["1", "0"] and "worst" not in ax.get_xlabel()
+    assert len(class_bars({"a": [table(.2, np.nan)]}).axes[0].patches) == 1   # a class that is nowhere is no 0%
     ax = class_bars({"a": [table(*np.linspace(0, 1, 150))]}).axes[0]
     names = [t.get_text() for t in ax.get_yticklabels()]
-    assert len(names) == 30 and names[0] == "149" and names[-1] == "0"
+    assert len(names) == 30 and names[0] == "149" and names[-1] == "0" and "15 worst of 150" in ax.get_xlabel()
+
+
+def test_segment_names_stand_where_they_fit():
+    mask = np.zeros((40, 60), int)
+    mask[22:], mask[5:35, 50:56], mask[0, :3] = 1, 2, 3
+    vocab = ["background", "grass", "tower", "speck"]
+    (grass, *at), (tower, *there) = name_places(mask, vocab)   # neither the background nor what is too small
+    assert (grass, tower) == ("grass", "tower") and mask[int(at[1] * 40), int(at[0] * 60)] == 1
+    assert mask[int(there[1] * 40), int(there[0] * 60)] == 2 and there[2] < .11 < .5 < at[2]   # thin and high; wide
+    assert name_places(np.full((4, 4), IGNORED), vocab) == []
+    whole = np.zeros((9, 9), int)
+    assert name_places(whole, ["sky"])[0][1:3] == pytest.approx((.5, .5))
+
+
+def test_segment_figure_of_many_classes_has_names_on_areas_and_a_short_legend():
+    mask, vocab = np.arange(48).repeat(2).reshape(8, 12).repeat(10, 0).repeat(10, 1), [f"c{i}" for i in range(150)]
+    fig = show_masks([np.zeros((80, 120, 3), np.uint8)], [mask], vocab, cell=4)
+    words = [t.get_text() for t in fig.legends[0].get_texts()]
+    assert len(words) == 31 and "and 18 more" in words
+    assert not fig.axes[0].texts and {t.get_text() for t in fig.axes[1].texts} == set(vocab[:48])
+    assert not show_masks([np.zeros((80, 120, 3), np.uint8)], [mask % 11], vocab, cell=4).axes[1].texts
+
+
+def test_segment_page_has_names_on_areas_and_shares_of_the_truth():
+    truth, said = np.zeros((20, 40), np.uint8), np.ones((20, 40), np.uint8)
+    truth[:, 30:] = 1
+    text = areas_html([Areas(["<sky>", "road"], [Image.new("RGB", (40, 20))], [""], [said], [truth])])
+    assert re.findall(r"(&lt;sky&gt;|road) <small>(\S+)</small>", text) == [("&lt;sky&gt;", "75.0%"), ("road", "25.0%")]
+    assert re.findall(r"<b [^>]+>(.*?)</b>", text) == ["&lt;sky&gt;", "road", "road"]   # two of the truth, one that is said
 
 
 # A Learner

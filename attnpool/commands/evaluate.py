@@ -88,7 +88,7 @@ _CROP = ('Show all models the same centre crop, of the short side at SIZE / CROP
 _PRECISION = "float32, bf16, fp16 or auto.  [default: a run's own, for others float32]"
 _RATIOS = 'Of runs of a segmentation: scales to ask at, .5,.75,1,1.25,1.5,1.75 in publications.  [default: 1]'
 _FLIPS = 'Of runs of a segmentation: ask about mirrored pictures as well, and take the mean.'
-_WINDOW = 'Of runs of a segmentation: side of windows that slide over the pictures, in pixels.  [default: whole pictures]'
+_WINDOW = 'Of runs of a segmentation: side of windows that slide over a picture, in pixels.  [default: whole pictures]'
 _OUT = 'Folder for the answers, the table, the figure and the page. What is there is not asked again.'
 
 # %% ../../nbs/694_commands.evaluate.ipynb #5f1e22ed

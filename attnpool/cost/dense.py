@@ -49,9 +49,8 @@ def count_segmenter(
     **options # For `build_segmenter`
 ) -> dict[str, float]: # Millions of parameters without and with pool and classifier, billions of multiply-adds
     "What a segmenter costs."
-    def build(): return build_segmenter(arch, n_classes, **_sized(arch, size), **options).model
-    with torch.device('meta'): body = sum(p.numel() for p in build().body.parameters()) / 1e6
-    counted = count(build, size, 1)
+    with torch.device('meta'): model = build_segmenter(arch, n_classes, **_sized(arch, size), **options).model
+    body, counted = sum(p.numel() for p in model.body.parameters()) / 1e6, count(lambda: model, size, 1)
     return {'Mparams': counted['Mparams'], 'with classifier': counted['Mparams'] - body + _whole(arch) / 1e6,
             'GMACs': counted['GMACs']}
 

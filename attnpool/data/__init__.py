@@ -141,10 +141,11 @@ def describe(
         if picture.suffix and picture.suffix.lower()[1:] not in known:
             raise BadInput(f"picture: no picture can be written as {picture.suffix}, got {picture}. "
                            f"Expected a name ending in {', '.join(known)}.")
+    masked = data in MASKED and not is_path(data)
     if not is_path(data) and data not in SOURCES:   # made, not read
-        make = partial(DATASETS[data], size=min(size, 64 if data in MASKED else 40), bs=16)
+        make = partial(DATASETS[data], size=min(size, 64 if masked else 40), bs=16)
         with no_random(): dls = make()
-        def labels(y): return y.unique() if data in MASKED else [y]
+        def labels(y): return y.unique() if masked else [y]
         train, valid = (Counter(dls.vocab[i] for _, y in ds for i in labels(y)) for ds in (dls.train_ds, dls.valid_ds))
         n, n_valid, classes = len(dls.train_ds), len(dls.valid_ds), {c: c for c in dls.vocab}
     else:
@@ -175,8 +176,9 @@ def describe(
             f"{'in pictures' if share else 'class':<{wide}}    train  valid{'   pixels' * bool(share)}", *told]
     if len(counts) > _SHOWN: head += [f'and {len(counts) - _SHOWN:,} more classes']
     if picture is not None:
-        with no_random(seed): make().show_batch(max_n=16, nrows=2, figsize=(12, 3.4))
-        plt.tight_layout(pad=.3)
+        how = {} if masked else dict(nrows=2, figsize=(12, 3.4))
+        with no_random(seed): make().show_batch(max_n=16, **how)
+        if not plt.gcf().legends: plt.tight_layout(pad=.3)   # with masks all has its place
         plt.savefig(picture, dpi=80, metadata=MADE_HERE if picture.suffix.lower() in ('', '.png') else None)
         plt.close()
         lines += [f'Batch: {picture}']

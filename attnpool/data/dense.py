@@ -109,7 +109,8 @@ class WholeDL(TfmdDL):
     ):
         "Draw pictures, truth, prediction and what is wrong: what `learn.show_results()` shows."
         if not show: return super().show_results(b, out, max_n, show=False, **kwargs)
-        self._draw(b, out[:max_n].as_subclass(Tensor), max_n, figsize, **kwargs)
+        out, = out if isinstance(out, tuple) else (out,)   # Interpretation wraps it
+        self._draw(b, [o.as_subclass(Tensor) for o in out[:max_n]], max_n, figsize, **kwargs)
 
 # %% ../../nbs/385_data.dense.ipynb #f98650a8
 class _Datasets(Datasets):
@@ -121,7 +122,7 @@ class _Datasets(Datasets):
         return new
 
 def _datasets(read, mask, n, n_train):
-    return _Datasets(np.arange(n), [read, mask], splits=(np.arange(n_train), np.arange(n_train, n)))
+    return _Datasets([*range(n)], [read, mask], splits=(range(n_train), range(n_train, n)))   # for Interpretation
 
 def _listed(listing, load, pixels=None, vocab=None):
     masks = [str(listing.root/m) for m in listing.masks]
@@ -154,7 +155,7 @@ def _batch_size(bs, n_train):
 def dense_dls(
     data: str | Path, # Name, folder or archive with masks, as `list_masks` reads them
     size: int | tuple[int, int] = 128, # Side of the crops, and shorter side of whole pictures; or `(h, w)` of the crops
-    bs: int | None = 16, # Batch size; validation takes twice as many where all are of one size, else one. None: up to 16
+    bs: int | None = 16, # Batch size; in validation twice that where all are of one size, else one. None: up to 16
     device: str | torch.device | None = None, # Where the batches go; None for fastai's default, a GPU if there is one
     skip_broken: bool = False, # Leave out pictures or masks that cannot be used, instead of stopping
     augment: str | bool = 'own', # Name in `AUGMENTS`, or 'own': the data set's, which is 'segment' for files
@@ -213,7 +214,7 @@ def labelled_dense_dls(
     dls: DataLoaders, # From `dense_dls` or `empty_dense_dls`
     listing: MaskListing, # From `find_pictures`; of the same classes, or of some of them
     skip_broken: bool = False, # Leave out pictures or masks that cannot be used, instead of stopping
-    cache: Path | str | None = None, # Where the result of the check is kept; None for `attnpool` in fastai's data folder
+    cache: Path | str | None = None, # Where the check is kept; None for `attnpool` in fastai's data folder
 ) -> DataLoaders: # With `listing`
     "The pictures of another listing with their masks, checked; the classes are found by their names."
     check_kind(listing, masks=True)

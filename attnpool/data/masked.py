@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from .cache import cache_path, first_few, made_once, printable, write_file
 from .check import Check
@@ -58,6 +59,11 @@ def _from_values(listing, found):
     return replace(listing, vocab=tuple(map(str, values)), values=tuple(values), ignored=ignored)
 
 # %% ../../nbs/335_data.masked.ipynb #359b8d30
+def _as_stored(file, size):
+    "What to do where a camera's picture is turned when it is shown, and its mask is not."
+    with Image.open(file) as im: stored = im.size == tuple(size)
+    return ' when upright, as its EXIF orientation says; turn the mask likewise' if stored else ''
+
 def check_masks(
     listing: MaskListing, # From `find_pictures`
     check: Check, # Of its pictures, from `check_pictures`
@@ -75,7 +81,8 @@ def check_masks(
         elif not mask: broken[file] = 'it has no mask'
         elif why: broken[file] = f'{mask}: {why}'
         elif size.all() and tuple(its) != tuple(size):
-            broken[file] = f'the mask is {its[0]} x {its[1]} pixels, the picture {size[0]} x {size[1]}'
+            broken[file] = (f'the mask is {its[0]} x {its[1]} pixels, the picture {size[0]} x {size[1]}'
+                            + _as_stored(listing.root/file, its))
         elif odd: broken[file] = f'{mask}: {first_few(odd, 5)} is no class of the {len(listing.vocab)}'
     return MaskCheck(path, listing, broken | {mask: 'a mask without a picture' for mask in listing.alone}, counts)
 

@@ -29,7 +29,7 @@ from ..data.reader import is_picture, open_picture
 from .compute import Saliency, enlarge
 from .draw import data_uri, scale_of
 from .learner import listed_files
-from .masks import CLEAR, class_colours, error_colours, mask_image, occurring, show_masks
+from .masks import CLEAR, class_colours, error_colours, mask_image, name_places, occurring, show_masks
 from .page import html_page, picture_sources
 from .reading import title_text
 from ..dense import DenseLoss
@@ -129,16 +129,18 @@ _AREAS = '''<form class="areas" aria-label="Pictures and what the network says o
 <label><input type="radio" name="kind" value="{{ kind }}">{{ word }}</label>
 {% endfor %}
 <label class="strength" hidden>colours <input type="range" min=".2" max="1" step=".05" value=".6"></label></fieldset>
-<ul class="legend" aria-label="Classes">{% for name, colour, share in legend %}
+<ul class="legend" aria-label="Classes" title="Percent of {{ of }} in these pictures">
+{% for name, colour, share in legend %}
 <li data-name="{{ name }}">
 <i {% if colour is none %}class="none"{% else %}style="background:{{ colour }}"{% endif %}></i>
 {{ name }} <small>{{ share }}</small></li>
 {% endfor %}</ul></div>
 <div class="cards">{% for card in cards %}
 <article class="card{{ ' tiny' if card.w < 200 }}" style="--photo:url({{ card.src }})"><h3>{{ card.title }}</h3>
-<div class="kinds">{% for kind, src, text in card.parts %}
+<div class="kinds">{% for kind, src, text, names in card.parts %}
 <figure class="{{ kind }}"><div class="stage"><img alt="{{ card.title }}: {{ text }}" src="{{ src }}"
- width="{{ card.w }}" height="{{ card.h }}" decoding="async"></div><figcaption>{{ text }}</figcaption></figure>
+ width="{{ card.w }}" height="{{ card.h }}" decoding="async">{% for name, x, y in names %}
+<b style="left:{{ x }}%;top:{{ y }}%">{{ name }}</b>{% endfor %}</div><figcaption>{{ text }}</figcaption></figure>
 {% endfor %}</div></article>
 {% endfor %}</div><script type="application/json">{{ data|safe }}</script></form>'''
 
@@ -157,25 +159,28 @@ def _layer(mask, n, clear=()):
 
 # %% ../../nbs/592_maps.areas.ipynb #s5920012
 def _parts(looks, i, scale):
-    "What stands side by side of one picture: kind, picture, words."
+    "What stands side by side of one picture: kind, picture, words, and names with their places in percent."
     first = looks[0]
     n, clear = len(first.vocab), [k for k, v in enumerate(first.vocab) if v == CLEAR]
-    def layer(mask): return data_uri(_layer(mask, n, clear))
-    yield 'photo', data_uri(Image.new('LA', first.shown[i].size)), 'picture'
-    if first.truth: yield 'truth', layer(first.truth[i]), 'truth'
+    def layer(mask, text):
+        names = [(name, round(100 * x, 1), round(100 * y, 1)) for name, x, y, room in name_places(mask, first.vocab)
+                 if room * 300 >= 8 * len(name)]   # a picture alone has 300 pixels or more, a letter 8 or less
+        return data_uri(_layer(mask, n, clear)), text, names
+    yield 'photo', data_uri(Image.new('LA', first.shown[i].size)), 'picture', ()
+    if first.truth: yield 'truth', *layer(first.truth[i], 'truth')
     for look in looks:
         name = f'{title_text(look.name, 60)}: ' if len(looks) > 1 else ''
-        yield 'said', layer(look.said[i]), f'{name}prediction'
+        yield 'said', *layer(look.said[i], f'{name}prediction')
         if first.truth:
             colours, share = error_colours(first.truth[i], look.said[i])
             text = 'no label' if np.isnan(share) else f'{share:.1%} wrong'
-            yield 'wrong', data_uri(Image.fromarray(colours)), name + text
+            yield 'wrong', data_uri(Image.fromarray(colours)), name + text, ()
         if look.where is not None:
             whose = title_text(look.where_of, 60)
             whose = f'where {whose} looked' if whose else f'{name}where its start looked'
             (w, h), k = look.shown[i].size, min(1, 96 / max(look.shown[i].size))
             level = enlarge(look.where.values[i:i + 1, :, :h, :w], (max(1, round(h * k)), max(1, round(w * k))))[0, 0]
-            yield 'where', data_uri(Image.fromarray(scale.colours(level))), whose
+            yield 'where', data_uri(Image.fromarray(scale.colours(level))), whose, ()
 
 def areas_html(
     looks: Sequence[Areas], # Of one network, or of several at the same pictures
@@ -191,6 +196,8 @@ def areas_html(
     scale = scale_of(maps) if maps else None
     masks = [m for masks in (first.truth or [], *(look.said for look in looks)) for m in masks]
     colours, legend = class_colours(n), occurring(masks, first.vocab)
+    share = {k: v for k, _, v in occurring(first.truth or masks, first.vocab)}   # never of both at once
+    legend = sorted(((k, name, share.get(k, 0)) for k, name, _ in legend), key=lambda e: (e[0] == IGNORED, -e[2]))
     def rgb(k): return ','.join(map(str, colours[k]))
     def css(k, name): return None if k == IGNORED else 'none' if name == CLEAR else f'rgb({rgb(k)})'
     cards = [dict(title=title_text(name, 200) or f'Picture {i + 1}', src=src, w=im.width, h=im.height,
@@ -201,7 +208,9 @@ def areas_html(
     kinds = {kind for card in cards for kind, *_ in card['parts']}
     return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_AREAS).render(
         kinds={k: v for k, v in _KINDS.items() if k in kinds}, cards=cards,
-        legend=[(name, css(k, name), f'{share:.1%}' if share >= .001 else '< 0.1%') for k, name, share in legend],
+        legend=[(name, css(k, name), f'{v:.1%}' if v >= .001 else '< 0.1%' if v else '0%')
+                for k, name, v in legend],
+        of='what is true' if first.truth else 'what is said',
         data=json.dumps(names).replace('<', '\\u003c'))
 
 # %% ../../nbs/592_maps.areas.ipynb #s5920014

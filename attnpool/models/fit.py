@@ -79,7 +79,7 @@ def fit_body(
         fitted, wrong = fit_by_name(found, {names[k]: v for k, v in own.items()}, [names[k] for k in its])
         if not wrong:
             what = 'its body is taken; its pyramid and decoder are not' if cut and not whole else ''
-            if len(its) < len(kept): what += f'. The body ends on {kept[last].rpartition(".")[0]}: what comes after that begins anew'
+            if len(its) < len(kept): what += f'. What comes after {kept[last].rpartition(".")[0]} begins anew'
             return {k: fitted[names[k]] for k in its if names[k] in fitted}, what, []
         faults.append(wrong)
     fitted = {k: v for k, v in fit_by_order(state, own, kept).items() if k in {*kept}}   # nothing behind the map

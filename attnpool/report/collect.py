@@ -307,7 +307,8 @@ def tell_apart(
     chosen = [{k: s[k] for k in (*first, *others) if k in s} for s in every]
     words = dict.fromkeys(first, '{}') | dict(
         start='from {}', size='{} px', steps='{:,} steps', epochs='{} epochs', bs='batches of {}',
-        micro_bs='in parts of {}', fingerprint='pictures {:.6}', start_setting='after runs of setting {}', weights='weights {:.6}')
+        micro_bs='in parts of {}', fingerprint='pictures {:.6}', start_setting='after runs of setting {}',
+        weights='weights {:.6}')
     hashes = 'fingerprint', 'start_setting', 'weights'   # where words tell nothing
     def word(k, v):
         if k == 'options': return ' '.join(f'{name}={value}' for name, value in v.items())

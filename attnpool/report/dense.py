@@ -49,9 +49,11 @@ def format_classes(
     return pd.DataFrame(out)
 
 # %% ../../nbs/625_report.dense.ipynb #s6250009
+_FOLDED = 25   # classes from which on their table is opened by a click
+
 def dense_parts(
     results: Sequence[Result], # Of one setting
-) -> dict: # `classes`, a table; `bars`, a picture; `areas`, HTML; each None or '' where the runs have none
+) -> dict: # `classes`, a table; `many`, its rows if it is long; `bars`, a picture; `areas`, HTML; None or '' for none
     "What a page shows of these runs beside the means."
     tables, seed = class_tables(results), min(r.spec.seed for r in results)
     looks = []
@@ -61,5 +63,7 @@ def dense_parts(
             if r.spec.seed != seed or not file or not file.is_file(): continue
             with np.load(file) as f: arrays = {k: f[k] for k in f.files}
             if 'said' in arrays: looks.append(read_areas(arrays, row))
-    return dict(classes=format_classes(tables) if tables else None, areas=areas_html(looks) if looks else '',
+    classes = format_classes(tables) if tables else None
+    many = len(classes) if tables and len(classes) > _FOLDED else 0
+    return dict(classes=classes, many=many, areas=areas_html(looks) if looks else '',
                 bars=data_uri(class_bars(tables), 'svg') if tables else None)

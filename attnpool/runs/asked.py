@@ -73,16 +73,40 @@ def _asked_of(recipe, given, heads, **common):
     def started(head): return start.for_all_heads(head) if len(heads) > 1 else start
     return {head: common | dict(options=mine(head), start=started(head)) for head in heads}, start, of_arch
 
+# %% ../../nbs/563_runs.asked.ipynb #9b1d5c19
 def _starts(start, task):
+    from attnpool.tasks import TASKS
     "What runs begin from, one after the other; '' is from scratch."
     words = [start]
     if isinstance(start, str) and ',' in start and not path_of(start).exists():
-        if not task.head:
+        if not TASKS[task or 'classify'].head:
             raise BadInput(f"start: heads are compared from one start, got {start}. Name one; another is another "
                            "command.")
         words = list(dict.fromkeys(read_list('start', start)))
     return ['' if word == 'none' else word for word in words]
 
+def _beginning(data, heads, seeds, recipe, given, rates, splits, start=None, arch=None, **common):
+    "The specs of runs that follow no others."
+    from attnpool.data import DataId
+    from attnpool.data.pictures import SOURCES, is_path
+    from attnpool.models.surgery import body_of
+    from attnpool.runs.spec import data_for, make_spec
+    common['arch'] = ARCH_USUAL if arch is None else arch
+    starts = _starts(start, common.get('task'))   # of a task with one head they are compared
+    asked = [_asked_of(recipe, given, heads, start=start, **common) for start in starts]
+    train = common.get('train') or recipe.train
+    if train == 'frozen' and not splits and seeds is None and (is_path(data) or data in SOURCES): splits = 10
+    numbers = range(1, splits + 1) if splits else read_list('seeds', '1,2,3' if seeds is None else seeds, int)
+    def on(data):
+        split = dict(split='seed') if splits else {}
+        return [make_spec(data, head, seed, recipe=recipe, **of_heads[head] | split | dict(lr=r))
+                for seed in numbers for of_heads, *_ in asked for head in heads for r in rates or [common.get('lr')]]
+    on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
+    for _, start, of_arch in asked:
+        if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
+    return on(data_for(data, recipe))
+
+# %% ../../nbs/563_runs.asked.ipynb #9b1d5c20
 def read_specs(
     data: str, # Name or path, as for `make_spec`
     heads: str | None, # As for `get_head`, separated by commas, or 'all', 'peers'; None for the usual or the runs' own
@@ -95,13 +119,9 @@ def read_specs(
     **common # Further arguments of `make_spec`; `arch` None for the usual network, or the runs' own
 ) -> list: # Of `Spec`: for each seed all heads
     "What a command was asked to run."
-    from attnpool.data import DataId
-    from attnpool.heads import HEADS, PEERS
-    from attnpool.data.pictures import SOURCES, is_path
     from attnpool.distributed import is_first
+    from attnpool.heads import HEADS, PEERS
     from attnpool.recipe import Recipe, change_recipe, find_recipe, save_recipe as write_recipe
-    from attnpool.models.surgery import body_of
-    from attnpool.runs.spec import data_for, make_spec
     from attnpool.tasks import TASKS
     task = TASKS[TASKS.check(common.get('task') or 'classify')]
     groups, recipe = dict(all=HEADS, peers=PEERS), find_recipe(task.recipe if recipe is None else recipe)
@@ -116,21 +136,7 @@ def read_specs(
         if splits: raise BadInput(f"--splits: each run keeps its own split, got {splits}. Leave it out.")
         specs = _following(data, heads, seeds_given, recipe, given, rates, **common)
     else:
-        common['arch'] = ARCH_USUAL if common.get('arch') is None else common['arch']
-        starts = _starts(common.pop('start', None), task)   # of a task with one head they are compared
-        asked = [_asked_of(recipe, given, heads, start=start, **common) for start in starts]
-        train = common.get('train') or recipe.train
-        if train == 'frozen' and not splits and seeds is None and (is_path(data) or data in SOURCES): splits = 10
-        numbers = range(1, splits + 1) if splits else read_list('seeds', '1,2,3' if seeds is None else seeds, int)
-        def on(data):
-            split = dict(split='seed') if splits else {}
-            return [make_spec(data, head, seed, recipe=recipe, **of_heads[head] | split | dict(lr=r))
-                    for seed in numbers for of_heads, *_ in asked for head in heads
-                    for r in rates or [common.get('lr')]]
-        on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
-        for _, start, of_arch in asked:
-            if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
-        specs = on(data_for(data, recipe))
+        specs = _beginning(data, heads, seeds, recipe, given, rates, splits, **common)
     if save_recipe and is_first():
         check_out(save_recipe, [data], own='# A recipe of attnpool')
         changes = {f.name: common.get(f.name) for f in fields(Recipe) if f.compare}

@@ -161,8 +161,8 @@ def _head_of(task, head):
     own = TASKS[task].head
     if head is None: return own or 'avg'
     if own and head != own:
-        raise BadInput(f"head: the task {task} has one head, {own}, got {head!r}. Leave it out; heads are compared with "
-                       "the task classify.")
+        raise BadInput(f"head: the task {task} has one head, {own}, got {head!r}. Leave it out; heads are compared "
+                       "with the task classify.")
     if not own and head in TASK_HEADS:
         other = next(name for name, t in TASKS.items() if t.head == head)
         raise BadInput(f"head: {head} is the head of the task {other}, got it for {task}. Type --task {other}.")
