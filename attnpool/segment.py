@@ -227,7 +227,7 @@ def _stack(tensors, fill):
     "In one array, of the largest sides that there are; of long ones each second pixel, or third."
     tensors = [t[::s, ::s] for t in tensors for s in [-(-max(t.shape[:2]) // _SIDE)]]
     h, w = (max(t.shape[i] for t in tensors) for i in (0, 1))
-    dtype = np.float32 if isinstance(fill, float) else np.uint8
+    dtype = np.float16 if isinstance(fill, float) else np.uint8   # maps are to be looked at
     out = np.full((len(tensors), h, w, *tensors[0].shape[2:]), fill, dtype)
     for o, t in zip(out, tensors): o[:t.shape[0], :t.shape[1]] = t.cpu().numpy()
     return out

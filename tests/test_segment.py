@@ -206,9 +206,9 @@ def test_segment_specs_have_the_tasks_own_recipe_and_head():
 
 @pytest.mark.parametrize("asked, words", [
     (dict(head="avg"), "head: the task segment has one head, upernet"), (dict(recipe="mixed"), "mix: .* segment-small"),
-    (dict(train="head"), "train: head is for classifiers"), (dict(recipe="fixres"), "start: "),
+    (dict(train="head"), "train: head is for classifiers"), (dict(recipe="fixres"), "mix: "),
     (dict(eval_sizes=(64,)), "eval_sizes: .*evaluate"), (dict(augment="light"), "augment: "), (dict(views=2), "views: "),
-    (dict(options=dict(chanels=3)), "options: 'chanels' is unknown.*channels"), (dict(recipe="probe"), "start: "),
+    (dict(options=dict(chanels=3)), "options: 'chanels' is unknown.*channels"), (dict(recipe="probe"), "train: frozen is for classifiers"),
     (dict(recipe="quick", mix="cutmix"), "mix: ")])
 def test_segment_refuses_what_has_no_meaning(asked, words):
     with pytest.raises(BadInput, match=words): make_spec("scenes", task="segment", **asked)

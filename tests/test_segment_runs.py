@@ -116,6 +116,23 @@ def test_a_segment_run_of_another_network_is_no_start(trained, photos):
         make_spec(photos, arch="torchvision.resnet18", start=trained.folder, **TINY)
 
 
+@pytest.mark.parametrize("more, words", [
+    (["digits", "--recipe", "fixres"], "is of a segmentation, and fixres goes on with classifiers"),
+    (["digits"], "is of a segmentation, and quick goes on with classifiers"),
+    (["{photos}", "--task", "segment"], "start: for the task segment all seeds begin from the body of one run"),
+    (["{photos}", "--task", "segment", "--recipe", "probe"], "start: for the task segment"),
+    (["{photos}", "--recipe", "quick"], "is of a segmentation, and quick goes on with classifiers")])
+def test_folders_of_segment_runs_are_no_start(more, words, trained, photos, tmp_path, capsys):
+    more = [str(photos) if word == "{photos}" else word for word in more]
+    assert asked("bench", *more, "--start", trained.folder.parent, "--out", tmp_path/"runs") == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not (tmp_path/"runs").exists()
+
+
+def test_a_probe_of_segment_says_that_it_is_for_classifiers(photos):
+    with pytest.raises(BadInput, match="train: frozen is for classifiers"): make_spec(photos, recipe="probe", task="segment")
+
+
 # Bad input: no run is begun
 
 def masks_of(folder, part): return sorted((folder/part/"masks").iterdir())

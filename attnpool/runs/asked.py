@@ -75,8 +75,8 @@ def _asked_of(recipe, given, heads, **common):
 
 # %% ../../nbs/563_runs.asked.ipynb #9b1d5c19
 def _starts(start, task):
-    from attnpool.tasks import TASKS
     "What runs begin from, one after the other; '' is from scratch."
+    from attnpool.tasks import TASKS
     words = [start]
     if isinstance(start, str) and ',' in start and not path_of(start).exists():
         if not TASKS[task or 'classify'].head:
