@@ -122,7 +122,7 @@ class _Datasets(Datasets):
         return new
 
 def _datasets(read, mask, n, n_train):
-    return _Datasets([*range(n)], [read, mask], splits=(range(n_train), range(n_train, n)))   # a list for Interpretation
+    return _Datasets([*range(n)], [read, mask], splits=(range(n_train), range(n_train, n)))   # for Interpretation
 
 def _listed(listing, load, pixels=None, vocab=None):
     masks = [str(listing.root/m) for m in listing.masks]
