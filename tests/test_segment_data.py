@@ -267,6 +267,18 @@ def test_segment_bad_mask_is_named_and_can_be_left_out(what):
     assert any("2." in f for f in describe("data").broken)
 
 
+def test_segment_mask_of_a_turned_picture_is_upright_as_the_picture_is_shown():
+    folder(6)
+    its, exif = mask_of(2), Image.Exif()
+    exif[0x112] = 6   # a camera held upright: to be turned by a quarter
+    Path("data/images/2.png").unlink()
+    Image.fromarray(picture_of(its).astype(np.uint8)).transpose(Image.Transpose.ROTATE_90).save("data/images/2.jpg", exif=exif)
+    assert checked("data").files   # upright, both are 32 x 24
+    save("data/masks/2.png", np.ascontiguousarray(np.rot90(its)))
+    with pytest.raises(BadInput, match="2.jpg .the mask is 24 x 32 pixels, the picture 32 x 24 when upright, as its EXIF .*turn the mask"):
+        checked("data")
+
+
 def test_segment_many_bad_masks_stand_in_a_table():
     folder(15, values=(0, 1, 5))
     with pytest.raises(BadInput, match="15 of 15") as e: dls_of("data")

@@ -11,16 +11,18 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import TensorMask
+from fastai.vision.all import Learner, TensorMask, load_learner
 from PIL import Image
 from typer.testing import CliRunner
 
 from attnpool.cli import app
 from attnpool.data.dense import dense_dls
+from attnpool.dense import DenseLoss, dense_metrics
 from attnpool.maps.areas import Areas, areas_html, areas_page, is_dense, read_areas, segment_pictures, Segmented
 from attnpool.maps.masks import class_bars, class_colours, error_colours, mask_colours, mask_image, name_places, occurring, show_masks
 from attnpool.maps.page import maps_page
 from attnpool.masks import IGNORED
+from attnpool.models.upernet import build_segmenter
 from attnpool.registry import BadInput
 from attnpool.report.collect import by_row, collect, group_by_setting
 from attnpool.report.dense import class_tables, dense_parts, format_classes
@@ -270,6 +272,30 @@ def test_segment_arrays_of_several_sizes_are_cut_to_each():
     assert [im.size for im in its.shown] == [(8, 6), (5, 4)] and its.said[1].shape == (4, 5) and its.where is None
 
 
+# As fastai's users have it
+
+@pytest.fixture(scope="module")
+def trained(here):
+    "A plain fastai `Learner` of pictures with masks."
+    dls = dense_dls(here / "shapes", size=24, bs=4, device="cpu")
+    network = build_segmenter("xeca_resnext_tiny", len(dls.vocab), **SMALL)
+    learn = Learner(dls, network.model, DenseLoss(), splitter=network.splitter, metrics=dense_metrics())
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 4e-3)
+    return learn
+
+
+def test_segment_fastai_learner_is_exported_and_says_the_same_of_photos_of_any_size(here, trained, tmp_path):
+    trained.export(tmp_path / "m.pkl")
+    loaded = load_learner(tmp_path / "m.pkl")
+    for learn in (trained, loaded):
+        with learn.no_bar(): mask, _, p = learn.predict(here / "wide.jpg")
+        one, = segment_pictures(learn, here / "wide.jpg")
+        assert mask.shape == one.p.shape[1:] == (24, 56) and (mask == p.argmax(0)).all()
+        torch.testing.assert_close(p, one.p)
+    shown = areas_page(loaded, tmp_path / "m.html", here / "wide.jpg")
+    assert all(path.exists() for path in shown)
+
+
 # Reports
 
 def test_segment_report_compares_starts(results):
@@ -301,6 +327,17 @@ def test_segment_report_tells_each_class(results):
     iou = [float(t.set_index("class").iou["$disc$"]) * 100 for t in read]
     assert text.loc["$disc$", "IoU %"] == f"{np.mean(iou):.1f} ± {np.std(iou, ddof=1):.1f}" and {"background", "NA"} <= {*text.index}
     assert sum(text["pixels %"].astype(float)) == pytest.approx(100, abs=.2)
+
+
+def test_segment_report_folds_a_long_table_of_classes(results, tmp_path):
+    shutil.copytree(results[0].folder, tmp_path / "a")
+    table = pd.DataFrame({"class": [f"c{i}" for i in range(150)], "iou": .5, "accuracy": .5, "pixels": 9, "predicted": 9})
+    table.loc[0, ["iou", "accuracy"]] = np.nan
+    table.to_csv(tmp_path / "a" / "classes.csv", index=False)
+    one = [replace(results[0], folder=tmp_path / "a")]
+    text = write_report(one, tmp_path / "r.html").read_text()
+    assert "<summary>All 150 classes</summary>" in text and dense_parts(results)["many"] == 0
+    assert dense_parts(one)["classes"].set_index("class").loc["c0", "IoU %"] == "–"
 
 
 def test_segment_report_is_one_page_with_pictures(here, results, tmp_path):

@@ -78,7 +78,8 @@ def segment_pictures(
     dl.before_iter()
     m = len(dl.dataset)
     items = range(m) if files else np.linspace(0, m - 1, min(n, m)).round().astype(int)
-    mean, std = (torch.tensor(dls.about[k], device=dl.device).view(1, -1, 1, 1) for k in ('mean', 'std'))
+    if files is None:
+        mean, std = (torch.tensor(dls.about[k], device=dl.device).view(1, -1, 1, 1) for k in ('mean', 'std'))
     for i in items:
         x, *y = dl.after_batch(to_device(dl.do_batch([dl.do_item(int(i))]), dl.device))
         x = x.as_subclass(Tensor)

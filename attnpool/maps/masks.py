@@ -234,7 +234,7 @@ def _legend(fig, entries, n, ncols):
 
 # %% ../../nbs/192_maps.masks.ipynb #s1920018
 def class_bars(
-    tables: dict[str, Sequence[pd.DataFrame]], # Name of the row: for each run a table with class, iou; NaN is left out
+    tables: dict[str, Sequence[pd.DataFrame]], # Name of the row: a table with columns class, iou for each run
 ) -> plt.Figure:
     "Intersection over union of each class in percent, the best first: mean and sample standard deviation over runs."
     if not tables: raise BadInput("tables: there is none. Pass at least one, as in {'': [table]}.")
