@@ -12,7 +12,7 @@ from typing import Any, Callable, Sequence
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import Learner, Metric
+from fastai.vision.all import L, Learner, Metric
 from torch import Tensor, nn
 
 from .masks import IGNORED, confusion, iou
@@ -21,6 +21,7 @@ from .registry import BadInput
 # %% ../nbs/485_dense.ipynb #r4850006
 class DenseLoss(nn.Module):
     "Cross entropy of each pixel that has a class, and `aux_weight` of that of an auxiliary layer."
+    reduction = 'mean'   # fastai sets 'none' where it wants a number for each picture, as for `Interpretation`
     def __init__(self,
         aux_weight: float = .4, # Of the auxiliary layer's loss, 0 or more; the usual one
         label_smoothing: float = 0., # Share of the label that is spread over all classes, in [0, 1)
@@ -36,7 +37,7 @@ class DenseLoss(nn.Module):
     def forward(self,
         out: Tensor | tuple[Tensor, Tensor], # Logits `(b, n, h, w)` at any stride; while training two, of the layers
         y: Tensor, # Classes `(b, H, W)`, `IGNORED` for pixels without one
-    ) -> Tensor: # A number
+    ) -> Tensor: # A number; with `reduction` 'none' `(b,)`
         "The mean over the pixels that have a class, weighted where they are evened out; 0 where none has."
         first, *others = out if isinstance(out, (tuple, list)) else (out,)
         return self._one(first, y) + self.aux_weight * sum(self._one(o, y) for o in others)
@@ -46,17 +47,18 @@ class DenseLoss(nn.Module):
         if logits.dtype in (torch.half, torch.bfloat16): logits = logits.float()
         if logits.shape[2:] != y.shape[1:]: logits = _enlarged(logits, y.shape[1:])
         each = F.cross_entropy(logits, y, ignore_index=IGNORED, label_smoothing=self.label_smoothing, reduction='none')
-        if not self.balance: return each.sum() / (y != IGNORED).sum().clamp(min=1)
-        weights = torch.bincount(y.flatten(), minlength=IGNORED + 1).clamp(min=1).to(each)**-self.balance
-        weights = weights.masked_fill(torch.arange(len(weights), device=y.device) == IGNORED, 0)[y]
-        return (weights * each).sum() / weights.sum().clamp(min=torch.finfo(each.dtype).tiny)
+        weights = (y != IGNORED).to(each.dtype)
+        if self.balance:
+            weights = weights * torch.bincount(y.flatten(), minlength=IGNORED + 1).clamp(min=1).to(each)[y]**-self.balance
+        over = (1, 2) if self.reduction == 'none' else (0, 1, 2)
+        return (weights * each).sum(over) / weights.sum(over).clamp(min=torch.finfo(each.dtype).tiny)
 
     def activation(self,   # for fastai's get_preds and predict
-        out: Tensor, # Logits `(b, n, h, w)`
-    ) -> Tensor: return out.softmax(1)
+        out: Tensor | L, # Logits `(b, n, h, w)`; of pictures of several sizes one `(n, h, w)` for each
+    ) -> Tensor | L: return out.softmax(1) if isinstance(out, Tensor) else L(o.softmax(0) for o in out)
     def decodes(self,
-        out: Tensor, # Logits or probabilities `(b, n, h, w)`
-    ) -> Tensor: return out.argmax(1)
+        out: Tensor | L, # Logits or probabilities `(b, n, h, w)`, or one for each picture
+    ) -> Tensor | L: return out.argmax(1) if isinstance(out, Tensor) else L(o.argmax(0) for o in out)
 
 def _enlarged(x, size): return F.interpolate(x, size, mode='bilinear', align_corners=False)
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import Learner, TensorMask, load_learner
+from fastai.vision.all import Learner, SegmentationInterpretation, TensorMask, load_learner
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -294,6 +294,17 @@ def test_segment_fastai_learner_is_exported_and_says_the_same_of_photos_of_any_s
         torch.testing.assert_close(p, one.p)
     shown = areas_page(loaded, tmp_path / "m.html", here / "wide.jpg")
     assert all(path.exists() for path in shown)
+
+
+def test_segment_fastai_interpretation_finds_the_hardest_pictures(trained):
+    with trained.no_bar():
+        found = SegmentationInterpretation.from_learner(trained)
+        losses, which = found.top_losses(2)
+        mean = trained.validate()[0]
+        found.show_results(which)
+    assert len(found.losses) == len(trained.dls.valid_ds) and losses[0] == found.losses.max() > losses[1]
+    assert abs(found.losses.mean().item() - mean) < 1e-4   # as many labelled pixels in each picture
+    assert len(plt.gcf().axes) == 8 and trained.loss_func.reduction == "mean"
 
 
 # Reports
