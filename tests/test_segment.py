@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -300,6 +301,18 @@ def test_evaluate_of_a_segment_run_counts_pixels_in_the_way_that_is_asked(traine
     kept = {f: f.stat().st_mtime_ns for f in (tmp_path/"e"/"masks").iterdir()}
     assert ask(str(photos))[0] == 0 and len(kept) == 2   # its own pictures, named: they are there
     assert {f: f.stat().st_mtime_ns for f in (tmp_path/"e"/"masks").iterdir()} == kept
+    code, told = ask("--test")
+    assert code == 2 and "no test pictures" in told.err
+    shutil.copytree(photos, tmp_path/"more")
+    shutil.copytree(photos/"train", tmp_path/"more"/"test")
+    assert ask(str(tmp_path/"more"), "--test")[0] == 0
+    table = pd.read_csv(tmp_path/"e"/"segmentation.csv")
+    assert table.pictures[0] == 24 and table.data[0] == "more, test"
+    shutil.copytree(photos/"train", tmp_path/"swapped"/"val")
+    shutil.copytree(photos/"val", tmp_path/"swapped"/"train")
+    shutil.copy(photos/"classes.txt", tmp_path/"swapped")
+    assert ask(str(tmp_path/"swapped"))[0] == 0
+    assert pd.read_csv(tmp_path/"e"/"segmentation.csv").miou[0] == table.miou[0] != trained.value
     code, told = ask("--sizes", "64")
     assert code == 2 and told.err.startswith("attnpool: sizes: ") and "--ratios" in told.err
 

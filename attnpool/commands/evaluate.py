@@ -87,6 +87,7 @@ _CROP = ('Show all models the same centre crop, of the short side at SIZE / CROP
          'validated, all others .875]')
 _PRECISION = "float32, bf16, fp16 or auto.  [default: a run's own, for others float32]"
 _RATIOS = 'Of runs of a segmentation: scales to ask at, .5,.75,1,1.25,1.5,1.75 in publications.  [default: 1]'
+_TEST = 'Of runs of a segmentation: ask about the test pictures, in the place of those that validate.'
 _FLIPS = 'Of runs of a segmentation: ask about mirrored pictures as well, and take the mean.'
 _WINDOW = 'Of runs of a segmentation: side of windows that slide over a picture, in pixels.  [default: whole pictures]'
 _OUT = 'Folder for the answers, the table, the figure and the page. What is there is not asked again.'
@@ -109,6 +110,7 @@ def evaluate(
     ratios: Annotated[str | None, typer.Option(help=_RATIOS)] = None,
     flips: Annotated[bool, typer.Option('--flips', help=_FLIPS)] = False,
     window: Annotated[int | None, typer.Option(help=_WINDOW, min=1)] = None,
+    test: Annotated[bool, typer.Option('--test', help=_TEST)] = False,
     device: Device = 'auto', # As for `check_device`
     out: Annotated[Path, typer.Option(help=_OUT, **FILE)] = 'evaluation',
 ):
@@ -130,8 +132,8 @@ def evaluate(
     device, how = check_device(device), read_options(options)
     if precision: PRECISIONS.check(precision)
     models, data = _models(words)
-    if segmenters_among(models, ratios, flips, window, sizes=sizes, crop=crop, precision=precision):
-        return evaluate_masks(models, data, out, device, ratios, flips, window, trust, skip_broken)
+    if segmenters_among(models, ratios, flips, window, test, sizes=sizes, crop=crop, precision=precision):
+        return evaluate_masks(models, data, out, device, ratios, flips, window, trust, skip_broken, test)
     wanted = read_list('sizes', sizes, int) if sizes else []
     check_out(out/'evaluation.html', [data, *models], {'.csv': 'model,data,size', '.png': 'attnpool'}, make=True,
               own='Accuracy over test size', folder=True)

@@ -6,6 +6,7 @@
 __all__ = ['segmenters_among', 'evaluate_masks']
 
 # %% ../../nbs/693_commands.masks.ipynb #r6950004
+from dataclasses import replace
 from pathlib import Path
 
 from ..registry import BadInput
@@ -17,6 +18,7 @@ def segmenters_among(
     ratios: str | None = None, # Scales, as they were typed
     flips: bool = False, # Whether mirrored pictures were asked for
     window: int | None = None, # Side of windows, in pixels
+    tests: bool = False, # Whether test pictures were asked for
     **others # Options for classifiers alone, as they were typed; None where they were not
 ) -> bool: # Whether all are runs of a segmentation
     "Whether pixels are to be counted and not pictures. An error for options that belong to the other."
@@ -28,7 +30,7 @@ def segmenters_among(
     if any(dense) and not all(dense):
         raise BadInput(f"model: {models[dense.index(True)]} tells pixels apart, {models[dense.index(False)]} pictures. "
                        "Evaluate them with two commands.")
-    mine = dict(ratios=ratios, flips=flips or None, window=window)
+    mine = dict(ratios=ratios, flips=flips or None, window=window, test=tests or None)
     for name, value in (others if any(dense) else mine).items():
         if value is None: continue
         runs = 'runs of a segmentation'
@@ -48,6 +50,7 @@ def evaluate_masks(
     window: int | None = None, # Side of windows that slide over the pictures, in pixels; None for whole pictures
     trust: bool = False, # As for `open_run`
     skip_broken: bool = False, # Leave broken pictures and masks out instead of stopping
+    tests: bool = False, # Ask about the test pictures in the place of those that validate
 ):
     "Ask runs about all pixels of a data set, and write what they said as `segmentation.csv` and `classes.csv`."
     import pandas as pd
@@ -60,12 +63,13 @@ def evaluate_masks(
     from attnpool.runs.train import open_run
     ways = Ways(window, tuple(read_list('ratios', ratios, float)) if ratios else (1.,), flips)
     its, answers = identify(data), []
+    if tests: its = replace(its, name=f'{its.name}, test')
     say(f'{its.name}: {ways}')
     try:
         for m in models:
-            own = load_run(m).spec.data == its
+            own = not tests and load_run(m).spec.data == its
             learn = open_run(m, device, data if own else None, with_data=own, trust=trust)
-            dl = None if own else mask_loader(learn, its, skip_broken)
+            dl = None if own else mask_loader(learn, its, skip_broken, tests)
             with Console(stderr=True).status(f'{m}') as status:
                 done = [0]
                 def on_batch(n):

@@ -69,10 +69,12 @@ def mask_loader(
     learn: Learner, # Of a run of a segmentation, from `open_run`
     data: DataId, # From `identify`
     skip_broken: bool = False, # Leave broken pictures and masks out instead of stopping
+    tests: bool = False, # The test pictures in the place of those that validate
 ) -> TfmdDL: # Of those that validate
     "Other pictures with masks, prepared as the run has them."
     dls, about = learn.dls, learn.dls.about
-    if data.fingerprint: return labelled_dense_dls(dls, find_pictures(data.path), skip_broken).valid
+    if data.fingerprint: return labelled_dense_dls(dls, find_pictures(data.path, tests=tests), skip_broken).valid
+    if tests: raise BadInput(f"test: {data.name} has no test pictures. Leave --test out.")
     made = dense_dls(data.path, about['size'], 1, dls.device, augment='none', stats=(about['mean'], about['std']))
     mine, theirs = ([*map(str, d.vocab)] for d in (dls, made))
     if mine == theirs: return made.valid
