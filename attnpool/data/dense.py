@@ -9,6 +9,7 @@ __all__ = ['ReadMask', 'BlankPadding', 'WholeDL', 'dense_dls', 'empty_dense_dls'
 # %% ../../nbs/385_data.dense.ipynb #7f80877b
 import os
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Sequence
 
@@ -130,9 +131,12 @@ def _listed(listing, load, pixels=None, vocab=None):
     mask = ReadMask(vocab or listing.vocab, load, masks, listing.table(vocab))
     return _datasets(ReadPicture(load, files, pixels, listing.root), mask, len(files), listing.n_train)
 
-def _valid_bs(sizes, size, bs):
-    "Whole pictures come one by one where they differ in size."
-    return 2 * bs if len({kept_size(s[::-1], min(sides(size))) for s in sizes.tolist()}) == 1 else 1
+_MOST = 2**27   # logits of a batch of whole pictures, half a gigabyte
+
+def _valid_bs(sizes, size, bs, n_classes):
+    "Whole pictures come one by one where they differ in size, and fewer at a time where their logits are many."
+    each = {kept_size(s[::-1], min(sides(size))) for s in sizes.tolist()}
+    return max(1, min(2 * bs, _MOST // (n_classes * prod(*each)))) if len(each) == 1 else 1
 
 def _loaders(dsets, about, bs, val_bs, device, num_workers):
     device, num_workers = loading_on(device, num_workers)
@@ -185,7 +189,7 @@ def dense_dls(
     mean, std = stats or STATS.get(listing.family, (check.mean, np.maximum(check.std, 1e-3).tolist()))
     about = dict(size=size, vocab=list(listing.vocab), mean=list(mean), std=list(std), augment=name)
     bs = _batch_size(bs, listing.n_train)
-    val_bs = _valid_bs(sizes[numbers[listing.n_train:]], size, bs)
+    val_bs = _valid_bs(sizes[numbers[listing.n_train:]], size, bs, len(listing.vocab))
     dls = _loaders(_listed(listing, load, pixels and pixels.some(numbers)), about, bs, val_bs, device, num_workers)
     dls.listing, dls.family = listing, listing.family
     return dls
@@ -225,7 +229,7 @@ def labelled_dense_dls(
                        f"Expected those of {first_few(dls.vocab)}.")
     load = AUGMENTS[dls.about['augment']].load(min(sides(dls.size)))
     every, bs = _listed(listing, load, vocab=list(dls.vocab)), max(1, dls.train.bs)
-    val_bs = _valid_bs(check.sizes[good][listing.n_train:], dls.size, bs)
+    val_bs = _valid_bs(check.sizes[good][listing.n_train:], dls.size, bs, len(dls.vocab))
     made = DataLoaders(dls.train.new(every.train, bs=bs), dls.valid.new(every.valid, bs=val_bs), device=dls.device)
     made.about, made.size, made.listing = dls.about, dls.size, listing
     return made
