@@ -171,7 +171,7 @@ def test_the_table_of_segmentation_costs():
 # Networks of all kinds
 
 OF_OTHERS = {"patchconvnet_tiny": {}, LITE: {}, "resnet18": {}, "convnext_atto": {}, "densenet121": {}, "convmixer_768_32": {},
-             "vit_tiny_patch16_224": dict(img_size=(37, 53)), "vit_small_patch14_dinov2": dict(dynamic_img_size=True, depth=2), "swin_tiny_patch4_window7_224": dict(img_size=(37, 53)),
+             "vit_tiny_patch16_224": dict(img_size=(37, 53)), "fastvit_t8": {}, "vit_small_patch14_dinov2": dict(dynamic_img_size=True, depth=2), "swin_tiny_patch4_window7_224": dict(img_size=(37, 53)),
              "mobilenetv4_conv_small": {}, "torchvision.resnet18": {}, "torchvision.mobilenet_v3_small": {}, "torchvision.swin_t": {}, "torchvision.densenet121": {},
              "torchvision.vgg11": {}, "torchvision.efficientnet_b0": {}}
 
@@ -179,8 +179,7 @@ OF_OTHERS = {"patchconvnet_tiny": {}, LITE: {}, "resnet18": {}, "convnext_atto":
 @pytest.mark.parametrize("arch", [*ARCHS, *OF_OTHERS])
 def test_segmenter_of_any_network_at_odd_sizes(arch):
     model = small(arch, **OF_OTHERS.get(arch, {}))
-    sizes = [(37, 53)] if "img_size" in OF_OTHERS.get(arch, {}) else [(37, 53), (1, 1), (64, 32)]
-    for h, w in sizes:
+    for h, w in (37, 53), (1, 1), (64, 32):
         model.train().zero_grad()
         x = torch.randn(2, 3, h, w)
         out = model(x)
@@ -191,6 +190,11 @@ def test_segmenter_of_any_network_at_odd_sizes(arch):
         with torch.no_grad(): y = model.eval()(x[:1])
         assert y.shape == (1, 5, h, w) and y.isfinite().all()
     assert model.pyramid.strides == sorted(model.pyramid.strides) and len(model.pyramid.strides) == 4
+
+
+def test_segmenter_of_grey_pictures_on_a_network_of_one_size():
+    model = small("vit_tiny_patch16_224", n_in=1, img_size=40).eval()
+    with torch.no_grad(): assert model(torch.randn(1, 1, 40, 56)).shape == (1, 5, 40, 56)
 
 
 @pytest.mark.parametrize("arch, kind, strides, own, multiple", [

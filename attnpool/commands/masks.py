@@ -34,7 +34,7 @@ def segmenters_among(
     for name, value in (others if any(dense) else mine).items():
         if value is None: continue
         runs = 'runs of a segmentation'
-        what = f'{runs} are shown pictures as they are' if any(dense) else f'it is for {runs}'
+        what = f'{runs} keep the size that they were trained at' if any(dense) else f'it is for {runs}'
         instead = '--ratios .5,1,1.5 asks at several scales' if any(dense) else '--sizes asks at several sizes'
         raise BadInput(f"{name}: {what}, got {value}. Leave it out; {instead}.")
     return any(dense)
@@ -45,7 +45,7 @@ def evaluate_masks(
     data: str, # Name or path of pictures with masks
     out: Path, # Folder for the answers and the tables
     device: str, # As for `check_device`
-    ratios: str | None = None, # Scales, separated by commas; None for pictures as they are
+    ratios: str | None = None, # Scales, separated by commas; None for the size trained at
     flips: bool = False, # Whether to ask about mirrored pictures as well
     window: int | None = None, # Side of windows that slide over the pictures, in pixels; None for whole pictures
     trust: bool = False, # As for `open_run`

@@ -83,7 +83,7 @@ class MixedCrop(v2.Transform):
         for _ in range(self.tries):
             top, left = (int(torch.randint(max(0, n) + 1, ())) for n in (H - h, W - w))
             place = dict(top=top, left=left, height=min(h, H), width=min(w, W))
-            if mask is None or self.most >= 1 or (h, w) == (H, W): return place
+            if mask is None or self.most >= 1 or h >= H and w >= W: return place
             counts = torch.bincount(mask[..., top:top+h, left:left+w].flatten())[:PADDED]
             if (counts > 0).sum() > 1 and counts.max() < self.most * counts.sum(): return place
         return place

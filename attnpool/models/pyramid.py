@@ -83,7 +83,9 @@ class Maps(nn.Module):
         if not isinstance(net, TimmMap):
             for parent, i, _ in list(_chain(net))[self.which[-1] + 1:]: parent[i] = nn.Identity()
         elif hasattr(net.model, 'prune_intermediate_layers'):
+            net.model.reset_classifier = lambda *_, **__: None   # some would reset a head that is gone
             net.model.prune_intermediate_layers(self.which, prune_norm=True, prune_head=False)
+            del net.model.reset_classifier
 
     def forward(self, x: Tensor) -> list[Tensor]:
         "Pictures `(b, 3, H, W)` to maps `(b, c, h, w)`."

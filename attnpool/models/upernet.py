@@ -8,6 +8,7 @@ __all__ = ['UPerNet', 'Segmenter', 'split_segmenter', 'build_segmenter']
 # %% ../../nbs/264_models.upernet.ipynb #p2640004
 from typing import Callable, Sequence
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
@@ -112,6 +113,16 @@ def split_segmenter(
     body = {id(p) for p in model.body.parameters()}
     return [list(model.body.parameters()), [p for p in model.parameters() if id(p) not in body]]
 
+def _of_any_size(arch, options):
+    "The options, with that by which timm builds a network of one size for others too, where it has such."
+    cfg = timm.get_pretrained_cfg(arch) if isinstance(arch, str) and timm.is_model(arch) else None
+    for more in (dict(dynamic_img_size=True), dict(strict_img_size=False)) if cfg and cfg.fixed_input_size else ():
+        try:
+            with torch.device('meta'): body_of(arch, **options | more)
+        except TypeError: continue   # it has no such option
+        return more | options
+    return options
+
 def build_segmenter(
     arch: str | Callable, # As for `body_of`
     n_classes: int, # Classes of a pixel
@@ -127,9 +138,10 @@ def build_segmenter(
 ) -> Network: # Its model is a `Segmenter`
     "Any network as a segmenter, ready for a Learner."
     check_n_out(n_classes)
+    options = _of_any_size(arch, options)
     if options.get('img_size') is not None:
         with torch.device('meta'):
-            _, found = build_pyramid(body_of(arch, n_in=n_in, **options | dict(img_size=None)).model, pyramid, blocks)
+            _, found = build_pyramid(body_of(arch, n_in=n_in, **options | dict(img_size=None)).model, pyramid, blocks, n_in=n_in)
         size = [-(-side // found.multiple) * found.multiple for side in to_2tuple(options['img_size'])]
         options = options | dict(img_size=tuple(size))
     body = body_of(arch, start == 'pretrained', n_in, weights=start, **options)
