@@ -99,8 +99,7 @@ def _tell_blog(spec):
     if also and is_first(): say(f'As in the blog: trained on {spec.data.name}, validated at {also} px as well.')
 
 # %% ../nbs/700_cli.ipynb #d3c54877
-_DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
-         'or a folder, tar or CSV file of pictures.')
+_DATA = 'Data set: `DATASETS` (digits are made here, nothing to download); or a folder, archive or CSV of pictures.'
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
           "The paper's: `PAPER_HEADS`. Also ablations, such as slim-rms (heads.ABLATIONS); installed from other "
           'packages: `OTHER_HEADS`; and your own, my_heads:Mine, the Mine in a my_heads.py of this folder.  '
@@ -169,6 +168,7 @@ def bench(
       attnpool bench digits --heads avg,learned,my_heads:Mine --options num_heads=4 --drop-path 0.1
       attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --test
       attnpool bench photos/ --recipe fixres --start runs/ --size 128    (each run goes on, at a higher resolution)
+      attnpool bench photos/ --task segment --start none,runs/RUN    (a class for each pixel, from images/ and masks/)
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """

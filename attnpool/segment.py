@@ -164,10 +164,11 @@ def segment_learner(
     **overrides # Fields of `Recipe` to replace: `epochs`, `lr`, ...
 ) -> Learner: # With `fit_recipe()` to train it
     "A segmenter that trains as a recipe says. Size, batch size and augmentation are those of `dls`."
-    for name in sorted(overrides.keys() & {'size', 'bs', 'augment'}):
+    for name in sorted(overrides.keys() & {'size', 'bs', 'augment'} - ({'bs'} if overrides.get('micro_bs') else set())):
         raise BadInput(f"{name}: the DataLoaders decide it, got {overrides[name]!r}. Make dls with it.")
     r = get_recipe(recipe, 'upernet', '', arch, **overrides)
     check_dense(r)
+    if isinstance(arch, str): r.check_start(start)   # a function may load weights of its own
     if start and is_start(start, arch):
         start = find_start(start, arch, False)
         if start.stats: normalise(dls, start.stats)

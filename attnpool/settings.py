@@ -81,7 +81,7 @@ GO_ON = 'fixres', 'finetune-21k'   # rows of `RECIPES` for what follows a traini
 @dataclass(frozen=True)
 class Recipe:
     "Every setting of a training. Frozen: `dataclasses.replace`, or `get_recipe` with overrides, makes another."
-    epochs: int # Passes over the training pictures; with steps, in how many parts these are done
+    epochs: int # Passes over the training pictures; given beside steps, in how many parts these are done
     size: int | None # Side of the pictures, in pixels; if none is given, what the weights expect
     bs: int # Batch size, of all processes; attnpool bench multiplies it by their number, unless micro_bs is given
     lr: float | dict | None = None # Peak learning rate, for all heads; if none is given, each head's own

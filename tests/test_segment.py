@@ -160,17 +160,24 @@ def test_segment_ways_that_make_no_sense_are_errors(how, words):
 
 # Recipes
 
-def test_segment_poly_falls_per_step_to_zero(a_spec):
+@pytest.mark.parametrize("parts", [{}, dict(bs=8, micro_bs=4)])
+def test_segment_poly_falls_per_step_to_zero(a_spec, parts):
     seen = []
     from fastai.vision.all import Callback
     class Rates(Callback):
         order = 80
         def before_step(self): seen.append(self.opt.hypers[0]["lr"])
-    dls = TASKS["segment"].dls(a_spec(), 8, "cpu")
-    learn = segment_learner(dls, recipe="segment", options=SMALL, steps=40, epochs=2, lr=1e-3, cbs=[Rates()], warmup=.25)
+    dls = TASKS["segment"].dls(a_spec(), parts.get("micro_bs", 8), "cpu")
+    how = dict(options=SMALL, steps=40, epochs=2, lr=1e-3, cbs=[Rates()], warmup=.25)
+    learn = segment_learner(dls, recipe="segment", **how, **parts)
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
     want = [1e-3 * (1 - i / 40) * (1e-6 + (1 - 1e-6) * i / 10 if i < 10 else 1) for i in range(40)]
     assert len(seen) == 40 and np.allclose(seen, want, rtol=1e-6) and seen[-1] < 3e-5
+
+
+def test_segment_learner_of_a_body_that_stands_needs_its_weights(a_spec):
+    dls = TASKS["segment"].dls(a_spec(), 8, "cpu")
+    with pytest.raises(BadInput, match="start: recipe finetune"): segment_learner(dls, recipe="finetune", options=SMALL)
 
 
 def test_segment_recipe_is_the_published_one():

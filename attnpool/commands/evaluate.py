@@ -80,7 +80,7 @@ def _opened(models, *how, **options):
 
 # %% ../../nbs/694_commands.evaluate.ipynb #705f8d1b
 _WORDS = (f'Models, then the data. {MODEL} A folder of runs stands for each of them. DATA: a known data set, or a '
-          'folder, tar or CSV file of pictures; of a split the part that validates, of folders of classes alone all, '
+          'folder, archive or CSV of pictures; of a split the part that validates, of folders of classes alone all, '
           'as of ImageNet-V2. A run without data: those it was validated on.')
 _SIZES = "Sides of the pictures, in pixels, separated by commas: 160,192,224.  [default: the models' own]"
 _CROP = ('Show all models the same centre crop, of the short side at SIZE / CROP, bicubic.  [default: a run as it was '
