@@ -49,7 +49,8 @@ class DenseLoss(nn.Module):
         each = F.cross_entropy(logits, y, ignore_index=IGNORED, label_smoothing=self.label_smoothing, reduction='none')
         weights = (y != IGNORED).to(each.dtype)
         if self.balance:
-            weights = weights * torch.bincount(y.flatten(), minlength=IGNORED + 1).clamp(min=1).to(each)[y]**-self.balance
+            pixels = torch.bincount(y.flatten(), minlength=IGNORED + 1).clamp(min=1).to(each)   # of each class
+            weights = weights * pixels[y]**-self.balance
         over = (1, 2) if self.reduction == 'none' else (0, 1, 2)
         return (weights * each).sum(over) / weights.sum(over).clamp(min=torch.finfo(each.dtype).tiny)
 

@@ -141,7 +141,8 @@ def build_segmenter(
     options = _of_any_size(arch, options)
     if options.get('img_size') is not None:
         with torch.device('meta'):
-            _, found = build_pyramid(body_of(arch, n_in=n_in, **options | dict(img_size=None)).model, pyramid, blocks, n_in=n_in)
+            plain = body_of(arch, n_in=n_in, **options | dict(img_size=None)).model
+            _, found = build_pyramid(plain, pyramid, blocks, n_in=n_in)
         size = [-(-side // found.multiple) * found.multiple for side in to_2tuple(options['img_size'])]
         options = options | dict(img_size=tuple(size))
     body = body_of(arch, start == 'pretrained', n_in, weights=start, **options)
