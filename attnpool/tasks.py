@@ -218,8 +218,10 @@ def _classifier(spec, dls, head=None):
 
 def _loss(recipe): return LOSSES[recipe.loss](recipe)
 
+def _check_classify(spec): _loss(spec.recipe)   # a loss of masks says so before anything is read
+
 TASKS['classify'] = Task(_pictures, _classifier, _loss, small_data_metrics, 'accuracy', look_at_validation,
-                         predictions)
+                         predictions, check=_check_classify)
 
 # %% ../nbs/505_tasks.ipynb #r5050002
 TASK_HEADS['upernet'] = upernet

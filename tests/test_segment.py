@@ -16,7 +16,7 @@ from attnpool.cli import main
 from attnpool.commands.masks import segmenters_among
 from attnpool.dense import Confusion, dense_metrics, DenseLoss
 from attnpool.masks import IGNORED
-from attnpool.recipe import get_recipe, learner_for, RECIPES
+from attnpool.recipe import get_recipe, learner_for, recipe_learner, RECIPES
 from attnpool.registry import BadInput
 from attnpool.runs.spec import make_spec, read_spec
 from attnpool.runs.store import load_run
@@ -322,6 +322,11 @@ def test_evaluate_of_a_segment_run_counts_pixels_in_the_way_that_is_asked(traine
     assert pd.read_csv(tmp_path/"e"/"segmentation.csv").miou[0] == table.miou[0] != trained.value
     code, told = ask("--sizes", "64")
     assert code == 2 and told.err.startswith("attnpool: sizes: ") and "--ratios" in told.err
+
+
+def test_recipes_of_segment_are_no_recipes_of_a_classifier(dls):
+    with pytest.raises(BadInput, match="loss: 'balanced' .*--task segment"): make_spec("digits", recipe="segment-small")
+    with pytest.raises(BadInput, match="loss: 'balanced' .*--task segment"): recipe_learner(dls, recipe="segment-small")
 
 
 def test_ways_of_segment_are_no_ways_of_a_classifier():
