@@ -191,7 +191,7 @@ def write_looks(
     began: Learner | None = None, # Of a run of another task that it began from
 ) -> tuple[dict, list[int] | None]: # Metrics of its maps; `count_classes` of the validation pictures
     "Write `maps.npz`, pictures with their maps; tables; and `predictions.csv`, what is said of each picture."
-    metrics, arrays = task.look(learn, began)
+    metrics, arrays = task.look(learn, began) if began else task.look(learn)
     for name in [k for k, v in arrays.items() if isinstance(v, pd.DataFrame)]:
         write_file(Path(folder)/f'{name}.csv', arrays.pop(name).to_csv(index=False, float_format='%.6g'))
     if arrays:

@@ -170,7 +170,8 @@ def digest_of(
 def is_zip(
     file: Path | str, # Any file that is there
 ) -> bool:
-    "Whether a file begins as a zip archive does."
+    "Whether a file is called .zip and begins as such an archive; weights that torch saved are zips, too."
+    if Path(file).suffix.lower() != '.zip': return False
     with open(file, 'rb') as f: return f.read(4) == b'PK\3\4'
 
 def _members(archive):
