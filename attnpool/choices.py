@@ -47,9 +47,19 @@ def _paper(learn, epochs, lr, warmup):   # the rise, 5 of 400 epochs, is cut out
     def rate(done): return SchedLin(low, lr)(done / rise) if done < rise else SchedCos(lr, floor)(done)
     learn.fit(epochs, cbs=ParamScheduler({'lr': rate}))
 
+@SCHEDULES.register('poly')
+def _poly(learn, epochs, lr, warmup):   # a straight line to 0; XCiT's rise, 1,500 of 160,000 steps, is a factor on it
+    rise = 1500 / 160_000 if warmup is None else warmup
+    def rate(done): return lr * (1 - done) * (1e-6 + (1 - 1e-6) * done / rise if done < rise else 1.)
+    learn.fit(epochs, cbs=ParamScheduler({'lr': rate}))
+
 @LOSSES.register('cross_entropy')
 def _cross_entropy(recipe):
     return LabelSmoothingCrossEntropyFlat(recipe.label_smoothing) if recipe.label_smoothing else CrossEntropyLossFlat()
+
+@LOSSES.register('balanced')
+def _balanced(recipe):
+    raise BadInput("loss: 'balanced' evens out the pixels of classes, for masks (--task segment). Use cross_entropy.")
 
 MIXES['none'] = lambda: []
 MIXES['cutmixup'] = lambda: [CutMixUpAugment()]                        # each sample by itself

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from .commands.ablate import ablate
 from .commands.evaluate import evaluate
-from .commands.maps import maps
+from .commands.maps import Device, maps
 from .cost.commands import complexity, speed
 from .registry import BadInput
 from .runs.asked import is_followed, read_specs
@@ -88,7 +88,7 @@ def _show_asked(results, specs, data, recipe):
     results = [load_run(path) for path in starts] + results
     if starts: _show_settings(results)
     else:
-        start = f' from {first.start.name}' * bool(first.start)
+        start = f' from {first.start.name}' * bool(first.start and len({s.start.name for s in specs}) == 1)
         say(f'{data}, {first.arch}{start}, recipe {recipe}')   # a title is cut
         _show(results)
     return results
@@ -99,8 +99,7 @@ def _tell_blog(spec):
     if also and is_first(): say(f'As in the blog: trained on {spec.data.name}, validated at {also} px as well.')
 
 # %% ../nbs/700_cli.ipynb #d3c54877
-_DATA = ('Data set: `DATASETS` (digits are cluttered digits, nothing to download); '
-         'or a folder, tar or CSV file of pictures.')
+_DATA = 'Data set: `DATASETS` (digits are made here, nothing to download); or a folder, archive or CSV of pictures.'
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
           "The paper's: `PAPER_HEADS`. Also ablations, such as slim-rms (heads.ABLATIONS); installed from other "
           'packages: `OTHER_HEADS`; and your own, my_heads:Mine, the Mine in a my_heads.py of this folder.  '
@@ -111,10 +110,10 @@ _ARCH = ('Network: `ARCHS`, any timm name, or one of torchvision, such as torchv
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "
           '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone. Of a '
           'folder of RUNS each goes on by itself: with its head, network, options, seed and split; so does a run with '
-          'the recipe fixres or finetune-21k.  [default: from scratch]')
+          'the recipe fixres or finetune-21k. To segment, several are compared: none,RUN.  [default: from scratch]')
 _RECIPE = 'Recipe: `RECIPES`; or a TOML file. The options after it replace single values.'
+_RECIPE_OF = f'{_RECIPE}  [default: quick; to segment segment-small]'
 _SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recipe; then go on.'
-_DEVICE = 'cpu, cuda, mps, or auto.'
 _SIZES = ("Further picture sizes at which to validate after training, separated by commas: 256,384.  "
           "[default: the blog's with its recipe and data]")
 _CHECK = 'all: look at every picture before, not at a sample of each class where there are more than 50,000.'
@@ -127,7 +126,7 @@ _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn a
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
 _TEST = 'Ask each run once about the test pictures, in test/CLASS; they get a table of their own.'
 _FILE, _RUNS = (dict(parser=path_of, metavar=name) for name in ('PATH', 'RUNS'))
-_TABLES = {'.csv': 'head,lr,parameters,', '.md': '| head | ', '.runs.csv': 'spec.head'}   # beside a report
+_TABLES = {'.csv': 'head,lr,parameters,', '.md': ' | n | ', '.runs.csv': 'spec.head'}   # beside a report
 _CHECKPOINT = 'Least time between two checkpoints, from which a stopped run goes on; 0 writes one after each epoch.'
 _GPUS = 'GPUs of a job, with one process each: the batch grows by their number n, the learning rate by its root.'
 
@@ -138,17 +137,17 @@ def bench(
     heads: Annotated[str | None, typer.Option(help=_HEADS)] = None,
     seeds: Annotated[str | None, typer.Option(help=_SEEDS)] = None,
     splits: Annotated[int | None, typer.Option(help=_SPLITS, min=2)] = None,
-    task: Annotated[str, typer.Option(help='Task: `TASKS`.')] = 'classify',
+    task: Annotated[str, typer.Option(help='Task: `TASKS`; segment is for pictures with masks.')] = 'classify',
     arch: Annotated[str | None, typer.Option(help=_ARCH)] = None,
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN|RUNS')] = '',
     options: Annotated[str, typer.Option(help='Options of heads and network: num_heads=2,ffn_expand=1.')] = '',
-    recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
+    recipe: Annotated[str | None, typer.Option(help=_RECIPE_OF, parser=expand, metavar='NAME|FILE')] = None,
     save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
     check: Annotated[str | None, typer.Option(help=_CHECK, metavar='all')] = None,
     test: Annotated[bool, typer.Option('--test', help=_TEST)] = False,
     eval_sizes: Annotated[str | None, typer.Option(help=_SIZES)] = None,
-    device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
+    device: Device = 'auto', # As for `check_device`
     out: Annotated[Path, typer.Option(help=_OUT, **_FILE)] = 'runs', jobs: JOBS = None,
     cluster: Annotated[str | None, typer.Option(help='Make each run a job: slurm, or local on this machine.')] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
@@ -159,7 +158,7 @@ def bench(
     checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60,
     **overrides
 ):
-    """Compare heads on the same network, data and seeds.
+    """Compare heads on the same network, data and seeds. With --task segment: starts, --start none,RUN.
 
     Shows a table (accuracy, paired difference to average pooling with a 95% interval, time) and writes it to OUT as
     report.html, for any browser. Each run is a folder in OUT. Stop whenever you like: the same command goes on.
@@ -181,7 +180,7 @@ def bench(
     overrides |= dict(arch=arch, start=start, eval_sizes=sizes, skip_broken=skip_broken, task=task)
     specs = read_specs(data, heads, seeds, recipe, options, splits=splits, save_recipe=save_recipe, **overrides)
     _check_all(check, specs[0].data)
-    tests = find_tests(specs[0].data.path, skip_broken) if test else tell_tests_left(specs[0].data, say)
+    tests = find_tests(specs[0].data.path, skip_broken, task=task) if test else tell_tests_left(specs[0].data, say)
     specs = [scale_up(s, max(gpus, 1) if cluster else None) for s in specs]   # for all processes of a run
     if sizes is None: _tell_blog(specs[0])
     job = dict(cluster=cluster, partition=partition, gpus=gpus, timeout_min=time_limit, array_parallelism=array_size,
@@ -190,7 +189,7 @@ def bench(
     results = make_runs(specs, out, device, Console(), checkpoint_seconds, jobs, **job)
     if not is_first() or not results: return
     if tests: results = ask_tests(results, tests, device, say)
-    say(_written(results := _show_asked(results, specs, data, recipe), out/'report.html'))
+    say(_written(results := _show_asked(results, specs, data, recipe or specs[0].recipe.name), out/'report.html'))
     _check_trained(results)
 
 # %% ../nbs/700_cli.ipynb #83c9bc1c
@@ -237,7 +236,7 @@ def lr(
     recipe: Annotated[str, typer.Option(help=_RECIPE, parser=expand, metavar='NAME|FILE')] = 'quick',
     save_recipe: Annotated[Path | None, typer.Option(help=_SAVED, **_FILE)] = None,
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, not stop.')] = False,
-    device: Annotated[str, typer.Option(help=_DEVICE)] = 'auto',
+    device: Device = 'auto', # As for `check_device`
     out: Annotated[Path, typer.Option(help='Folder for the runs, not below one to be reported.', **_FILE)] = 'runs-lr',
     checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60,
     jobs: JOBS = None, # Runs at a time

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from fastai.data.all import TfmdDL, to_detach
 from fastai.vision.all import (
-    Learner, ProgressCallback, apply, default_device, noop, num_distrib, rank_distrib, set_seed)
+    GatherPredsCallback, Learner, ProgressCallback, apply, default_device, noop, num_distrib, rank_distrib,
+    set_seed)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -140,6 +141,7 @@ class Distributed(PutsBack):
         **kwargs, # For `DistributedDataParallel`
     ):
         self.sync_bn, self.kwargs, self.norms, self.shares = sync_bn, kwargs, [], {}
+        self.apart = False   # whether each process counts its own validation pictures, which are summed at the end
 
     def before_fit(self):
         super().before_fit()
@@ -160,19 +162,31 @@ class Distributed(PutsBack):
 
     def before_validate(self):
         self._share()
+        whole = any(isinstance(cb, GatherPredsCallback) for cb in self.cbs)   # somebody wants the predictions
+        self.apart = not whole and len(self.metrics) > 0 and all(hasattr(m, 'sum_up') for m in self.metrics)
         for b in self.model.buffers(): dist.broadcast(b, 0)   # running statistics of BatchNorm
 
     def after_pred(self):
         if self.training: return
         left = self.dl.n_all - self.iter * self.dl.bs * processes()
         def whole(t): return _gather(t)[:left]
-        self.learn.pred, self.learn.yb = apply(whole, self.pred), apply(whole, self.yb)
+        def mine(t): return t[:max(0, left - len(t) * rank_distrib())]   # without what fills up the last batch
+        f = mine if self.apart else whole
+        self.learn.pred, self.learn.yb = apply(f, self.pred), apply(f, self.yb)
 
     def after_loss(self):
         if not self.training: return
         self.learn.loss = self.loss.detach().clone()
         dist.all_reduce(self.learn.loss)
         self.learn.loss /= processes()
+
+    def after_validate(self):
+        if not self.apart: return
+        for m in self.metrics: m.sum_up(dist.all_reduce)
+        loss = self.recorder.loss
+        both = self.loss.new_tensor([float(loss.total), loss.count])
+        dist.all_reduce(both)
+        loss.total, loss.count = both[0].cpu(), both[1].item()
 
     def put_back(self):
         if isinstance(self.model, DistributedDataParallel): self.learn.model = self.model.module

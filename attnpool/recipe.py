@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'save_recipe', 'read_recipe', 'find_recipe', 'change_recipe', 'get_recipe', 'small_data_metrics',
-           'learner_for', 'network_for', 'recipe_learner']
+           'learner_for', 'built', 'network_for', 'recipe_learner']
 
 # %% ../nbs/450_recipe.ipynb #8934cbc3
 import json
@@ -12,6 +12,7 @@ import re
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Callable
 try: import tomllib
 except ImportError: import tomli as tomllib   # Python 3.10
 
@@ -49,6 +50,10 @@ _row('paper-small', **_PAPER, epochs=20, size=128, bs=64, lr=3e-3, wd=.01, warmu
 _TUNED = _KIND | dict(augment='imagenet', wd=.01, drop_path=None)
 _row('fixres', **_TUNED, epochs=10, size=384, bs=1024, lr=1e-5, opt='adamw', warmup=1/10, micro_bs=64)
 _row('finetune-21k', **_TUNED, epochs=100, size=224, bs=1024, lr=5e-4, opt='adamw', warmup=5/100, micro_bs=128)
+_row('segment', epochs=40, size=512, bs=16, lr=6e-5, opt='adamw', schedule='poly', wd=.01, drop_path=None,
+     augment='segment', steps=160_000)
+_row('segment-small', epochs=8, size=96, bs=16, lr=4e-3, opt='adamw', schedule='poly', wd=.01, warmup=1/10,
+     loss='balanced', steps=800)
 _row('probe', epochs=8, size=None, bs=64, opt='adamw-groups', schedule='one_cycle', augment='none', train='frozen')
 _row('finetune', epochs=6, size=None, bs=32, opt='adam', schedule='one_cycle', train='finetune')
 _OTHER = _KIND | dict(size=224, bs=768, augment='randaugment')
@@ -124,6 +129,7 @@ def change_recipe(
     for name in overrides:
         if name not in known: raise unknown('recipe', name, known)
     changes = {k: v for k, v in overrides.items() if v is not None}
+    if 'epochs' in changes and r.steps: changes = dict(steps=None) | changes
     if r.train == 'frozen' and r.views == 1 < changes.get('views', 1): changes = dict(augment='light') | changes
     return replace(r, **changes) if changes else r
 
@@ -159,10 +165,10 @@ def learner_for(
     if recipe.lr is None: raise BadInput("lr: give a learning rate; attnpool bench finds those of train frozen itself.")
     r, layout = recipe, [ChannelsLast()] if torch.device(dls.device).type in ('cpu', 'cuda') else []
     cbs = [*L(cbs), *layout, *TRAINS[r.train](), *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()]
-    if r.repeats > 1 or r.micro_bs:
+    if r.repeats > 1 or r.micro_bs or r.steps:
         whole = r.bs if r.micro_bs else None
         if dls.train.n != 0: batches_in_step(dls.train, whole)   # told now; a run may be opened without its data
-        cbs.append(Order(r.repeats, whole))
+        cbs.append(Order(r.repeats, whole, r.steps and r.steps // r.epochs))
     opt = OPTIMIZERS[r.opt]
     if getattr(opt, 'func', None) is SparingWrapper: opt = partial(opt, weights=decaying(model))
     learn = Learner(dls, model, loss, opt, r.lr, wd=r.wd, metrics=metrics, cbs=cbs, **kwargs)
@@ -178,6 +184,23 @@ def fit_recipe(self: Learner):
     self.fine_tune(r.epochs - r.freeze_epochs, r.lr, r.freeze_epochs, **rise)
 
 # %% ../nbs/450_recipe.ipynb #c17d8e59
+def built(
+    build: Callable, # From options of a network to what was built
+    arch, # Name in `ARCHS`, timm name, or function as for `vision_learner`
+    drop_path: float, # Stochastic depth of the body, 0 for none
+    options: dict, # Of the network, by name
+):
+    "What is built with stochastic depth, by the name that it has there. An unknown option is the user's mistake."
+    if drop_path and not isinstance(arch, str):
+        raise BadInput(f"drop_path: it needs a network's name for arch, got {drop_path}. Leave it out, or give a name.")
+    if drop_path: options = options | {'stoch_depth' if arch in ARCHS else 'drop_path_rate': drop_path}
+    try: return build(**options)
+    except TypeError as e:
+        strange = re.search(r"unexpected keyword argument '(\w+)'", str(e))
+        if not strange or strange[1] not in options: raise   # a head's or a network's own fault
+        name = 'drop_path' if strange[1] == 'drop_path_rate' else strange[1]
+        raise BadInput(f"{name}: the network {arch} has no such option. Leave it out, or take another.") from None
+
 def network_for(
     dls, # fastai `DataLoaders`, for the number of outputs
     arch, # Name in `ARCHS`, timm name, or function as for `vision_learner`
@@ -187,15 +210,8 @@ def network_for(
     **options # Of the network
 ) -> tuple[nn.Module, dict]: # The network, and options of fastai's `Learner` that go with it
     "A network with one of our heads, which begins from scratch."
-    if drop_path and not isinstance(arch, str):
-        raise BadInput(f"drop_path: it needs a network's name for arch, got {drop_path}. Leave it out, or give a name.")
-    if drop_path: options['stoch_depth' if arch in ARCHS else 'drop_path_rate'] = drop_path
-    try: network = build_network(arch, get_c(dls), head, weights=start, **for_pictures(arch, dls, options))
-    except TypeError as e:
-        strange = re.search(r"unexpected keyword argument '(\w+)'", str(e))
-        if not strange or strange[1] not in options: raise   # a head's or a network's own fault
-        name = 'drop_path' if strange[1] == 'drop_path_rate' else strange[1]
-        raise BadInput(f"{name}: the network {arch} has no such option. Leave it out, or take another.") from None
+    make = partial(build_network, arch, get_c(dls), head, weights=start)
+    network = built(make, arch, drop_path, for_pictures(arch, dls, options))
     return network.model, dict(splitter=network.splitter)
 
 # %% ../nbs/450_recipe.ipynb #d28e9f6b

@@ -17,7 +17,7 @@ import traceback
 from collections import UserDict
 from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -45,6 +45,8 @@ def unknown(
 # %% ../nbs/000_registry.ipynb #c45b5a77
 def _same(a, b):
     "Equal, or one definition run twice (a lambda has no name to tell)."
+    if isinstance(a, partial) and isinstance(b, partial):
+        return _same(a.func, b.func) and (a.args, a.keywords) == (b.args, b.keywords)
     def place(o): return getattr(o, '__module__', None), getattr(o, '__qualname__', '<')
     return a == b or place(a) == place(b) and '<' not in place(a)[1]
 

@@ -35,6 +35,10 @@ def _check_together(r):
     if r.warmup and r.schedule == 'flat_cos':
         raise BadInput(f"warmup: flat_cos begins at its rate, got {r.warmup}. "
                        "Use schedule one_cycle or cosine, or leave warmup out.")
+    if r.steps and r.epochs and r.steps % r.epochs:
+        near = r.steps // r.epochs * r.epochs
+        raise BadInput(f"steps: they are done in {r.epochs} equal parts, each of which ends with a validation, got "
+                       f"{r.steps}. Use {f'{near} or ' * bool(near)}{near + r.epochs}, or other epochs beside them.")
     tuned = r.train == 'finetune'
     if tuned and r.schedule != 'one_cycle':
         raise BadInput(f"schedule: train finetune is one_cycle twice, got {r.schedule}. Use one_cycle, or "
@@ -77,7 +81,7 @@ GO_ON = 'fixres', 'finetune-21k'   # rows of `RECIPES` for what follows a traini
 @dataclass(frozen=True)
 class Recipe:
     "Every setting of a training. Frozen: `dataclasses.replace`, or `get_recipe` with overrides, makes another."
-    epochs: int # Passes over the training pictures
+    epochs: int # Passes over the training pictures; given beside steps, in how many parts these are done
     size: int | None # Side of the pictures, in pixels; if none is given, what the weights expect
     bs: int # Batch size, of all processes; attnpool bench multiplies it by their number, unless micro_bs is given
     lr: float | dict | None = None # Peak learning rate, for all heads; if none is given, each head's own
@@ -96,6 +100,7 @@ class Recipe:
     views: int = 1 # With train frozen: kept views of each picture, one after the other; 1 is the plain one
     repeats: int = 1 # Copies of each picture in a row, each augmented anew; an epoch then sees 1 / repeats of them
     micro_bs: int | None = None # Pictures at a time on one device, where the batch does not fit; they add up to bs
+    steps: int | None = None # Steps of the optimizer in all, whatever the number of pictures; epochs overrides it
     name: str = field(default='', compare=False) # Row of `RECIPES` that it began as; no setting, not compared
 
     def __post_init__(self):
@@ -171,3 +176,10 @@ def loader_bs(self: Recipe,
     near = f'{max(k for k in whole if k < micro)} or {min(k for k in whole if k > micro)}'
     what = f'the batch of {share}' + f', the share of one of {n} processes,' * (n > 1)
     raise BadInput(f"micro_bs: {what} does not divide into parts of {micro}. Use {near}, or another bs.")
+
+@patch
+def shown(self: Recipe,
+    n: int, # Number of training pictures
+) -> int:
+    "How many pictures a network is shown in a whole training."
+    return self.steps * self.bs if self.steps else self.epochs * n

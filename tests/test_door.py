@@ -24,7 +24,7 @@ from attnpool import registry
 from attnpool.models.start import find_start
 from attnpool.registry import BadInput, check_unasked, EntryPoints, find_part, signed
 from attnpool.report.collect import by_row, collect, group_by_setting, write_runs
-from attnpool.report.stats import measure_maps
+from attnpool.report.measures import measure_maps
 from attnpool.runs.spec import make_spec, read_spec
 from attnpool.runs.train import open_run, run
 

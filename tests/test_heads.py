@@ -2,6 +2,7 @@
 import copy
 import inspect
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -272,6 +273,9 @@ def test_registries_are_dicts_that_never_lose_a_name():
     assert HEADS.register("avg")(AvgPoolHead) is AvgPoolHead   # a cell that is run again
     table["f"] = lambda: 1
     with pytest.raises(BadInput, match="taken"): table["f"] = lambda: 2
+    table["p"] = partial(AvgPoolHead, n_out=3)
+    table["p"] = partial(AvgPoolHead, n_out=3)
+    with pytest.raises(BadInput, match="taken"): table["p"] = partial(AvgPoolHead, n_out=4)
 
 
 def test_drop_path_keeps_the_mean():

@@ -241,7 +241,7 @@ def test_width_of_a_body_that_needs_large_pictures():
     assert [m.training for m in body.modules()] == [True, True, False]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name, r in RECIPES.items() if r.loss != "balanced"])
 @pytest.mark.parametrize("head", ["avg", LearnedAggregationHead, partial(LearnedAggregationHead, ffn_expand=1)])
 def test_recipes_train(dls, recipe, head):
     r = RECIPES[recipe]

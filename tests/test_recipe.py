@@ -40,7 +40,7 @@ def asked(monkeypatch):
 def test_every_field_is_an_option_and_reaches_the_spec(asked, capsys, tmp_path):
     torch.save(ARCHS["xeca_resnext_tiny"](10).state_dict(), file := tmp_path / "body.pth")
     of_one = dict(freeze_epochs=dict(train="finetune", schedule="one_cycle", freeze_epochs=2), views=dict(train="frozen", augment="light", views=2))
-    values = {f.name: other(f) for f in SETTINGS if f.name not in of_one} | dict(train="head", schedule="cosine", precision="bf16")   # with which all others can be meant; quickest is resolved
+    values = {f.name: other(f) for f in SETTINGS if f.name not in of_one} | dict(train="head", schedule="cosine", precision="bf16", loss="cross_entropy")   # with which all others can be meant; quickest is resolved
     for values in (values, *of_one.values()):
         flags = [word for k, v in values.items() for word in (f"--{k.replace('_', '-')}", str(v))]
         with pytest.raises(SystemExit) as e:

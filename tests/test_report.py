@@ -18,7 +18,8 @@ from attnpool.registry import BadInput
 from attnpool.report.collect import by_row, collect, group_by_setting, read_log, setting_of, tell_apart, write_runs
 from attnpool.report.page import learning_curves, markdown, write_report
 from attnpool.report.published import blog_tables, published
-from attnpool.report.stats import format_table, learning_rates, measure_maps, primary_of, remarks, summarize
+from attnpool.report.measures import measure_maps
+from attnpool.report.stats import format_table, learning_rates, primary_of, remarks, summarize
 from attnpool.runs.spec import Spec, make_spec
 from attnpool.runs.store import Result, load_run, write_result
 
@@ -171,7 +172,7 @@ def test_the_published_tables_of_this_repository(pytestconfig):
     assert list(table.columns) == ["lr", "parameters", "n", "diverged", "accuracy", "sd", "difference", "low", "high", "n_pairs", "seconds_per_epoch",
                                    "peak_in_box", "balanced_accuracy", "balanced_accuracy_sd", "f1", "f1_sd", "mcc", "mcc_sd", "train_loss",
                                    "train_loss_sd", "valid_loss", "valid_loss_sd", "failed", "mean_low", "mean_high", "ratio", "lr_low", "lr_high",
-                                   "wd", "run_seconds", "wd_low", "wd_high", "guess"]
+                                   "wd", "run_seconds", "wd_low", "wd_high", "guess", "versus"]
 
 
 def test_fifty_long_runs_make_a_report_quickly(tmp_path):

@@ -229,10 +229,10 @@ def test_no_output_is_an_input(place, words, capsys):
     "data photos --out /proc/x.png", "complexity --networks resnet18 --out R", "complexity --networks resnet18 --out nowhere/x.csv", "complexity --networks resnet18 --out /proc/x.csv",
     "speed --quick --out avg-1.csv", "speed --quick --out /proc/speed", "lr photos --out avg-1.csv", "lr photos --out /proc/runs", "bench photos --out avg-1.csv", "bench photos --out /proc/x"])
 def test_an_output_that_cannot_be_is_told_before_the_work(place, words, capsys, monkeypatch):
-    import attnpool.cost.networks, attnpool.cost.pools, attnpool.maps.page, attnpool.report.page, attnpool.report.stats, attnpool.runs.train
+    import attnpool.cost.networks, attnpool.cost.pools, attnpool.maps.page, attnpool.report.measures, attnpool.report.page, attnpool.runs.train
     def worked(*args, **kw): raise AssertionError('the work has begun')
     for module, name in ((attnpool.cost.networks, 'complexity'), (attnpool.cost.pools, 'measure_pools'), (attnpool.runs.train, 'open_run'), (attnpool.runs.train, 'run'),
-                         (attnpool.report.page, 'write_report'), (attnpool.report.stats, 'measure_maps')): monkeypatch.setattr(module, name, worked)
+                         (attnpool.report.page, 'write_report'), (attnpool.report.measures, 'measure_maps')): monkeypatch.setattr(module, name, worked)
     before = contents(place)
     code, out, err = run(*words.split(), capsys=capsys)
     assert code == 2 and err.startswith('attnpool: --out: ') and err.count('\n') == 1, (words, err)

@@ -33,13 +33,14 @@ def batches_in_step(
 
 # %% ../../nbs/425_callback.order.ipynb #07913ebb
 class Order(PutsBack):
-    "Trains on repeated pictures, and takes a step after `bs` of them in the place of each batch."
+    "Trains on repeated pictures, takes a step after `bs` of them in the place of each batch, `steps` in an epoch."
     order, run_valid, source = -9, False, None   # after fastai counted the batch, before pictures are mixed
     def __init__(self,
         repeats: int = 1, # How often each picture comes, in a row
         bs: int | None = None, # Pictures in a step, of all processes; None for one batch of the DataLoader
+        steps: int | None = None, # In an epoch, however many pictures there are; None for one pass over them
     ):
-        self.repeats, self.bs, self.parts = repeats, bs, 1
+        self.repeats, self.bs, self.steps, self.parts = repeats, bs, steps, 1
 
     def before_fit(self):
         "How many batches make a step."
@@ -51,7 +52,8 @@ class Order(PutsBack):
         self.count = 0
         self.opt.zero_grad()   # of a fit that was stopped within a step
         if self.source is not self.dl:
-            self.source, self.mine = self.dl, repeated_dl(self.dl, self.repeats, self.bs or 1)
+            n = self.steps and self.steps * (self.bs or self.dl.bs * max(num_distrib(), 1))
+            self.source, self.mine = self.dl, repeated_dl(self.dl, self.repeats, self.bs or 1, n)
         self.learn.dl = self.mine
 
     def before_batch(self):

@@ -21,7 +21,7 @@ _SWEEP = ('Which: table5, parts of the network; B1, learning rate and weight dec
           'depth; B3, LayerNorm and BatchNorm in seven networks.')
 _ARCH = ('Network in the place of S60, of the family: patchconvnet_tiny for two cores, ..., patchconvnet_s60; B1 and '
          'B2 take any.')
-_DATA = 'Data set: a folder, tar or CSV file of pictures, or `DATASETS` (digits with --size 40 --augment own).'
+_DATA = 'Data set: a folder, archive or CSV file of pictures, or `DATASETS` (digits with --size 40 --augment own).'
 _ROWS = 'Rows, separated by commas, as --list shows them; those that they are compared with come along.  [default: all]'
 _OPTIONS = 'Options of network and head for all rows: embed_dim=64,depth=4; num_heads is for the row multi-head.'
 _CHECKPOINT = 'Least time between two checkpoints of a run, in seconds; 0: after each epoch.'

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .masks import evaluate_masks, segmenters_among
 from .maps import FILE, MODEL, ArchOf, Device, HeadOf, OptionsOf, Trust, VocabOf
 from ..registry import BadInput
 from ..runs.options import check_device, check_out, expand, fail, read_list, read_options, say
@@ -79,12 +80,16 @@ def _opened(models, *how, **options):
 
 # %% ../../nbs/694_commands.evaluate.ipynb #705f8d1b
 _WORDS = (f'Models, then the data. {MODEL} A folder of runs stands for each of them. DATA: a known data set, or a '
-          'folder, tar or CSV file of pictures; of a split the part that validates, of folders of classes alone all, '
+          'folder, archive or CSV of pictures; of a split the part that validates, of folders of classes alone all, '
           'as of ImageNet-V2. A run without data: those it was validated on.')
 _SIZES = "Sides of the pictures, in pixels, separated by commas: 160,192,224.  [default: the models' own]"
 _CROP = ('Show all models the same centre crop, of the short side at SIZE / CROP, bicubic.  [default: a run as it was '
          'validated, all others .875]')
 _PRECISION = "float32, bf16, fp16 or auto.  [default: a run's own, for others float32]"
+_RATIOS = 'Of runs of a segmentation: scales to ask at, .5,.75,1,1.25,1.5,1.75 in publications.  [default: 1]'
+_TEST = 'Of runs of a segmentation: ask about the test pictures, in the place of those that validate.'
+_FLIPS = 'Of runs of a segmentation: ask about mirrored pictures as well, and take the mean.'
+_WINDOW = 'Of runs of a segmentation: side of windows that slide over a picture, in pixels.  [default: whole pictures]'
 _OUT = 'Folder for the answers, the table, the figure and the page. What is there is not asked again.'
 
 # %% ../../nbs/694_commands.evaluate.ipynb #5f1e22ed
@@ -102,6 +107,10 @@ def evaluate(
     workers: Annotated[int | None, typer.Option(help='Processes that load pictures.  [default: none on a CPU, one '
                                                 'per core for a GPU]', min=0)] = None,
     precision: Annotated[str | None, typer.Option(help=_PRECISION)] = None,
+    ratios: Annotated[str | None, typer.Option(help=_RATIOS)] = None,
+    flips: Annotated[bool, typer.Option('--flips', help=_FLIPS)] = False,
+    window: Annotated[int | None, typer.Option(help=_WINDOW, min=1)] = None,
+    test: Annotated[bool, typer.Option('--test', help=_TEST)] = False,
     device: Device = 'auto', # As for `check_device`
     out: Annotated[Path, typer.Option(help=_OUT, **FILE)] = 'evaluation',
 ):
@@ -115,6 +124,7 @@ def evaluate(
       attnpool evaluate WEIGHTS.pth imagenet/val/ --arch tf_efficientnet_lite0 --sizes 192,224,256
       attnpool evaluate resnet50 patchconvnet_s60 imagenetv2-matched-frequency/ --sizes 160,224,288,384
       attnpool evaluate runs/ --sizes 64,96,128,160
+      attnpool evaluate SEGMENTATION-RUN --ratios .5,.75,1,1.25,1.5,1.75 --flips
     """
     from attnpool.choices import PRECISIONS
     from attnpool.runs.evaluate import ask
@@ -122,6 +132,8 @@ def evaluate(
     device, how = check_device(device), read_options(options)
     if precision: PRECISIONS.check(precision)
     models, data = _models(words)
+    if segmenters_among(models, ratios, flips, window, test, sizes=sizes, crop=crop, precision=precision):
+        return evaluate_masks(models, data, out, device, ratios, flips, window, trust, skip_broken, test)
     wanted = read_list('sizes', sizes, int) if sizes else []
     check_out(out/'evaluation.html', [data, *models], {'.csv': 'model,data,size', '.png': 'attnpool'}, make=True,
               own='Accuracy over test size', folder=True)

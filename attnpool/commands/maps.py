@@ -32,13 +32,33 @@ _MODELS = f'Models, then pictures or folders of them. {MODEL} With --measure: ru
 def _measured(runs, out, console, **how):
     "Measure the maps of runs, and write the table."
     from attnpool.report.collect import collect
-    from attnpool.report.stats import measure_maps, plain_table
+    from attnpool.report.measures import measure_maps
+    from attnpool.report.stats import plain_table
+    from attnpool.tasks import TASK_HEADS
     results, problems = collect(runs)
     for line in problems: fail(f'left out: {line}')
+    if dense := next((o for o in results if o.spec.head in TASK_HEADS), None):
+        raise BadInput(f'runs: {dense.spec.name} says a class for each pixel, and has no maps to measure. attnpool '
+                       'report tells how good it is, class by class.')
     table = measure_maps([r for r in results if r.status == 'complete'], how.pop('device'), console, **how)
     table.to_csv(out, index=False)
     console.print(plain_table(table))
     say(f'Table: {out}')
+
+# %% ../../nbs/692_commands.maps.ipynb #s6920001
+def _all_dense(learners, top, further):
+    "Whether the networks say a class for each pixel; an error for what has no meaning then."
+    from attnpool.maps.areas import is_dense
+    names, dense = [*learners], [is_dense(one) for one in learners.values()]
+    if not any(dense): return False
+    if not all(dense):
+        pixel, picture = names[dense.index(True)], names[dense.index(False)]
+        raise BadInput(f'MODEL: {pixel} says a class for each pixel, {picture} one for each picture. Show them on '
+                       'pages of their own (--out).')
+    if top != 3: raise BadInput(f'--top: every class is shown where it is said, got {top}. Leave it out.')
+    if further:
+        raise BadInput(f"--classes: every class is shown where it is said, got {', '.join(further)}. Leave it out.")
+    return True
 
 # %% ../../nbs/692_commands.maps.ipynb #726508a6
 def maps(
@@ -63,6 +83,8 @@ def maps(
 
     Several models stand side by side. Without pictures the page shows some that validated the first run.
 
+    Of a segmentation the page shows what is said of each pixel, of photos of any size. Beside it lie a picture of that
+    and a folder of masks: PNGs whose pixels are the numbers of the classes.
     With --measure: pointing game and energy (where true boxes are known) against chance, entropy, deletion and
     insertion, and the agreement over seeds, for each head.
 
@@ -76,6 +98,7 @@ def maps(
     if measure and out.name: out = out.with_suffix('.csv')
     check_out(out, [*models, *filter(None, [data, vocab])], own='head,runs,' if measure else '')
     if measure: return _measured(models, out, Console(), device=device, data=data, check=check, trust=trust)
+    from attnpool.maps.areas import areas_page
     from attnpool.maps.page import maps_page
     from attnpool.runs.open import is_model, open_model
     models, pictures = ([m for m in dict.fromkeys(models) if is_model(m) is wanted] for wanted in (True, False))
@@ -89,8 +112,11 @@ def maps(
             name = getattr(learn, 'about', {}).get('name', m.name)
             learners[str(m) if name in learners else name] = learn
         status.update(f"{' and '.join(learners)}: looking")
-        page = maps_page(learners, out, pictures or None, top, further, n, pixels)
+        if _all_dense(learners, top, further):
+            page, *beside = areas_page(learners, out, pictures or None, n, pixels, status.update)
+        else: page, beside = maps_page(learners, out, pictures or None, top, further, n, pixels), []
     if len(learners) > 1: say(f"{len(learners)} models side by side: {', '.join(learners)}")
     if (megabytes := page.stat().st_size / 1e6) > 20:
         say(f'The page has {megabytes:.0f} MB. A smaller --pixels or fewer pictures make it open faster.')
+    for what, path in zip(('Picture', 'Masks'), beside): say(f'{what}: {path}')
     say(f'Page: {page.resolve().as_uri()}')

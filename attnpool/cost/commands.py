@@ -85,22 +85,41 @@ def speed(
 def complexity(
     networks: Annotated[str | None, typer.Option(help='timm names, or NAME+HEAD, separated by commas.  [default: the '
                                                  'PatchConvNets and their rivals]')] = None,
-    sizes: Annotated[str, typer.Option(help='Sides of the pictures, in pixels, multiples of 32, separated by '
-                                       'commas.')] = '224',
+    sizes: Annotated[str | None, typer.Option(help='Sides of the pictures, in pixels, multiples of 32, separated by '
+                                              'commas.  [default: 224; of a training step that segments, 128,256,384,'
+                                              '512]')] = None,
     speed: Annotated[bool, typer.Option('--speed', help='Measure pictures per second as well: minutes per network on a '
                                         'CPU.')] = False,
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='The table as CSV.', **_FILE)] = 'complexity.csv',
+    task: Annotated[str, typer.Option(help='classify; or segment: UPerNet on these networks, with 150 classes, '
+                                      'multiply-adds at 512x2048 px.')] = 'classify',
 ):
     """Parameters, multiply-adds (with the fold and without), activations, memory and speed, beside the paper's numbers.
 
     Example:
 
         attnpool complexity --sizes 224,384 --networks patchconvnet_s60,resnet50,resnet50+learned
+
+        attnpool complexity --task segment
     """
-    from attnpool.cost import networks as c
-    names, device = read_list('networks', networks) if networks else c.NETWORKS, check_device(device)
+    if task not in ('classify', 'segment'):
+        raise BadInput(f"--task: expected classify or segment, got {task!r}. For example --task segment.")
+    if task == 'segment' and speed:
+        raise BadInput('--speed: the speed of classification alone is measured. Leave --speed or --task out.')
+    names, sides = (read_list(*o) if o[1] is not None else None
+                    for o in (('networks', networks or None), ('sizes', sizes, int)))
+    device = check_device(device)
     check_out(out)
-    table = c.complexity(names, read_list('sizes', sizes, int), device=device, speed=speed)
+    if task == 'segment':
+        from attnpool.cost.dense import segmentation
+        table = segmentation(**{k: v for k, v in dict(networks=names, sizes=sides).items() if v})
+        memory = table.filter(like='step GB')
+        say(f"{table.drop(columns=memory.columns).round(2).to_string(na_rep='–')}\n\nA training step of two pictures, "
+            f"GB by their side in pixels\n{memory.rename(columns=lambda c: c.split()[-1]).round(2).to_string()}")
+    else:
+        from attnpool.cost import networks as c
+        table = c.complexity(names or c.NETWORKS, sides or (224,), device=device, speed=speed)
+        say(table.round(2).to_string(na_rep='–'))
     table.to_csv(out)
-    say(f"{table.round(2).to_string(na_rep='–')}\nTable: {out}")
+    say(f'Table: {out}')

@@ -17,6 +17,7 @@ from typing import Callable, Sequence
 import pandas as pd
 import timm
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,7 +76,7 @@ class _Counts(TorchDispatchMode):
 
 def count(
     build: Callable[[], nn.Module], # Makes the network
-    size: int = 224, # Side of the pictures, in pixels
+    size: int | tuple[int, int] = 224, # Side of the pictures, or height and width, in pixels
     bs: int = 256, # Pictures in the batch that memory is counted for
 ) -> dict[str, float]: # Millions of parameters, billions of multiply-adds in both forms, millions of activations, MB
     "What a network costs in inference, in float32, without running it."
@@ -84,7 +85,7 @@ def count(
     with fake: model.to_empty(device='cpu')
     def run(mode, bs):
         with fake, torch.no_grad():
-            x = torch.empty(bs, 3, size, size)
+            x = torch.empty(bs, 3, *to_2tuple(size))
             if isinstance(mode, PeakMemory): mode.start(*model.parameters(), *model.buffers(), x)
             with mode: model(x)
         return mode

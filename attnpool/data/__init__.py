@@ -9,7 +9,7 @@ __all__ = ['get_dls', 'DataId', 'identify', 'Description', 'describe', 'loading_
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +24,17 @@ from .augment import STATS
 from .cache import printable
 from .check import Doubles, check_pictures, doubles_of
 from .listing import OFFICIAL, digests, fingerprint
+from .dense import dense_dls, nuclei_dls, scenes_dls
+from .find import MADE, MASKED, check_kind
+from .masked import check_masks
+from .masks import MaskListing
 from .pictures import DATASETS, SOURCES, data_name, find_pictures, is_path, picture_dls
 from .reader import MADE_HERE
 from .transfer import TRANSFER
 from ..registry import BadInput
+
+# %% ../../nbs/390_data.ipynb #1869f164
+DATASETS['scenes'], DATASETS['nuclei'] = scenes_dls, nuclei_dls
 
 # %% ../../nbs/390_data.ipynb #cf754428
 @delegates(picture_dls)
@@ -41,6 +48,7 @@ def get_dls(
 ) -> DataLoaders: # With `family`; pictures on a disk with `listing`, digits with `boxes`
     "`DataLoaders` by name or path."
     data_name(data)
+    if data in MASKED: check_kind(data, masks=False)
     make = partial(picture_dls, data) if is_path(data) else DATASETS[data]
     own = augment is True or augment == 'own'
     return make(size=size, bs=bs, device=device, **kwargs, **({} if own else {'augment': augment}))
@@ -64,8 +72,7 @@ def identify(
     20,000 or so, of the others the size alone.
     """
     name = data_name(data)
-    if not is_path(data) and data not in SOURCES:   # made, not read
-        return DataId(name, 'digits' if data == 'digits' else '', path=data)
+    if not is_path(data) and data not in SOURCES: return DataId(name, MADE.get(data, ''), path=data)   # not read
     listing = find_pictures(data, cache=cache)
     listing.tell()
     return DataId(name, listing.family, fingerprint(digests(listing)), str(data))
@@ -106,8 +113,16 @@ def _about_files(listing, check, doubles):
             str(doubles), f'Folder: {listing.root}']
 
 # %% ../../nbs/390_data.ipynb #d0782464
+def _in_pictures(found):
+    "In how many pictures that train and that validate each class is, and its share of their pixels."
+    listing, counts = found.listing, found.counts[:, [*found.listing.values]]
+    n = listing.n_train
+    parts = [Counter(dict(zip(listing.classes, (c > 0).sum(0).tolist()))) for c in (counts[:n], counts[n:])]
+    return *parts, dict(zip(listing.classes, (counts.sum(0) / max(1, counts.sum())).tolist()))
+
 _SHOWN = 250   # classes in the text
 
+# %% ../../nbs/390_data.ipynb #0a83c776
 def describe(
     data: str | Path, # Name in `DATASETS`, or path
     picture: Path | str | None = None, # PNG file for a batch of training pictures; None for none
@@ -119,42 +134,51 @@ def describe(
     every: bool = False, # As for `check_pictures`
 ) -> Description:
     "Counts per class and split, sizes, broken files, doubles, and a picture of a batch."
-    name, note, lines, broken, doubles = data_name(data), [], [], {}, None
+    name, note, lines, broken, doubles, share = data_name(data), [], [], {}, None, {}
     if picture is not None:
         picture, known = Path(picture), FigureCanvasBase.get_supported_filetypes()
         if not picture.parent.is_dir(): raise FileNotFoundError(f"picture: there is no folder {picture.parent}.")
         if picture.suffix and picture.suffix.lower()[1:] not in known:
             raise BadInput(f"picture: no picture can be written as {picture.suffix}, got {picture}. "
                            f"Expected a name ending in {', '.join(known)}.")
+    masked = data in MASKED and not is_path(data)
     if not is_path(data) and data not in SOURCES:   # made, not read
-        make = partial(DATASETS[data], size=min(size, 40), bs=16)
+        make = partial(DATASETS[data], size=min(size, 64 if masked else 40), bs=16)
         with no_random(): dls = make()
-        train, valid = (Counter(dls.vocab[y] for _, y in ds) for ds in (dls.train_ds, dls.valid_ds))
-        classes = {c: c for c in dls.vocab}
+        def labels(y): return y.unique() if masked else [y]
+        train, valid = (Counter(dls.vocab[i] for _, y in ds for i in labels(y)) for ds in (dls.train_ds, dls.valid_ds))
+        n, n_valid, classes = len(dls.train_ds), len(dls.valid_ds), {c: c for c in dls.vocab}
     else:
         listing = find_pictures(data, valid_pct, split_seed, cache)
         check, doubles = check_pictures(listing, cache, every), doubles_of(listing, cache)
-        broken, classes, n = check.broken, listing.classes, listing.n_train
+        broken, n, n_valid = check.broken, listing.n_train, len(listing.files) - listing.n_train
         train, valid = Counter(listing.labels[:n]), Counter(listing.labels[n:])
+        if masked := isinstance(listing, MaskListing):
+            found = check_masks(listing, check, cache)
+            listing, broken = found.listing, found.broken
+            train, valid, share = _in_pictures(found)
+        classes = listing.classes
         if listing.family in OFFICIAL:
             a, b = OFFICIAL[listing.family]
-            other = '' if (n, valid.total()) == (a, b) else f', which has {a:,} and {b:,}'
+            other = '' if (n, n_valid) == (a, b) else f', which has {a:,} and {b:,}'
             note = [f"{listing.family}: {'not ' if other else ''}the official split{other}"]
         elif listing.family in TRANSFER and not listing.notes: note = [f'{listing.family}: the official split']
         note += listing.notes
         listing.tell(aloud=False)
-        lines = _about_files(listing, check, doubles)
-        make = partial(picture_dls, data, size, max(1, min(16, n - len(broken))), 'cpu', True,
+        lines = _about_files(listing, replace(check, broken=broken), doubles)
+        make = partial(dense_dls if masked else picture_dls, data, size, max(1, min(16, n - len(broken))), 'cpu', True,
                        valid_pct=valid_pct, split_seed=split_seed, cache=cache)
     counts = {classes[c]: (train[c], valid[c]) for c in classes}
-    wide = max(5, *(len(str(c)) for c in counts))
-    head = [f'{name}: {train.total():,} training and {valid.total():,} validation pictures of {len(counts)} classes',
-            *note, '', f"{'class':<{wide}}    train  valid",
-            *(f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in [*counts.items()][:_SHOWN])]
+    wide = max(11 if share else 5, *(len(str(c)) for c in counts))
+    told = [f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in [*counts.items()][:_SHOWN]]
+    if share: told = [f'{row}{share.get(c, 0):>9.2%}' for row, c in zip(told, classes)]
+    head = [f'{name}: {n:,} training and {n_valid:,} validation pictures of {len(counts)} classes', *note, '',
+            f"{'in pictures' if share else 'class':<{wide}}    train  valid{'   pixels' * bool(share)}", *told]
     if len(counts) > _SHOWN: head += [f'and {len(counts) - _SHOWN:,} more classes']
     if picture is not None:
-        with no_random(seed): make().show_batch(max_n=16, nrows=2, figsize=(12, 3.4))
-        plt.tight_layout(pad=.3)
+        how = {} if masked else dict(nrows=2, figsize=(12, 3.4))
+        with no_random(seed): make().show_batch(max_n=16, **how)
+        if not plt.gcf().legends: plt.tight_layout(pad=.3)   # with masks all has its place
         plt.savefig(picture, dpi=80, metadata=MADE_HERE if picture.suffix.lower() in ('', '.png') else None)
         plt.close()
         lines += [f'Batch: {picture}']

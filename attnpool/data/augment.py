@@ -21,6 +21,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
+from .joint import joint
 from .transfer import TRANSFER
 from ..registry import BadInput, Registry
 
@@ -29,14 +30,16 @@ STATS = dict(   # mean, standard deviation of red, green, blue; by family
     imagenette=([.465, .458, .429], [.285, .28, .301]),
     imagewoof=([.496, .461, .399], [.257, .249, .258]),
     petals=([.453, .415, .306], [.282, .245, .272]),
-    **dict.fromkeys(TRANSFER, ([.485, .456, .406], [.229, .224, .225])))   # ImageNet's, as in the paper's transfer
+    **dict.fromkeys((*TRANSFER, 'ade20k', 'voc'), ([.485, .456, .406], [.229, .224, .225])))   # ImageNet's
 
 # %% ../../nbs/350_data.augment.ipynb #ac9bce93
 class Augment(NamedTuple):
     "An augmentation in its two halves. In validation, transforms do what their `split_idx` says."
-    items: Callable[[int], list] # From the side of the pictures, in pixels, to the transforms of each picture
+    items: Callable[[int], list] | None # From the side of the pictures, in pixels, to the transforms of each picture;
+    # None where it is for pictures with masks only
     batch: Callable[[], list] # Makes the transforms of a whole batch
     times: int | None = 2 # Shorter side of larger pictures when loaded, over the side above; None: nothing is shrunk
+    joint: Callable[[int], list] | None = None # As `items`, for pictures with masks; None where it is not for these
 
     def load(self,
         size: int, # Side of the pictures, in pixels
@@ -162,23 +165,32 @@ class Erase(Transform):
 def _paper(size): return [RandAugment(size), ValidationCrop(size, split_idx=1), ToTensor()]
 def _imagenet(size, config): return [RandAugment(size, config), CentreCrop(size, split_idx=1), ToTensor()]
 
+# %% ../../nbs/350_data.augment.ipynb #3ed1b47f
 AUGMENTS = Registry('augment')
 AUGMENTS['blog'] = Augment(_crops, partial(_warps, max_rotate=20))
 AUGMENTS['petals'] = Augment(partial(_crops, flip=False), partial(_warps, flip_vert=True, max_rotate=45))
 AUGMENTS['light'] = Augment(_crops, list)
 AUGMENTS['randaugment'] = Augment(_paper, list)
 AUGMENTS['randaugment-erase'] = Augment(_paper, lambda: [Erase()])
-AUGMENTS['none'] = Augment(lambda size: [ValidationCrop(size), ToTensor()], list)
+AUGMENTS['none'] = Augment(lambda size: [ValidationCrop(size), ToTensor()], list, joint=joint)
+AUGMENTS['segment'] = Augment(None, list, joint=partial(joint, scales=(.5, 2.), most=.75, flip=.5, colour=True))
+AUGMENTS['segment-light'] = Augment(None, list, joint=partial(joint, scales=(.75, 1.5)))
 for _name, _config in {'imagenet': 'rand-m9-mstd0.5-inc1', 'imagenet-m7': 'rand-m7-mstd0.5-inc1'}.items():
     AUGMENTS[_name] = Augment(partial(_imagenet, config=_config), list, None)
 
 # %% ../../nbs/350_data.augment.ipynb #906e27d2
-OWN = dict(petals='petals', digits='none')   # by family; all others have the blog's
+OWN = dict(petals='petals', digits='none', scenes='none')   # by family; all others have the blog's, or with masks
+# 'segment'
 
 def augment_name(
     augment: str | bool, # Name in `AUGMENTS`, or 'own'; True and False, as in earlier versions, are 'own' and 'light'
     family: str = '', # Family of the data, as in `Listing`
+    masks: bool = False, # Whether they are pictures with masks
 ) -> str: # Name in `AUGMENTS`
     "The augmentation that is meant, checked."
     if isinstance(augment, bool): augment = 'own' if augment else 'light'
-    return OWN.get(family, 'blog') if augment == 'own' else AUGMENTS.check(augment)
+    if augment == 'own': return OWN.get(family, 'segment' if masks else 'blog')
+    def fits(name): return (AUGMENTS[name].joint if masks else AUGMENTS[name].items) is not None
+    if fits(augment): return augment
+    raise BadInput(f"augment: {augment!r} is for pictures {'of classes, not with' if masks else 'with'} masks. "
+                   f"Type one of {', '.join(['own', *filter(fits, AUGMENTS)])}.")

@@ -115,7 +115,9 @@ class _Repeated:
     def __init__(self, dl, repeats, n): self.dl, self.repeats, self.n = dl, repeats, n
     def __call__(self):
         self.dl.randomize()
-        return repeated(self.dl.get_idxs(), self.repeats, self.n)
+        idxs = list(self.dl.get_idxs())
+        while 0 < len(idxs) * self.repeats < self.n: idxs += self.dl.get_idxs()   # a longer epoch: one pass more
+        return repeated(idxs, self.repeats, self.n)
 
 def with_order(
     dl: DataLoader, # fastai's, with a length
@@ -133,9 +135,10 @@ def repeated_dl(
     dl: DataLoader, # fastai's, with a length
     repeats: int = 1, # As for `repeated`
     bs: int = 1, # Pictures that belong together: an epoch is cut to a multiple of them
+    n: int | None = None, # Length of an epoch, in pictures, which may be several passes; None for one pass
 ) -> DataLoader: # Has `repeats` as an attribute
     "A DataLoader that gives each picture several times in a row, and no more than whole groups of `bs`."
-    n = dl.n // bs * bs
+    n = (dl.n if n is None else n) // bs * bs
     other = with_order(dl, _Repeated(dl, repeats, n), n)
     other.repeats = repeats
     return other

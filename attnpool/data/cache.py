@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_ROOM', 'NO_RIGHT', 'PIECE', 'write_file', 'printable', 'first_few', 'near_path', 'check_writable', 'made_once',
-           'short_name', 'cache_path', 'digest_of', 'unpack']
+           'short_name', 'cache_path', 'digest_of', 'is_zip', 'unpack']
 
 # %% ../../nbs/280_data.cache.ipynb #d26f38a1
 import gzip
@@ -13,10 +13,13 @@ import lzma
 import os
 import re
 import shutil
+import stat
 import tarfile
+import zipfile
 import zlib
 from difflib import get_close_matches
 from errno import EACCES, EDQUOT, EEXIST, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -164,8 +167,27 @@ def digest_of(
     return hashlib.sha256(content).hexdigest()[:16]
 
 # %% ../../nbs/280_data.cache.ipynb #242147b5
+def is_zip(
+    file: Path | str, # Any file that is there
+) -> bool:
+    "Whether a file is called .zip and begins as such an archive; weights that torch saved are zips, too."
+    if Path(file).suffix.lower() != '.zip': return False
+    with open(file, 'rb') as f: return f.read(4) == b'PK\3\4'
+
+def _members(archive):
+    "Of each member its name, whether it is a folder (None: nor a file), and how to open it."
+    if is_zip(archive):
+        with zipfile.ZipFile(archive) as z:
+            for m in z.infolist():
+                yield m.filename, None if stat.S_ISLNK(m.external_attr >> 16) else m.is_dir(), partial(z.open, m)
+        return
+    with tarfile.open(archive) as tar:
+        for m in tar: yield m.name, m.isdir() if m.isfile() or m.isdir() else None, partial(tar.extractfile, m)
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError('its end is missing')
+
 def unpack(
-    archive: Path | str, # .tar, .tar.gz, .tgz, .tar.xz, ...
+    archive: Path | str, # .tar, .tar.gz, .tgz, .tar.xz, .zip, ...
     cache: Path | str | None = None, # Where to; None for `attnpool` in fastai's data folder
 ) -> Path: # The folder with its content
     "Unpack an archive once. One that is cut short, or that would write elsewhere, is an error."
@@ -173,17 +195,15 @@ def unpack(
     def make(folder):
         root = folder.resolve()
         try:
-            with tarfile.open(archive) as tar:
-                for member in tar:   # by hand: the filters of tarfile are missing before Python 3.10.12 and 3.11.4
-                    target = (root/member.name).resolve()
-                    if not (member.isfile() or member.isdir()) or not target.is_relative_to(root):
-                        raise BadInput(f"data: {archive} holds something that does not belong into a data set: "
-                                       f"{member.name}, a link or a place outside.")
-                    (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
-                    if member.isdir(): continue
-                    with tar.extractfile(member) as source, open(target, 'wb') as copy: shutil.copyfileobj(source, copy)
-                tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError('its end is missing')
-        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as e:
+            for name, is_folder, read in _members(archive):   # by hand: not each Python has the filters of tarfile
+                target = (root/name).resolve()
+                if is_folder is None or not target.is_relative_to(root):
+                    raise BadInput(f"data: {archive} holds something that does not belong into a data set: "
+                                   f"{name}, a link or a place outside.")
+                (target if is_folder else target.parent).mkdir(parents=True, exist_ok=True)
+                if is_folder: continue
+                with read() as source, open(target, 'wb') as copy: shutil.copyfileobj(source, copy)
+        except (tarfile.TarError, zipfile.BadZipFile, RuntimeError, EOFError, zlib.error, lzma.LZMAError,
+                gzip.BadGzipFile) as e:   # a RuntimeError asks for a password
             raise BadInput(f"data: {archive} is cut short or damaged ({e}). Copy or download it again.") from None
     return made_once(cache_path(cache, short_name(archive), archive.parent, [archive.name]), make)

@@ -203,7 +203,7 @@ class Doubles:
     @property
     def conflicts(self) -> list[tuple[int, int]]: # Two pictures of each such group
         "Doubles of different classes."
-        labels = self.listing.labels
+        labels = self.listing.strata
         firsts = ((group[0], next((i for i in group if labels[i] != labels[group[0]]), None)) for group in self.near)
         return [(a, b) for a, b in firsts if b is not None]
 

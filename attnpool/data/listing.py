@@ -47,6 +47,7 @@ def family_of(
 # %% ../../nbs/300_data.listing.ipynb #a3132096
 _TOLD = set()
 
+# %% ../../nbs/300_data.listing.ipynb #dc133079
 @dataclass(frozen=True)
 class Listing:
     "Which pictures a data set has: training pictures first."
@@ -74,11 +75,14 @@ class Listing:
         files, labels = ([o for o, g in zip(values, good) if g] for values in (self.files, self.labels))
         return replace(self, files=files, labels=labels, n_train=int(sum(good[:self.n_train])))
 
+    strata = property(lambda self: self.labels, doc='What a random split draws the same share of: each class.')
+    def label_of(self, i: int) -> str: return self.labels[i]   # what is said of a picture, for its fingerprint
+
     def split(self,
         number: int # From 0
     ) -> tuple['Listing', np.ndarray]: # The same with that split, and which of its pictures these are
         "The split that is drawn by a number, see `numbered_split`."
-        numbers, n = numbered_split(self.files, self.labels, self.n_train, self.drawn, number)
+        numbers, n = numbered_split(self.files, self.strata, self.n_train, self.drawn, number)
         files, labels = ([values[i] for i in numbers] for values in (self.files, self.labels))
         return replace(self, files=files, labels=labels, n_train=n), numbers
 
@@ -105,8 +109,8 @@ class Listing:
         return self
 
 # %% ../../nbs/300_data.listing.ipynb #14220217
-LAYOUTS = ("Expected train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg for a random split, a .tar or .tar.gz of "
-           "these, a .csv with the columns path and label, Kaggle Petals' TFRecords, or another known data set.")
+LAYOUTS = ("Expected train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg for a random split, a .tar, .tar.gz or .zip "
+           "of these, a .csv with the columns path and label, Kaggle Petals' TFRecords, or another known data set.")
 
 def labelled_files(
     root: Path, # Folder of a data set
@@ -236,10 +240,12 @@ def digests(
     if n > 10 * _READ:
         read[:] = False
         read[np.array(sorted(range(n), key=files.__getitem__))[::-(-n // _READ)]] = True
-    def digest(i): return (digest_of if read[i] else _digest_or_size)(os.path.join(listing.root, listing.files[i]))
-    found = with_progress(in_threads(digest, range(n)), f'reading {listing.name}', n)
+    def look(i):
+        digest = digest_of if read[i] else _digest_or_size
+        return printable(listing.label_of(i)), digest(os.path.join(listing.root, listing.files[i]))
+    found = with_progress(in_threads(look, range(n)), f'reading {listing.name}', n)
     splits = ('train' if i < listing.n_train else 'val' for i in range(n))
-    return dict(zip(map(name, files), zip(map(printable, listing.labels), splits, found)))
+    return dict(zip(map(name, files), ((label, split, digest) for split, (label, digest) in zip(splits, found))))
 
 def fingerprint(
     pictures: dict, # From `digests`

@@ -25,7 +25,8 @@ from .augment import AUGMENTS, STATS, augment_name
 from .cache import printable
 from .check import check_pictures, decoded_gb, make_pixels, without_broken
 from .digits import digits_dls
-from .find import DATASETS, LARGER_FROM, blog_version, data_name, find_pictures, is_path, larger_version
+from .find import (
+    DATASETS, LARGER_FROM, blog_version, check_kind, data_name, find_pictures, is_path, larger_version)
 from .listing import READABLE, Listing, first_few
 from .reader import BrokenPicture, load_picture, open_picture
 from .transfer import SOURCES
@@ -142,6 +143,7 @@ def picture_dls(
     if not 8 <= size <= 2048: raise BadInput(f"size: expected 8 to 2048 pixels, got {size}. 128 and 224 are usual.")
     augment_name(augment)
     whole = find_pictures(data, valid_pct, split_seed, cache)
+    check_kind(whole, masks=False)
     whole.tell()
     check, name = check_pictures(whole, cache), augment_name(augment, whole.family)
     least = AUGMENTS[name].load(size)
@@ -167,6 +169,7 @@ def picture_dls(
     return dls
 
 DATASETS['digits'] = digits_dls
+DATASETS['other-digits'] = partial(digits_dls, part=(.5, 1.))   # those that no scene shows
 for _name in (n for n in SOURCES if n not in DATASETS): DATASETS[_name] = partial(picture_dls, _name)
 
 # %% ../../nbs/370_data.pictures.ipynb #9b2d2daf

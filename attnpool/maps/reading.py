@@ -72,7 +72,9 @@ class Reading:
         if isinstance(out, Tensor) and out.ndim == 1: out = out[:, None]
         if not isinstance(out, Tensor) or out.ndim != 2:
             what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise BadInput(f"model: expected outputs (b, n_out), a row for each picture, got {what}.")
+            dense = isinstance(out, Tensor) and out.ndim == 4
+            raise BadInput(f"model: expected outputs (b, n_out), a row for each picture, got {what}." + dense * (
+                " A class for each pixel is shown by learn.show_results(), over photos by attnpool maps RUN PHOTO."))
         n, names = out.shape[1], -1 if self.vocab is None else len(self.vocab)
         guess = _SOFTMAX if n > 1 and (self.loss is None or n == names) else _NUMBERS
         activation, decodes = _ways(self.loss) or guess

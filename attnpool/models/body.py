@@ -11,7 +11,7 @@ import inspect
 from difflib import get_close_matches
 from functools import partial
 from types import CodeType
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import timm
 import torch
@@ -66,8 +66,9 @@ class TimmMap(nn.Module):
         self.model = model
         self.channels_last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
 
-    def _features(self, x):
-        try: return self.model.forward_features(x)
+    def _told(self, call, x):
+        "What a call says of pictures, or why it cannot."
+        try: return call(x)
         except (AssertionError, RuntimeError) as e:
             cfg, (h, w) = getattr(self.model, 'default_cfg', None) or {}, x.shape[-2:]
             own = tuple(cfg.get('input_size', (3, h, w))[1:])
@@ -78,7 +79,7 @@ class TimmMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "Pictures `(b, 3, H, W)` to a map `(b, c, h, w)`."
-        size, x = x.shape[-2:], self._features(x)
+        size, x = x.shape[-2:], self._told(self.model.forward_features, x)
         if not isinstance(x, Tensor): ends = f'a {type(x).__name__}'
         elif x.ndim == 4: return x.permute(0, 3, 1, 2) if self.channels_last else x
         else:
@@ -91,6 +92,13 @@ class TimmMap(nn.Module):
                     return x[:, left:].transpose(1, 2).unflatten(2, (h, w))
         raise BadInput(f"arch: {type(self.model).__name__} ends on {ends} instead of a map (b, c, h, w). "
                        "Choose another network.")
+
+    def maps(self,
+        x: Tensor, # Pictures `(b, 3, H, W)`
+        which: Sequence[int] | None = None, # Stages or blocks, as timm counts them, from 0; None for all
+    ) -> list[Tensor]: # `(b, c, h, w)`, without a norm that would come after them
+        "The maps on its way: those after some of its stages or blocks."
+        return self._told(partial(self.model.forward_intermediates, indices=which, intermediates_only=True), x)
 
 # %% ../../nbs/230_models.body.ipynb #c0ffee70
 def _reach(kind, method):

@@ -48,18 +48,18 @@ def _names(arch, cut, options):
     return own, [name for name, t in own.items() if id(t) in kept], by_place
 
 def _spellings(state, own, by_place, arch, options):
-    "The weights as they may be meant, each with the names that the network's own have there."
+    "The weights as they may be meant, each with the names that the network's own have there, and if its end may lack."
     same = dict(zip(own, own))
-    yield state, same
-    for prefix in ('0.model.', '0.'):   # of a body with a head
+    yield state, same, False
+    for prefix in ('0.model.', '0.', 'body.net.model.', 'body.net.'):   # of a body with a head; of a segmenter
         inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        if inside: yield from ((inside, same), (inside, by_place))
+        for names in (same, by_place) if inside else (): yield inside, names, prefix.startswith('body')
     if not isinstance(arch, str): return
     net = _whole(arch, options)
     rename = getattr(sys.modules[type(net).__module__], 'checkpoint_filter_fn', None)   # from the authors' names
     try: renamed = rename({**state}, net) if rename else {}
     except Exception: return   # whatever a file that is another's leads to
-    if renamed: yield renamed, same
+    if renamed: yield renamed, same, False
 
 def fit_body(
     state: dict[str, Tensor], # The weights that came, from `read_weights`
@@ -67,17 +67,24 @@ def fit_body(
     cut: int | Callable | None = None, # As for `up_to_map`
     whole: bool = False, # Whether what stands behind the map, the classifier, has to fit too
     **options # Of the network
-) -> tuple[dict[str, Tensor], bool, list[str]]: # By the network's names; if their order had to tell; what does not fit
+) -> tuple[dict[str, Tensor], str, list[str]]: # By the network's names; how they were found, if that is to be told;
+    # and what does not fit
     "The weights of a network up to its map, or all."
     arch, faults = network_of(arch), []
     own, kept, by_place = _names(arch, cut, options)
     if whole: kept = [*own]
-    for found, names in _spellings(state, own, by_place, arch, options):
-        fitted, wrong = fit_by_name(found, {names[k]: v for k, v in own.items()}, [names[k] for k in kept])
-        if not wrong: return {k: fitted[names[k]] for k in kept if names[k] in fitted}, False, []
+    for found, names, cut in _spellings(state, own, by_place, arch, options):
+        last = max((i for i, k in enumerate(kept) if names[k] in found), default=None) if cut and not whole else None
+        its = kept if last is None else kept[:last + 1]
+        fitted, wrong = fit_by_name(found, {names[k]: v for k, v in own.items()}, [names[k] for k in its])
+        if not wrong:
+            what = 'its body is taken; its pyramid and decoder are not' if cut and not whole else ''
+            if len(its) < len(kept): what += f'. What comes after {kept[last].rpartition(".")[0]} begins anew'
+            return {k: fitted[names[k]] for k in its if names[k] in fitted}, what, []
         faults.append(wrong)
     fitted = {k: v for k, v in fit_by_order(state, own, kept).items() if k in {*kept}}   # nothing behind the map
-    return fitted, bool(fitted), [] if fitted else min(faults, key=len)
+    told = f"its names are not those of {getattr(arch, '__name__', arch)}, its weights are loaded by their order"
+    return fitted, told if fitted else '', [] if fitted else min(faults, key=len)
 
 # %% ../../nbs/245_models.fit.ipynb #995b8b90
 def nearest_timm(

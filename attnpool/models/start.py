@@ -133,10 +133,10 @@ class Start:
     ) -> dict[str, Tensor]: # By the names of the whole network; empty where there is no file
         "The weights of a network up to its map."
         if not self.path: return {}
-        fitted, by_order, wrong = fit_body(state := self.state(), arch, cut, **options)
+        fitted, told, wrong = fit_body(state := self.state(), arch, cut, **options)
         if wrong: raise misfit(self.path, arch, state, wrong, cut, options)
         arch, taken = getattr(arch, '__name__', arch), {id(v) for v in fitted.values()}
-        if by_order: _tell(f'{self.name}: its names are not those of {arch}, its weights are loaded by their order.')
+        if told: _tell(f'{self.name}: {told}.')
         last = next((k for k, v in reversed(state.items()) if v.ndim == 2 and id(v) not in taken), None)
         if last and not Path(self.path).is_dir(): _tell_left(self, arch, f'{last} of {len(state[last]):,} classes')
         return fitted

@@ -27,10 +27,11 @@ from ..models.start import Start
 from ..models.xresnet import ARCHS
 from ..recipe import Recipe
 from ..registry import BadInput, bare_name
+from .rows import named_start
 from ..runs.spec import Spec
 from ..runs.store import Result, load_run, read_result
 from ..runs.tested import with_test
-from ..tasks import TASKS, head_options
+from ..tasks import TASK_HEADS, TASKS, head_options
 
 # %% ../../nbs/600_report.collect.ipynb #b9844329
 def _table(text, path, **how):
@@ -233,7 +234,7 @@ def _of_arch(results):
     ours = [r.spec for r in results if _in_tables(r.spec.head)]
     return {k for spec in ours for k, _ in spec.options if k not in head_options(spec.head)}
 
-def _in_tables(head): return any(head in table for table in (HEADS, PEERS, PAPER_HEADS, ABLATIONS))
+def _in_tables(head): return any(head in table for table in (HEADS, PEERS, PAPER_HEADS, ABLATIONS, TASK_HEADS))
 
 def _of_head(spec, of_arch=()):
     "Those of the options that are the head's; of a head that only a file names, which is not loaded, all that may be."
@@ -244,11 +245,12 @@ def _of_head(spec, of_arch=()):
 def group_by_setting(
     results: Sequence[Result] # Of any settings
 ) -> list[list[Result]]: # Groups of one setting each, in order of appearance
-    "Results by everything in their spec but the head with its options, seed and rate, and by the numbers of pictures."
+    "Results by all but head, options of it, seed and rate. Of a task with one head, starts are compared instead."
     groups, of_arch = {}, _of_arch(results)
     for r in results:
         others = tuple(o for o in r.spec.options if o not in _of_head(r.spec, of_arch))
         start = r.spec.start if not r.spec.start.after else Start(fingerprint=r.spec.start.after)   # each has its own
+        if r.spec.head in TASK_HEADS: start = Start()
         r_, whole = r.spec.recipe, (r.spec.recipe.micro_bs or 0) >= (r.spec.recipe.bs or 1)
         decided = replace(r_, lr=None, micro_bs=None if whole else r_.micro_bs)
         setting = replace(r.spec, head='', seed=0, options=others, start=start, recipe=decided)
@@ -261,8 +263,12 @@ def by_row(
     "Results by their row in a table: the head with its options, and with its learning rate where it has several."
     versions, of_arch = {}, _of_arch(results)   # of a head of one's own: told apart where there are several
     for r in results: versions.setdefault(bare_name(r.spec.head), set()).add(r.spec.head)
-    def shown(head): return head if len(versions[bare_name(head)]) > 1 else bare_name(head)
-    names = [' '.join([shown(r.spec.head), *(f'{k}={v}' for k, v in _of_head(r.spec, of_arch))]) for r in results]
+    specs = [r.spec for r in results]
+    def shown(spec):
+        if spec.head in TASK_HEADS: return named_start(spec, specs)
+        return spec.head if len(versions[bare_name(spec.head)]) > 1 else bare_name(spec.head)
+    alike = set.intersection(*({*_of_head(s)} if s.head in TASK_HEADS else set() for s in specs)) if specs else set()
+    names = [' '.join([shown(s), *(f'{k}={v}' for k, v in _of_head(s, of_arch) if (k, v) not in alike)]) for s in specs]
     rates, rows = {}, {}
     for name, r in zip(names, results): rates.setdefault(name, set()).add(r.spec.recipe.lr)
     for name, r in zip(names, results):
@@ -276,12 +282,15 @@ def setting_of(
 ) -> dict: # By name, the most telling first; nothing that is empty
     "What was decided, apart from the head with its options, seed and learning rate."
     spec = result.spec.to_json()
-    for name, _ in _of_head(result.spec): del spec['options'][name]
+    if result.spec.head not in TASK_HEADS:   # the one head is part of the setting
+        for name, _ in _of_head(result.spec): del spec['options'][name]
     data, start, recipe = spec.pop('data'), spec.pop('start'), _known(spec.pop('recipe'))
+    if result.spec.head in TASK_HEADS: start = dict.fromkeys(start, '')   # it tells rows apart
     if start['after']: start |= dict(zip(('name', 'setting'), start['after'].split(' #')), fingerprint='')
     every = dict(data=data['name'], arch=spec['arch'], start=start['name'], recipe=recipe.pop('name'),
                  size=recipe.get('size'))
     if spec['split'] == 'own': del spec['split']   # of the data, as nearly all
+    if recipe.get('steps'): del recipe['epochs']   # the parts in which they are done
     every |= recipe | spec | dict(weights=start['fingerprint'], body_only=start['body_only'] or None,
                                   start_setting=start.get('setting'),
                                   family=data['family'], fingerprint=data['fingerprint'], pictures=result.pictures)
@@ -291,14 +300,15 @@ def tell_apart(
     groups: Sequence[Sequence[Result]] # From `group_by_setting`
 ) -> list[tuple[str, dict]]: # For each group its title, and the fields in it
     "A title for each setting: data, network, recipe, size, epochs, and what else differs between the groups."
-    first = 'data', 'arch', 'start', 'recipe', 'size', 'epochs'
+    first = 'data', 'arch', 'start', 'recipe', 'size', 'steps', 'epochs'
     every = [setting_of(g[0]) for g in groups]
     names = dict.fromkeys(k for s in every for k in s if k not in first)
     others = [k for k in names if len({str(s.get(k)) for s in every if 'arch' in s}) > 1]   # not of logs
     chosen = [{k: s[k] for k in (*first, *others) if k in s} for s in every]
     words = dict.fromkeys(first, '{}') | dict(
-        start='from {}', size='{} px', epochs='{} epochs', bs='batches of {}', micro_bs='in parts of {}',
-        fingerprint='pictures {:.6}', start_setting='after runs of setting {}', weights='weights {:.6}')
+        start='from {}', size='{} px', steps='{:,} steps', epochs='{} epochs', bs='batches of {}',
+        micro_bs='in parts of {}', fingerprint='pictures {:.6}', start_setting='after runs of setting {}',
+        weights='weights {:.6}')
     hashes = 'fingerprint', 'start_setting', 'weights'   # where words tell nothing
     def word(k, v):
         if k == 'options': return ' '.join(f'{name}={value}' for name, value in v.items())

@@ -35,6 +35,16 @@ def is_followed(
     if not folder.is_dir(): return False
     return recipe.name in GO_ON if is_run(folder) else any(map(is_run, (f.parent for f in folder.rglob('spec.json'))))
 
+def _check_alone(asked, heads, follows):
+    "An error for what means several heads, of a task that has one."
+    task, start = asked['task'], asked.get('start')
+    if heads is not None:
+        raise BadInput(f"heads: the task {task} has one head, so there are none to compare, got {heads}. Leave --heads "
+                       "out: each seed is one run.")
+    if follows:
+        raise BadInput(f"start: for the task {task} all seeds begin from the body of one run, and {start} is a folder "
+                       "of runs, or goes on by its recipe. Name one run in it, and another recipe.")
+
 def _following(data, heads, seeds, recipe, given, rates, arch=None, start='', task=None, skip_broken=False, **common):
     "The specs of runs that go on."
     from attnpool.distributed import is_first
@@ -63,11 +73,45 @@ def _asked_of(recipe, given, heads, **common):
     def started(head): return start.for_all_heads(head) if len(heads) > 1 else start
     return {head: common | dict(options=mine(head), start=started(head)) for head in heads}, start, of_arch
 
+# %% ../../nbs/563_runs.asked.ipynb #9b1d5c19
+def _starts(start, task):
+    "What runs begin from, one after the other; '' is from scratch."
+    from attnpool.tasks import TASKS
+    words = [start]
+    if isinstance(start, str) and ',' in start and not path_of(start).exists():
+        if not TASKS[task or 'classify'].head:
+            raise BadInput(f"start: heads are compared from one start, got {start}. Name one; another is another "
+                           "command.")
+        words = list(dict.fromkeys(read_list('start', start)))
+    return ['' if word == 'none' else word for word in words]
+
+def _beginning(data, heads, seeds, recipe, given, rates, splits, start=None, arch=None, **common):
+    "The specs of runs that follow no others."
+    from attnpool.data import DataId
+    from attnpool.data.pictures import SOURCES, is_path
+    from attnpool.models.surgery import body_of
+    from attnpool.runs.spec import data_for, make_spec
+    common['arch'] = ARCH_USUAL if arch is None else arch
+    starts = _starts(start, common.get('task'))   # of a task with one head they are compared
+    asked = [_asked_of(recipe, given, heads, start=start, **common) for start in starts]
+    train = common.get('train') or recipe.train
+    if train == 'frozen' and not splits and seeds is None and (is_path(data) or data in SOURCES): splits = 10
+    numbers = range(1, splits + 1) if splits else read_list('seeds', '1,2,3' if seeds is None else seeds, int)
+    def on(data):
+        split = dict(split='seed') if splits else {}
+        return [make_spec(data, head, seed, recipe=recipe, **of_heads[head] | split | dict(lr=r))
+                for seed in numbers for of_heads, *_ in asked for head in heads for r in rates or [common.get('lr')]]
+    on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
+    for _, start, of_arch in asked:
+        if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
+    return on(data_for(data, recipe))
+
+# %% ../../nbs/563_runs.asked.ipynb #9b1d5c20
 def read_specs(
     data: str, # Name or path, as for `make_spec`
     heads: str | None, # As for `get_head`, separated by commas, or 'all', 'peers'; None for the usual or the runs' own
     seeds: str | None, # Whole numbers separated by commas; None for the runs' own, the splits, or else 1,2,3
-    recipe: str, # Name in `RECIPES`, or a TOML file
+    recipe: str | None, # Name in `RECIPES`, or a TOML file; None for the task's own
     options: str = '', # As for `read_options`
     rates: list[float] | tuple = (), # Learning rates to try; none for those of the recipe
     splits: int | None = None, # How many splits, drawn by the seeds 1, 2, ...; None for none, in a probe ten
@@ -75,16 +119,16 @@ def read_specs(
     **common # Further arguments of `make_spec`; `arch` None for the usual network, or the runs' own
 ) -> list: # Of `Spec`: for each seed all heads
     "What a command was asked to run."
-    from attnpool.data import DataId
-    from attnpool.heads import HEADS, PEERS
-    from attnpool.data.pictures import SOURCES, is_path
     from attnpool.distributed import is_first
+    from attnpool.heads import HEADS, PEERS
     from attnpool.recipe import Recipe, change_recipe, find_recipe, save_recipe as write_recipe
-    from attnpool.models.surgery import body_of
-    from attnpool.runs.spec import data_for, make_spec
-    groups, recipe = dict(all=HEADS, peers=PEERS), find_recipe(recipe)
+    from attnpool.tasks import TASKS
+    task = TASKS[TASKS.check(common.get('task') or 'classify')]
+    groups, recipe = dict(all=HEADS, peers=PEERS), find_recipe(task.recipe if recipe is None else recipe)
     given, follows = read_options(options), is_followed(common.get('start'), recipe)
-    heads = None if follows and heads in (None, 'all') else read_list('heads', HEADS_USUAL if heads is None else heads)
+    if task.head: _check_alone(common, heads, follows)
+    usual = task.head or HEADS_USUAL
+    heads = None if follows and heads in (None, 'all') else read_list('heads', usual if heads is None else heads)
     heads = heads and list(dict.fromkeys(head for word in heads for head in groups.get(word, [word])))
     if splits and seeds: raise BadInput(f"--splits: each has its own seed, got --seeds {seeds} too. Leave one out.")
     if follows:
@@ -92,21 +136,11 @@ def read_specs(
         if splits: raise BadInput(f"--splits: each run keeps its own split, got {splits}. Leave it out.")
         specs = _following(data, heads, seeds_given, recipe, given, rates, **common)
     else:
-        common['arch'] = ARCH_USUAL if common.get('arch') is None else common['arch']
-        of_heads, start, of_arch = _asked_of(recipe, given, heads, **common)
-        train = common.get('train') or recipe.train
-        if train == 'frozen' and not splits and seeds is None and (is_path(data) or data in SOURCES): splits = 10
-        numbers = range(1, splits + 1) if splits else read_list('seeds', '1,2,3' if seeds is None else seeds, int)
-        def on(data):
-            split = dict(split='seed') if splits else {}
-            return [make_spec(data, head, seed, recipe=recipe, **of_heads[head] | split | dict(lr=r))
-                    for seed in numbers for head in heads for r in rates or [common.get('lr')]]
-        on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
-        if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
-        specs = on(data_for(data, recipe))
+        specs = _beginning(data, heads, seeds, recipe, given, rates, splits, **common)
     if save_recipe and is_first():
         check_out(save_recipe, [data], own='# A recipe of attnpool')
         changes = {f.name: common.get(f.name) for f in fields(Recipe) if f.compare}
         say(f'Recipe: {write_recipe(change_recipe(recipe, **changes), save_recipe)}')
-    if is_first() and specs[0].recipe.train != 'frozen' and not (rates or common.get('lr')): _say_rates(specs, recipe)
+    searched = rates or common.get('lr') or task.head or specs[0].recipe.train == 'frozen'
+    if is_first() and not searched: _say_rates(specs, recipe)
     return specs

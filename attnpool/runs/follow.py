@@ -19,6 +19,7 @@ from ..registry import BadInput, bare_name, unknown
 from ..settings import less_drop_path
 from .spec import Spec, data_for, make_spec
 from .store import Result, load_run, read_about
+from ..tasks import TASKS
 
 # %% ../../nbs/555_runs.follow.ipynb #f44c1c7f
 def _setting(spec):
@@ -92,6 +93,11 @@ def runs_to_follow(
     def leave(left, why):
         if left: said.append(f'{len(left)} of {len(runs)} runs in {folder} left out: {why}.')
         return [r for r in runs if r not in left]
+    dense = [r for r in runs if TASKS[r.spec.task].head]
+    if len(dense) == len(runs):
+        raise BadInput(f"start: {folder} is of a segmentation, and {recipe.name or 'this recipe'} goes on with "
+                       f"classifiers. Name one run and another recipe: {dense[0].folder}.")
+    runs = leave(dense, 'of a segmentation')
     settings = {_setting(r.spec) for r in runs}
     runs = leave([r for r in runs if recipe.name and r.spec.recipe.name == recipe.name
                   and r.spec.start.after in settings], f'made by the recipe {recipe.name} from others in it')

@@ -139,7 +139,7 @@ def question(
 # %% ../../nbs/544_runs.jobs.ipynb #67e64de9
 def _little(specs):
     "Whether all of it is done in seconds."
-    def pixels(n): return sum(s.recipe.epochs * n * s.recipe.size**2 for s in specs)
+    def pixels(n): return sum(s.recipe.shown(n) * s.recipe.size**2 for s in specs)
     path = specs[0].data.path if specs[0].data.fingerprint else ''
     return pixels(100) < _LEAST and pixels(len(find_pictures(path).labels) if path else _MADE) < _LEAST
 
@@ -176,5 +176,5 @@ def how_many(
     room = 1 + free_memory(device) // found['mb']
     def rounds(j): return ceil(n / j) * j * rates[1] / rates[j]   # in runs of one process
     best = min((j for j in rates if j <= room), key=rounds)
-    alone = sum(s.recipe.epochs for s in specs) / n * found['pictures'] / rates[1]   # seconds of a run
+    alone = sum(s.recipe.shown(found['pictures']) for s in specs) / n / rates[1]   # seconds of a run
     return best if (n - rounds(best)) * alone > workers.start else 1

@@ -77,12 +77,12 @@ def _whole_in(state, arch, options, path):
     "A network with its own classifier, and its number of outputs."
     faults = []
     for n in _widths(state):
-        fitted, by_order, wrong = fit_body(state, arch, whole=True, num_classes=n, **options)
+        fitted, told, wrong = fit_body(state, arch, whole=True, num_classes=n, **options)
         faults.append(wrong)
         if wrong: continue
         net = _built(arch, n, options)
         net.load_state_dict(fitted, strict=False)
-        if by_order: _tell(f'{path.name}: its names are not those of {arch}, its weights are loaded by their order.')
+        if told: _tell(f'{path.name}: {told}.')
         return net, n
     wrong = min(faults, key=len, default=['there is no matrix among them'])
     if fit_body(state, arch, **options)[2]: raise misfit(path, arch, state, wrong, None, options)

@@ -30,7 +30,7 @@ from ..models.surgery import body_of
 from ..pooling import check_head
 from ..recipe import Recipe, decided, find_recipe, get_recipe
 from ..registry import BadInput, bare_name, check_unasked, signed, unknown
-from ..tasks import TASKS, split_options
+from ..tasks import TASK_HEADS, TASKS, find_head, split_options
 
 # %% ../../nbs/510_runs.spec.ipynb #07025aef
 _LOADING = ('cache_dir', 'checkpoint_path', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'weights',
@@ -115,10 +115,10 @@ BLOG_SIZES, SPLITS = (256, 384), ('own', 'seed')   # pixels; what `Spec.split` m
 
 def make_spec(
     data: str | Path | DataId = 'digits', # Name in `DATASETS`, path of a folder, archive or CSV; or from `data_for`
-    head: str = 'avg', # Name in a table, or of another package's; or `module:name`, found in the working folder
+    head: str | None = None, # Name as for `get_head`, `module:name` in the working folder; None: avg, or the task's own
     seed: int = 1, # Of initialisation and order
     arch: str = 'xeca_resnext_tiny', # Name in `ARCHS`, of timm, torchvision's after `torchvision.`; or `module:name`
-    recipe: str | Path | Recipe = 'quick', # Name in `RECIPES`, a TOML file, or a recipe
+    recipe: str | Path | Recipe | None = None, # Name in `RECIPES`, a TOML file, or a recipe; None for the task's
     eval_sizes: Sequence[int] | None = None, # Further sides for validation, in pixels; None for the blog's, or none
     skip_broken: bool = False, # Leave broken pictures out instead of stopping
     task: str = 'classify', # Name in `TASKS`
@@ -128,15 +128,15 @@ def make_spec(
     **overrides # Fields of `Recipe` to replace; None leaves one as it is
 ) -> Spec:
     "A spec with the recipe's values filled in."
-    TASKS.check(task)
-    recipe, (head, arch, folder) = find_recipe(recipe), _own_parts(head, arch)
+    its = TASKS[TASKS.check(task)]
+    recipe = find_recipe(its.recipe if recipe is None else recipe)
+    head, arch, folder = _own_parts(_head_of(task, head), arch)
     of_head, of_arch = split_options(head, arch, options or {})
     if folder: _check_parts(head, arch, _pairs(of_head), _pairs(of_arch))
-    _check_sides(arch, of_arch, overrides.get('size') or recipe.size, eval_sizes)
+    if not its.head: _check_sides(arch, of_arch, overrides.get('size') or recipe.size, eval_sizes)
     start = find_start(start, arch, **of_arch)
     if not isinstance(data, DataId): data = data_for(data, recipe)
     r = check_frozen(get_recipe(recipe, head, data.family, arch, **overrides))
-    r.check_start(start)
     if r.train == 'frozen': start = start.for_all_heads(head)   # a probe is a comparison
     if split not in SPLITS: raise unknown('split', split, SPLITS)
     if split == 'seed' and data.name and not data.fingerprint:
@@ -150,13 +150,28 @@ def make_spec(
         raise BadInput(f"eval_sizes: expected several sides in pixels, such as ({eval_sizes},), got {eval_sizes!r}.")
     skip = bool(skip_broken and data.fingerprint)   # of pictures that are made, none is broken
     sizes, options = tuple(_whole('eval_sizes', s, 1) for s in eval_sizes), _pairs(of_head | of_arch)
-    return _unseen(Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split, folder))
+    spec = Spec(task, data, arch, head, _whole('seed', seed, 0), r, start, options, sizes, skip, split, folder)
+    its.check(spec)
+    r.check_start(start)
+    return _unseen(spec)
 
 # %% ../../nbs/510_runs.spec.ipynb #5d0b7f01
+def _head_of(task, head):
+    "The head that is meant, one that the task has."
+    own = TASKS[task].head
+    if head is None: return own or 'avg'
+    if own and head != own:
+        raise BadInput(f"head: the task {task} has one head, {own}, got {head!r}. Leave it out; heads are compared "
+                       "with the task classify.")
+    if not own and head in TASK_HEADS:
+        other = next(name for name, t in TASKS.items() if t.head == head)
+        raise BadInput(f"head: {head} is the head of the task {other}, got it for {task}. Type --task {other}.")
+    return head
+
 def _own_parts(head, arch):
     "Head and network by their names in a spec, and the working folder where one of them is not the package's own."
     signs, here = [], os.getcwd()
-    for kind, name, find, others in (('head', head, get_head, OTHER_HEADS), ('arch', arch, check_arch, OTHER_ARCHS)):
+    for kind, name, find, others in (('head', head, find_head, OTHER_HEADS), ('arch', arch, check_arch, OTHER_ARCHS)):
         if not isinstance(name, str):
             raise TypeError(f"{kind}: expected a name, got {name!r}. What is in no table is named by the place of its "
                             "source: 'my_module:Name'.")

@@ -33,7 +33,7 @@ from torch import nn
 from ..data.augment import STATS, augment_name
 from ..data.cache import near_path, write_file
 from ..data.listing import Listing, differences, digests, fingerprint, first_few, read_digests, write_digests
-from ..data.pictures import DATASETS, empty_dls, find_pictures, is_path
+from ..data.pictures import DATASETS, find_pictures, is_path
 from ..distributed import processes
 from ..registry import BadInput
 from .spec import Spec, read_spec
@@ -236,7 +236,7 @@ def open_data(
                                       "give data= (--data) for where they are; or give pictures of your own.")
             if with_data or data is not None or not alone: raise e from None
             print(f'attnpool: {result.folder.name} is opened without its data, to show others. {e}', file=sys.stderr)
-    return empty_dls(**about, bs=spec.recipe.loader_bs(), device=device)
+    return TASKS[spec.task].empty(**about, bs=spec.recipe.loader_bs(), device=device)
 
 # %% ../../nbs/520_runs.store.ipynb #fbe0ae3f
 def _git():

@@ -22,7 +22,6 @@ from ..choices import decided
 from ..data.cache import check_writable
 from ..data.pictures import DATASETS
 from ..distributed import is_first, join_processes, on_first_process
-from ..heads import get_head
 from ..models.body import check_arch
 from ..registry import BadInput
 from .jobs import check_jobs, how_many
@@ -31,7 +30,7 @@ from .spec import NewerVersion, Spec
 from .store import CHECKPOINT, Result, earlier_data, load_run
 from .train import run
 from .workers import Workers
-from ..tasks import TASKS
+from ..tasks import TASKS, find_head
 
 # %% ../../nbs/545_runs.sweep.ipynb #3e799009
 def _shown(name, value): return f'{name} {value:.1%}' if 0 <= value <= 1 else f'{name} {value:.4g}'
@@ -44,7 +43,8 @@ def _ended(r):
 def _titles(specs):
     "The head of each run, with what tells it from others of that head beside the seed."
     heads, out = {}, {}
-    for s in specs: heads.setdefault(s.head, {})[s] = dict(s.options) | decided(s.recipe)
+    def began(s): return dict(start=s.start.name or 'none') if TASKS[s.task].head else {}   # which are compared
+    for s in specs: heads.setdefault(s.head, {})[s] = began(s) | dict(s.options) | decided(s.recipe)
     for head, its in heads.items():
         common = set.intersection(*({(k, repr(v)) for k, v in values.items()} for values in its.values()))
         for s, values in its.items():
@@ -168,7 +168,7 @@ def _unknown(tell, specs):
     "In a worker: what it lacks to make runs, such as a head that a script has put into a table; '' for nothing."
     try:
         for s in specs:   # a recipe checks its names when it is made
-            s.loaded(), TASKS.check(s.task), get_head(s.head), check_arch(s.arch), replace(s.recipe)
+            s.loaded(), TASKS.check(s.task), find_head(s.head), check_arch(s.arch), replace(s.recipe)
             if not s.data.fingerprint: DATASETS.check(s.data.path)
     except BadInput as e: return str(e)
     return ''

@@ -28,6 +28,7 @@ from ..data.listing import Listing, digests, fingerprint, read_digests
 from ..data.pictures import find_pictures, labelled_dls
 from ..distributed import is_first
 from ..frozen import MapLoader, MapSet, kept_maps
+from ..registry import BadInput
 from .store import Result, load_run, read_about
 from .train import open_run
 from ..tasks import TASKS, count_classes
@@ -123,8 +124,12 @@ def find_tests(
     data: str | Path, # Name or path of a data set
     skip_broken: bool = False, # Leave broken pictures out instead of stopping
     cache: Path | str | None = None, # As for `find_pictures`
+    task: str = 'classify', # Name in `TASKS`: some say nothing of a picture as a whole
 ) -> Listing: # Its second part are the test pictures
     "The test pictures of a data set, checked, in the place of those that validate."
+    if not TASKS[task].say:
+        raise BadInput(f"test: the task {task} has no one answer to a picture. Leave --test out; attnpool evaluate RUN "
+                       "DATA asks a run about other pictures.")
     whole = find_pictures(data, cache=cache, tests=True)
     return without_broken(whole, check_pictures(whole, cache), skip_broken)[0]
 

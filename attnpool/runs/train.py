@@ -140,6 +140,13 @@ def _check(learn, spec):
 def _finite(values): return {k: v for k, v in values.items() if np.isfinite(v)}
 def _redrawn(spec, dls): return spec.split == 'seed' and dls.listing.drawn
 
+def _began(spec, device):
+    "The run of another task that this one began from; None where it is not at hand, or runs code that nobody typed."
+    try:
+        if not spec.start.path or load_run(spec.start.path).spec.task == spec.task: return None
+        return open_run(spec.start.path, device, with_data=False)
+    except (BadInput, OSError): return None   # a file of weights is no run
+
 def _make(spec, folder, device, on_epoch, on_maps, checkpoint_seconds, on_checkpoint):
     "Make a run, with the other processes of a launcher if there are any."
     checkpoint = Checkpoint(folder, spec, device, checkpoint_seconds, on_checkpoint)
@@ -182,7 +189,8 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', trained=Non
     if log.rows: log.write()   # the disk may have been full
     dls, task, good, seconds = learn.dls, TASKS[spec.task], log.diverged is None, time.perf_counter() - start
     n, bs = len(dls.train_ds), trained.dls.train.bs if trained else spec.recipe.bs   # whole batches train
-    seen, classes = write_looks(learn, task, folder, trained) if good else ({}, None)
+    steps = spec.recipe.steps // spec.recipe.epochs if spec.recipe.steps else n // bs   # in an epoch
+    seen, classes = write_looks(learn, task, folder, trained, _began(spec, str(dls.device))) if good else ({}, None)
     if doubles is None: doubles = doubles_in(dls)
     write_about(dls, spec, folder)
     write_weights(learn.model, folder, body, spec, dls)
@@ -193,7 +201,7 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', trained=Non
         spec, status, _finite(last) | seen, task.primary, sizes, diverged_epoch=log.diverged,
         parameters=sum(p.numel() for p in learn.model.parameters()), pictures=[n, len(dls.valid_ds)],
         seconds_per_epoch=round(median('seconds'), 3) if log.rows else None,
-        images_per_second=round(n // bs * bs / median('train_seconds'), 1) if log.rows else None,
+        images_per_second=round(steps * bs / median('train_seconds'), 1) if log.rows else None,
         redrawn=_redrawn(spec, dls), run_seconds=round(seconds, 3), doubles=doubles, classes=classes,
         **found, **circumstances(device)), folder)
 
