@@ -251,10 +251,13 @@ ACTIONS = """(async () => {
     copy.drawImage(canvas, 0, 0);
     return [...copy.getImageData(0, 0, canvas.width, canvas.height).data];
   };
-  for (let i = 0; i < 300 && canvas.width === 300; i++) {   // not drawn yet: the browser's time runs ahead of its frames where nothing works
-    for (let real = 0; real < 2e7; real++);
-    await new Promise(done => setTimeout(done, 10));
-  }
+  const until = async right => {   // the browser's time runs ahead of its frames and events where nothing works
+    for (let i = 0; i < 300 && !right(); i++) {
+      for (let real = 0; real < 2e7; real++);
+      await new Promise(done => setTimeout(done, 10));
+    }
+  };
+  await until(() => canvas.width !== 300);   // drawn
   told.smooth = canvas.width; press('c'); told.cells = [canvas.width, canvas.height, pixels()];
   told.off = [press('m'), root.classList.contains('off'), press('m'), root.classList.contains('off')];
   press('-'); told.strength = root.style.getPropertyValue('--strength');
@@ -271,7 +274,7 @@ ACTIONS = """(async () => {
   told.value = document.querySelector('.value').textContent;
   document.querySelector('.stage').click(); told.large = [document.querySelector('dialog.large').open, all('dialog .card').length];
   press('ArrowRight'); told.turned = document.querySelector('dialog .card').dataset.index;
-  document.querySelector('dialog.large').close(); await new Promise(done => setTimeout(done, 200));
+  document.querySelector('dialog.large').close(); await until(() => all('.cards .card').length === 3);   // put back
   told.cards = all('.cards .card').length;
   press('2'); told.alone = all('.column').map(c => c.hidden); press('0'); told.together = all('.column').map(c => c.hidden);
   press('?'); told.keys = document.querySelector('dialog.keys').open; document.querySelector('dialog.keys').close();
