@@ -7,6 +7,7 @@ __all__ = ['processes', 'is_first', 'join_processes', 'on_first_process', 'shard
            'scale_up']
 
 # %% ../nbs/460_distributed.ipynb #ca70c540
+import atexit
 import os
 import warnings
 from contextlib import contextmanager
@@ -36,6 +37,10 @@ def is_first() -> bool:
     "Whether this process is the one that writes and shows."
     return rank_distrib() == 0
 
+def _leave():
+    "Before Python ends, which now and then aborts while the threads of a group are still there."
+    if dist.is_initialized(): dist.destroy_process_group()
+
 def join_processes(
     device: str | torch.device | None = None, # Where to train; None for the GPU where there is one
 ) -> torch.device: # This process's own: on GPUs, the one with its number
@@ -52,7 +57,9 @@ def join_processes(
                            "Start as many processes as GPUs, or use --device cpu.")
         device = torch.device('cuda', here)
         torch.cuda.set_device(device)
-    if not dist.is_initialized(): dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+    if not dist.is_initialized():
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+        atexit.register(_leave)
     return device
 
 def on_first_process(

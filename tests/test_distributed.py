@@ -33,8 +33,10 @@ ROOT = Path(__file__).parent.parent
 
 def torchrun(*command, n=2, extra=None, **kwargs):
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | (extra or {})
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *map(str, command)],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *map(str, command)],
                           capture_output=True, text=True, env=env, timeout=300, **kwargs)
+    if done.returncode: print(done.stdout, done.stderr)   # whole, beside a test that fails: the first error is not the last
+    return done
 
 
 @given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 5), st.booleans())
