@@ -18,13 +18,13 @@ from typing import Callable, Sequence
 
 import numpy as np
 import torch
-from fastai.data.all import DataLoader, DataLoaders, Pipeline, fastai_path, no_random, noop
+from fastai.data.all import DataLoader, DataLoaders, Pipeline, no_random, noop
 from fastai.vision.all import Callback, Learner, progress_bar
 from filelock import FileLock
 from torch import Tensor, nn
 
 from .data.augment import AUGMENTS
-from .data.cache import made_once
+from .data.cache import fastai_folder, made_once
 from .data.listing import digests
 from .data.reader import READER
 from .layers import evaluating
@@ -129,7 +129,7 @@ def kept_maps(
     progress: Callable | None = None, # Called with the numbers of maps that are done and of all; None for a bar
 ) -> np.ndarray: # `(n, h, w, c)`, float16 or float32, memory-mapped: of all pictures of `dls`, training pictures first
     "The maps of a body that stands still: read from the disk, or computed now, once."
-    home = fastai_path('data')/'attnpool' if cache is None else Path(cache)
+    home = fastai_folder()/'attnpool' if cache is None else Path(cache)
     dest = home/f'maps-{_key(dls, body, view)}'
     def make(folder):
         with evaluating(body):

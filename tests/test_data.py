@@ -29,7 +29,7 @@ from PIL import Image
 
 from attnpool.data import describe, get_dls, identify, loading_rate
 from attnpool.data.augment import AUGMENTS, STATS, augment_name
-from attnpool.data.cache import made_once, unpack, write_file
+from attnpool.data.cache import fastai_folder, made_once, unpack, write_file
 from attnpool.data.check import check_pictures, make_pixels, open_picture, PixelFile
 from attnpool.data.digits import cluttered_digits, digits_dls
 from attnpool.data.listing import (
@@ -959,6 +959,19 @@ def test_a_file_is_replaced_whole_or_not_at_all(monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="power"): write_file("a.txt", "three")
     assert Path("a.txt").read_text() == "two"
+
+
+def test_a_config_of_fastais_that_another_process_is_just_writing(home, monkeypatch):
+    monkeypatch.setenv("FASTAI_HOME", str(home / "new"))
+    (home / "new").mkdir(parents=True)
+    (config := home / "new" / "config.ini").touch()   # opened, and nothing written yet
+    fastai_cfg.cache_clear()
+    writer = subprocess.Popen([sys.executable, "-c", "import sys, time; time.sleep(.3); open(sys.argv[1], 'w').write('[DEFAULT]\\ndata = there\\n')", str(config)])
+    assert fastai_folder() == home / "new" / "there" and writer.wait() == 0
+    with pytest.raises(BadInput, match="^cache: .*config.ini names no folder for archive. Delete that file"): fastai_folder("archive")
+    config.unlink()
+    fastai_cfg.cache_clear()
+    assert fastai_folder("archive") == home / "new" / "archive" and "data = data" in config.read_text()
 
 
 def test_the_file_of_made_once_is_named_only_when_it_is_whole(home):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_ROOM', 'NO_RIGHT', 'PIECE', 'write_file', 'printable', 'first_few', 'near_path', 'check_writable', 'made_once',
-           'short_name', 'cache_path', 'digest_of', 'is_zip', 'unpack']
+           'short_name', 'fastai_folder', 'cache_path', 'digest_of', 'is_zip', 'unpack']
 
 # %% ../../nbs/280_data.cache.ipynb #d26f38a1
 import gzip
@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import tarfile
+import time
 import zipfile
 import zlib
 from difflib import get_close_matches
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
 import numpy as np
-from fastai.data.all import fastai_path
+from fastai.data.external import fastai_cfg
 from filelock import FileLock
 
 from ..registry import BadInput
@@ -126,6 +127,17 @@ def short_name(
     name = re.sub(r'(\.tar)?(\.\w{2,3})?$', '', path.name) if path.is_file() else path.resolve().name
     return printable(name)   # weights cannot be read from a folder with another
 
+def fastai_folder(
+    kind: str = 'data', # 'data' or 'archive'
+) -> Path: # In `FASTAI_HOME`, ~/.fastai where that is not set
+    "The folder that fastai's config names. Where another process is just writing the config, it is read again."
+    for wait in (.01, .1, 1., 0):
+        if (path := fastai_cfg().path(kind)) is not None: return path
+        fastai_cfg.cache_clear()
+        time.sleep(wait)
+    raise BadInput(f"cache: {fastai_cfg().config_file} names no folder for {kind}. Delete that file; fastai writes it "
+                   "anew.")
+
 def cache_path(
     cache: Path | str | None, # Folder of the cache; None for `attnpool` in fastai's data folder
     name: str, # How the last part of the path begins
@@ -144,7 +156,7 @@ def cache_path(
     for i, (file, about, twin) in enumerate(zip(files, stamps, twins)):   # the inode tells whether twins have swapped
         key.update(f"{', ' * (i > 0)}{(file, *about[:4 if twin else 3].tolist())}".encode())
     key.update(f"]{''.join(f', {o!r}' for o in more) or ','})".encode())
-    return (fastai_path('data')/'attnpool' if cache is None else Path(cache))/f'{name}-{key.hexdigest()[:10]}'
+    return (fastai_folder()/'attnpool' if cache is None else Path(cache))/f'{name}-{key.hexdigest()[:10]}'
 
 # %% ../../nbs/280_data.cache.ipynb #247dd07b
 PIECE = 16 * 2**10   # bytes

@@ -13,12 +13,12 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image
-from fastai.data.all import URLs, fastai_path
+from fastai.data.all import URLs
 from fastai.vision.all import untar_data
 from scipy.io import loadmat
 from torchvision import datasets
 
-from .cache import NO_ROOM, cache_path, made_once
+from .cache import NO_ROOM, cache_path, fastai_folder, made_once
 from .listing import Listing, first_few
 from .reader import in_threads
 from ..registry import BadInput
@@ -210,7 +210,7 @@ def list_official(
 def _downloaded(name, source, tmp):
     "Download into an empty folder, and say which folder in it holds the data."
     if source.url:
-        archives = Path(fastai_path('archive'))
+        archives = fastai_folder('archive')
         try: return untar_data(source.url, archive=archives, data=tmp/'data', base=tmp)   # its own config stays
         except Exception: (archives/f'{Path(source.url).name}.part').unlink(missing_ok=True); raise
     getattr(datasets, source.torchvision)(tmp, download=True)
@@ -222,7 +222,7 @@ def fetch(
     name: str # Name in `SOURCES`
 ) -> Path:
     "The folder of a known data set: there already, or downloaded."
-    source, home = SOURCES[name], Path(fastai_path('data'))
+    source, home = SOURCES[name], fastai_folder()
     for folder in (home/source.folder,) if source.url else (home/name, home/source.folder):
         if folder.exists() and (not source.layouts or (official_layout(folder) or ('',))[0] == name): return folder
     if name not in TRANSFER and not source.url:
