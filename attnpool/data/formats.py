@@ -57,13 +57,14 @@ def read_coco(
     reading: Reading, # To read into; with `corners=False`
     root: Path, # Folder of the data
     file: str, # JSON below it
-    folder: str, # Folder of its pictures below it, as 'train2017/', or ''
+    place: Callable[[list[str]], str], # From some names of pictures to their folder below it, as 'train2017/', or ''
     part: str = '', # As in `Annotated`
 ) -> list[str]: # Names of the classes in the order of their numbers
     "The pictures and objects of a JSON of COCO's format."
     said = _json(root/file)
     try:
         (names, notes), known, ids = _categories(root/file, said['categories']), {}, set()
+        folder = place([im['file_name'] for im in said['images'][:1000]])
         for im in said['images']:
             name = folder + im['file_name'].replace('\\', '/')
             size = (_side(im.get('height')), _side(im.get('width')))

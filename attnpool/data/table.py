@@ -24,7 +24,7 @@ _ROLES = dict(   # the second column is that of fastai's tables
 def read_cells(
     file: Path, # CSV in UTF-8, its cells separated by commas, semicolons or tabs
     expected: str = 'a header path,label and one row per picture', # In words
-) -> tuple[list[str], list[dict]]: # Names of the columns as they stand there; and rows by small names, with their `line`
+) -> tuple[list[str], list[dict]]: # Names of the columns as they stand there; rows by small names, with their `line`
     "The cells of a table, each of which has a column."
     at = 1
     try:
