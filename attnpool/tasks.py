@@ -244,7 +244,7 @@ def _check_segment(spec):
     if spec.eval_sizes:
         raise BadInput(f"eval_sizes: masks are validated on whole pictures, got {spec.eval_sizes}. Leave it out; "
                        "attnpool evaluate RUN --ratios .5,1,1.5 asks at several scales.")
-    augment_name(spec.recipe.augment, spec.data.family, masks=True)
+    augment_name(spec.recipe.augment, spec.data.family, 'masks')
 
 TASKS['segment'] = Task(_masks, _segmenter, dense_loss, dense_metrics, DENSE_METRICS[0], look_at_segments, None,
                         'segment-small', 'upernet', empty_dense_dls, _check_segment)

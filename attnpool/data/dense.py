@@ -178,7 +178,7 @@ def dense_dls(
         return DATASETS[data](size=size, bs=bs, device=device, augment=augment, stats=stats)
     whole = find_pictures(data, valid_pct, split_seed, cache)
     check_kind(whole, masks=True)
-    name = augment_name(augment, whole.family, masks=True)
+    name = augment_name(augment, whole.family, 'masks')
     whole.tell()
     check = check_pictures(whole, cache, every=True)
     whole, good = without_broken_masks(check_masks(whole, check, cache), skip_broken)
@@ -206,7 +206,7 @@ def empty_dense_dls(
 ) -> DataLoaders: # For `dls.test_dl`
     "`DataLoaders` that hold no pictures and prepare others as `dense_dls` does in validation. See `dls.about`."
     sides(size)
-    about = dict(size=size, vocab=list(vocab), mean=list(mean), std=list(std), augment=augment_name(augment, '', True))
+    about = dict(size=size, vocab=list(vocab), mean=list(mean), std=list(std), augment=augment_name(augment, '', 'masks'))
     black = [np.zeros((8, 8, 3), np.uint8)] * 2   # for fastai, which looks at the type of a first picture
     load = AUGMENTS[augment].load(min(sides(size)))
     dsets = _datasets(ReadPicture(load, pixels=black), ReadMask(vocab, load, labels=[b[..., 0] for b in black]), 2, 1)
@@ -254,7 +254,7 @@ def made_dls(
         squares = np.stack([((im.reshape(-1, 3) / 255)**2).mean(0) for im in images[:n_train]]).mean(0)
         stats = levels.mean(0), np.sqrt(squares - levels.mean(0)**2)
     mean, std = (np.round(np.asarray(values, float), 4).tolist() for values in stats)
-    about = dict(size=size, vocab=list(vocab), mean=mean, std=std, augment=augment_name(augment, family, masks=True))
+    about = dict(size=size, vocab=list(vocab), mean=mean, std=std, augment=augment_name(augment, family, 'masks'))
     bs = _batch_size(bs, n_train)
     dsets = _datasets(ReadPicture(None, pixels=images), ReadMask(vocab, labels=masks), len(images), n_train)
     dls = _loaders(dsets, about, bs, 2 * bs, device, 0)
