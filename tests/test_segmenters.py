@@ -329,7 +329,7 @@ def test_a_batch_of_one_segmentation_says_what_to_do():
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(n_classes=0), "at least 1"), (dict(n_classes=256), f"^n_classes: labels are 0 to 254, and {IGNORED} is"), (dict(pyramid="fpn"), "^pyramid: expected auto, column, resize, stages, got 'fpn'"),
+    (dict(n_classes=0), "at least 1"), (dict(n_classes=256), f"^n_classes: labels are 0 to 254, and {IGNORED} is"), (dict(pyramid="fpn"), "^pyramid: expected auto, column, conv, resize, stages, got 'fpn'"),
     (dict(blocks=(1, 2)), "^blocks: expected 4 blocks .* numbers from 0 to 5, got"), (dict(blocks=(0, 1, 2, 6)), "^blocks: "), (dict(blocks=(0, 1, 2, 3), pyramid="stages"), "^blocks: they are for"),
     (dict(channels=0), "^channels: "), (dict(dropout=1.5), "^dropout: "), (dict(arch="resnet19"), "^arch: 'resnet19' is unknown"), (dict(start="nowhere.pth"), "^start: there is no file"),
 ])
