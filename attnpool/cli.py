@@ -275,6 +275,7 @@ def data(
     out: Annotated[Path | None, typer.Option(help='PNG of a training batch.  [default: NAME.png]', **_FILE)] = None,
     size: Annotated[int, typer.Option(help='Side of the pictures in it, in pixels.', min=1)] = 128,
     check: Annotated[str | None, typer.Option(help=_CHECK, metavar='all')] = None,
+    task: Annotated[str, typer.Option(help='What it is for, where it has masks and boxes: `TASKS`.')] = '',
 ):
     """Describe and check a data set.
 
@@ -288,10 +289,13 @@ def data(
     """
     from attnpool.data import describe
     from attnpool.data.check import every_picture
+    from attnpool.data.find import KINDS
     from attnpool.data.pictures import data_name
+    from attnpool.tasks import TASKS
+    kind = next(k for k, its in KINDS.items() if its == TASKS.check(task)) if task else ''
     out = out or Path(f'{data_name(data)}.png')
     check_out(out, [data])
-    typer.echo(describe(data, out, size, every=every_picture(check)).text)
+    typer.echo(describe(data, out, size, every=every_picture(check), kind=kind).text)
 
 # %% ../nbs/700_cli.ipynb #bf6bdb08
 app.command(short_help='See where a trained network looks: a page of pictures and maps, or measures.')(maps)

@@ -89,7 +89,8 @@ def _remarks(table, used, boxes, cut, listing):
     never = [table.vocab[k - 1] for k in sorted(tests - trains)]
     if len(over): yield (f'{len(over):,} of {len(used):,} boxes reach beyond their picture, by up to {by.max():.3g} '
                          f'pixels, and are cut: {first_few(map(names, over), 2)}')
-    if len(thin): yield f'boxes of a pixel or less across or down, which are kept: {first_few(map(names, thin), 2)}'
+    if len(thin): yield (f'{len(thin):,} boxes have a pixel or less across or down, and are kept: '
+                         f'{first_few(map(names, thin), 2)}')
     if n := int(table.crowds[used].sum()): yield f'{n:,} objects are crowds or difficult; they do not train'
     if never: yield f'classes that validate and never train: {first_few(never)}'
 

@@ -90,12 +90,14 @@ def find_pictures(
     return replace(listing, name=name).checked('test' if tests else 'validation')
 
 # %% ../../nbs/365_data.find.ipynb #e49e5693
-KINDS = dict(classes='classification', masks='segmentation', boxes='detection')   # of data, and what each is for
-_TASKS = dict(classes=('classify', 'picture_dls'), masks=('segment', 'dense_dls'), boxes=('detect', 'objects_dls'))
+KINDS = dict(classes='classify', masks='segment', boxes='detect')   # of data, and the task that each is for
+_WORDS = dict(classes=('classification', 'picture_dls'), masks=('segmentation', 'dense_dls'),
+              boxes=('detection', 'objects_dls'))
 
 def _told(kinds):
     "What to type for data of these kinds."
-    said = [f"for {KINDS[k]} type --task {_TASKS[k][0]} (in Python task={_TASKS[k][0]!r}, or {_TASKS[k][1]})" for k in kinds]
+    def one(what, dls, task): return f"for {what} type --task {task} (in Python task={task!r}, or {dls})"
+    said = [one(*_WORDS[k], KINDS[k]) for k in kinds]
     return ', '.join(said).capitalize().replace('python', 'Python') + '.' if said else ''
 
 def _missing(name, kind, *there):

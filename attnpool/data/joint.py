@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PADDED', 'LONGEST', 'sides', 'kept_size', 'KeepShape', 'MixedCrop', 'PadTo', 'LightAndColour', 'blank_padding',
-           'Joint', 'joint', 'RangeCrop', 'JointObjects', 'training_objects', 'joint_objects']
+           'Joint', 'joint', 'ShorterSide', 'RangeCrop', 'JointObjects', 'training_objects', 'joint_objects']
 
 # %% ../../nbs/345_data.joint.ipynb #e16bf96f
 from typing import Any, Callable, Sequence
@@ -172,6 +172,31 @@ def joint(
 # %% ../../nbs/345_data.joint.ipynb #d3450002
 LONGEST = 1333 / 800   # longer side at most, over `size`
 
+class ShorterSide(v2.Transform):
+    "Resize so that the shorter side is one of several, drawn by chance. Masks do not move by half a pixel."
+    def __init__(self,
+        sizes: Sequence[int], # Of the shorter side, in pixels
+        longest: int, # Longer side at most, in pixels
+    ):
+        super().__init__()
+        self.sizes, self.longest = sizes, longest
+
+    def make_params(self,
+        flat_inputs: list[Any], # The parts of a sample: picture, boxes, masks
+    ) -> dict[str, Any]:
+        "Called by torchvision for each sample: the size to resize to."
+        side = self.sizes[int(torch.randint(len(self.sizes), ()))]
+        return dict(size=[*kept_size(F.get_size(flat_inputs[0]), side, self.longest / side)])
+
+    def transform(self,
+        inpt: Any, # One part of a sample
+        params: dict[str, Any], # From `make_params`
+    ) -> Any:
+        "Called by torchvision for each part of a sample."
+        if [*F.get_size(inpt)] == params['size']: return inpt
+        if not isinstance(inpt, tv_tensors.Mask): return F.resize(inpt, **params)
+        return tv_tensors.Mask(F.resize(inpt.as_subclass(Tensor), params['size'], v2.InterpolationMode.NEAREST_EXACT))
+
 class RangeCrop(v2.Transform):
     "A crop whose height and width are drawn from a range; or all of what is smaller."
     def __init__(self,
@@ -239,7 +264,7 @@ def joint_objects(
     flip: float = 0., # Share of the pictures that are flipped, left to right
 ) -> list: # For the samples of a `DataLoader`
     "Training and validation for pictures with objects."
-    def resize(shares): return v2.RandomShortestSize([round(size * k) for k in shares], round(size * LONGEST))
+    def resize(shares): return ShorterSide([round(size * k) for k in shares], round(size * LONGEST))
     cut = v2.RandomApply([resize(before), RangeCrop(*(round(size * k) for k in crop))]) if before else None
     train = [v2.RandomHorizontalFlip(flip)] * bool(flip) + [cut] * bool(before) + [resize(shorter)]
     return [JointObjects(v2.Compose(train), 0), JointObjects(None, 1)]
