@@ -357,7 +357,7 @@ def test_the_command_counts_segmenters(tmp_path, capsys):
     code, out, _ = call("segment", "--networks", "patchconvnet_tiny", "--sizes", "64,96")
     table = pd.read_csv(tmp_path / "c.csv", index_col="network")
     assert code == 0 and "A training step of two pictures" in out and (table.loc["patchconvnet_tiny", ["Mparams", "step GB 64", "step GB 96"]] > 0).all()
-    for words, error in ((("segmnt",), "--task: expected classify or segment"), (("segment", "--speed"), "--speed: "),
+    for words, error in ((("segmnt",), "--task: expected classify, segment or detect"), (("segment", "--speed"), "--speed: "),
                          (("segment", "--networks", "resnet19"), "arch: 'resnet19' is unknown")):
         code, _, err = call(*words)
         assert code == 2 and error in err, err

@@ -48,7 +48,7 @@ def get_dls(
 ) -> DataLoaders: # With `family`; pictures on a disk with `listing`, digits with `boxes`
     "`DataLoaders` by name or path."
     data_name(data)
-    if data in MASKED: check_kind(data, masks=False)
+    if data in MASKED: check_kind(data, 'classes')
     make = partial(picture_dls, data) if is_path(data) else DATASETS[data]
     own = augment is True or augment == 'own'
     return make(size=size, bs=bs, device=device, **kwargs, **({} if own else {'augment': augment}))

@@ -174,10 +174,10 @@ def dense_dls(
     "`DataLoaders` of pictures and masks, all checked first."
     crop = sides(size)
     if data_name(data) in DATASETS and not is_path(data):
-        check_kind(data, masks=True)
+        check_kind(data, 'masks')
         return DATASETS[data](size=size, bs=bs, device=device, augment=augment, stats=stats)
     whole = find_pictures(data, valid_pct, split_seed, cache)
-    check_kind(whole, masks=True)
+    check_kind(whole, 'masks')
     name = augment_name(augment, whole.family, 'masks')
     whole.tell()
     check = check_pictures(whole, cache, every=True)
@@ -206,7 +206,8 @@ def empty_dense_dls(
 ) -> DataLoaders: # For `dls.test_dl`
     "`DataLoaders` that hold no pictures and prepare others as `dense_dls` does in validation. See `dls.about`."
     sides(size)
-    about = dict(size=size, vocab=list(vocab), mean=list(mean), std=list(std), augment=augment_name(augment, '', 'masks'))
+    name = augment_name(augment, '', 'masks')
+    about = dict(size=size, vocab=list(vocab), mean=list(mean), std=list(std), augment=name)
     black = [np.zeros((8, 8, 3), np.uint8)] * 2   # for fastai, which looks at the type of a first picture
     load = AUGMENTS[augment].load(min(sides(size)))
     dsets = _datasets(ReadPicture(load, pixels=black), ReadMask(vocab, load, labels=[b[..., 0] for b in black]), 2, 1)
@@ -221,7 +222,7 @@ def labelled_dense_dls(
     cache: Path | str | None = None, # Where the check is kept; None for `attnpool` in fastai's data folder
 ) -> DataLoaders: # With `listing`
     "The pictures of another listing with their masks, checked; the classes are found by their names."
-    check_kind(listing, masks=True)
+    check_kind(listing, 'masks')
     check = check_pictures(listing, cache, every=True)
     listing, good = without_broken_masks(check_masks(listing, check, cache), skip_broken)
     if other := set(listing.vocab) - {*dls.vocab}:

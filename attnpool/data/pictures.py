@@ -143,7 +143,7 @@ def picture_dls(
     if not 8 <= size <= 2048: raise BadInput(f"size: expected 8 to 2048 pixels, got {size}. 128 and 224 are usual.")
     augment_name(augment)
     whole = find_pictures(data, valid_pct, split_seed, cache)
-    check_kind(whole, masks=False)
+    check_kind(whole, 'classes')
     whole.tell()
     check, name = check_pictures(whole, cache), augment_name(augment, whole.family)
     least = AUGMENTS[name].load(size)

@@ -164,7 +164,7 @@ def _ask(result, part, device):
         labels = torch.tensor([int(y) for y in dls.valid_ds.tls[1]])
         dl = MapLoader(MapSet([maps], np.arange(1, len(maps)), labels, list(dls.vocab)), bs=dl.bs)
         model, loss = nn.Sequential(nn.Identity(), head), learn.loss_func
-        learn = Learner(DataLoaders(dl, dl, device=dls.device), model, loss, metrics=task.metrics())
+        learn = Learner(DataLoaders(dl, dl, device=dls.device), model, loss, metrics=task.metrics(dls))
     return task.say(learn, dl, part.files[1:])
 
 def ask_tests(
