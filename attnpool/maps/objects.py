@@ -279,20 +279,22 @@ def objects_page(
     pixels: int = 640, # Width to which larger pictures are reduced in the page
     score: float = .5, # What is less sure is neither in picture and table, nor in the page before one asks; 0 to 1
     on_picture: Callable[[str], None] = lambda name: None, # Hears the name of each before it
-) -> tuple[Path, Path, Path, int]: # The page, the picture, the table, and how many objects stand in it
+) -> tuple[Path, Path, Path, list]: # The page, the picture, the table; and of each photo its name and how many objects
     "A page of photos and what a network finds in them, a picture of it, and a table."
     path, learners = Path(path), learn if isinstance(learn, dict) else {'': learn}
     if not path.parent.is_dir(): raise FileNotFoundError(f"path: there is no folder {path.parent}.")
     if path.is_file() and is_picture(path): raise BadInput(f"path: {path} is a picture. Give the page another name.")
     if pixels < 32: raise BadInput(f"pixels: expected a width of at least 32, got {pixels}.")
     if not 0 <= score <= 1: raise BadInput(f"score: expected 0 to 1, got {score:g}. The default is .5.")
-    looks, rows = [], []
+    looks, rows, counts = [], [], []
     for name, one in learners.items():
         vocab, found = [*map(str, one.dls.vocab)], []
         for its in detect_pictures(one, files, n):
             on_picture(f'{name} {its.name}'.strip())
             found.append((*_reduced(its, pixels), its.name))
-            rows += [({'network': name} if len(learners) > 1 else {}) | row for row in _rows(its, vocab, score)]
+            added = [({'network': name} if len(learners) > 1 else {}) | row for row in _rows(its, vocab, score)]
+            rows += added
+            counts.append((f'{name} {its.name}'.strip() or f'picture {len(found)}', len(added)))
         shown, said, truth, names = map(list, zip(*found))
         looks.append(Finds(vocab, shown, names, said, truth if truth[0] is not None else None, name))
     title = f"What the network{'s find' if len(looks) > 1 else ' finds'}"
@@ -305,4 +307,4 @@ def objects_page(
     write_file(table, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode(errors='backslashreplace'))
     write_file(picture, _picture(looks[0], score))
     write_file(path, page)
-    return path, picture, table, len(rows)
+    return path, picture, table, counts

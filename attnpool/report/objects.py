@@ -21,11 +21,12 @@ from ..runs.store import Result
 # %% ../../nbs/627_report.objects.ipynb #g6270006
 KINDS = dict(box='boxes', mask='masks')
 _PARTS = dict(ap='AP', ap50='AP50', ap75='AP75', ap_small='small', ap_medium='medium', ap_large='large')
-_ENDS = dict(floor='(floor: a box of each class at the mean place)', ceiling='(ceiling: the truth at the resolution of the masks)')
+_ENDS = dict(floor='(floor: a box of each class at the mean place)',
+             ceiling='(ceiling: the truth at the resolution of the masks)')
 
 def precisions(
     results: Sequence[Result], # Of one setting
-) -> pd.DataFrame: # As text, in percent: a row for each row of the report and for boxes and masks, then what bounds them
+) -> pd.DataFrame: # As text, in percent: rows of boxes, rows of masks, after both what bounds them
     "Average precisions of boxes and of masks: means and sample standard deviations over runs."
     rows, done = [], [r for r in results if r.status == 'complete']
     for kind, word in KINDS.items():

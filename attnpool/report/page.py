@@ -173,8 +173,8 @@ def _section(name, results, table):
     "What the page shows of one setting."
     seed = min(r.spec.seed for r in results)
     rows = 'start' if results[0].spec.head in TASK_HEADS else 'head'
-    return dict(name=name, metric=_word(primary_of(table)), first=_first(primary_of(table)), seed=seed, setting=_setting(results), rows=rows,
-                **_where(results), **_of_task(results),
+    return dict(name=name, metric=_word(primary_of(table)), first=_first(primary_of(table)), seed=seed,
+                setting=_setting(results), rows=rows, **_where(results), **_of_task(results),
                 unit='split' if results[0].spec.split == 'seed' else 'seed',
                 parts=_parts(results, table), **_confused(results), worst=_worst(results),
                 fold='details' if len(by_row(results)) > 4 else 'div',

@@ -106,7 +106,8 @@ def primary_of(
 
 GUESS = '(guessing)'   # the row of who always says the commonest class
 BOUNDS = dict(   # of a primary metric, where they are known
-    miou=dict(floor='(floor: the commonest class everywhere)', ceiling='(ceiling: the truth at the resolution of the map)'),
+    miou=dict(floor='(floor: the commonest class everywhere)',
+              ceiling='(ceiling: the truth at the resolution of the map)'),
     box_ap=dict(floor='(floor: a box of each class at the mean place)'))
 
 def format_table(
