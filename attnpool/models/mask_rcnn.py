@@ -24,6 +24,7 @@ from .pyramid import Maps, Pyramid, with_pyramid
 from .regions import check_numbers, proposal_network, region_heads
 from .surgery import Network
 from .targets import check_pictures, check_sides, check_targets
+from ..registry import BadInput
 
 # %% ../../nbs/266_models.mask_rcnn.ipynb #p2660018
 @contextmanager
@@ -37,6 +38,7 @@ def _as_in_training(*parts):
         finally:
             for part in parts: part.training = False
 
+@torch.no_grad()
 def _whole_masks(masks, boxes, size, at):
     "Masks of boxes, each pasted in an empty picture."
     whole = masks.new_zeros(len(masks), 1, *size, dtype=masks.dtype if at is None else torch.bool)
@@ -63,7 +65,8 @@ class Detector(nn.Module):
         super().__init__()
         check_numbers(1, size=size, **{} if longest is None else dict(longest=longest))
         if mask_at is not None: check_numbers(0., 1., mask_at=mask_at)
-        (mean,), (std,) = check_numbers(-inf, n=0, mean=mean), check_numbers(1e-9, n=len(mean), std=std)
+        (mean,), (std,) = check_numbers(-inf, n=0, mean=mean), check_numbers(1e-9, n=0, std=std)
+        if len(mean) != len(std): raise BadInput(f"std: expected one for each of {len(mean)} channels, got {std}.")
         self.body, self.pyramid, self.mask_at = body, pyramid, mask_at
         self.fpn = FeaturePyramidNetwork(pyramid.channels, channels, LastLevelMaxPool())
         self.rpn, self.roi_heads = rpn, roi_heads
