@@ -68,10 +68,9 @@ def _written(results, out, **options):
 def _check_all(check, data):
     "Look at every picture of very many, where that is asked; what is seen is kept for those who ask later."
     from attnpool.data.check import check_pictures, every_picture
-    from attnpool.data.find import find_pictures
     from attnpool.distributed import on_first_process
     if every_picture(check) and data.fingerprint:
-        on_first_process(lambda: check_pictures(find_pictures(data.path), every=True) and None)
+        on_first_process(lambda: check_pictures(data.pictures(), every=True) and None)
 
 def _check_trained(results):
     "Status 1 where no head could be trained, and why."

@@ -56,9 +56,9 @@ def mask_rcnn(
     **kwargs # Of `build_detector`, and of the network
 ) -> Network: # As from `build_detector`
     "A detector whose heads fit its body."
-    chosen = {k: v for k, v in dict(
-        channels=channels, box_channels=box_channels, mask_layers=mask_layers, rois=rois, rpn_samples=rpn_samples,
-        before_nms=before_nms, proposals=proposals, sampling_ratio=sampling_ratio, anchors=anchors).items() if v is not None}
+    given = dict(channels=channels, box_channels=box_channels, mask_layers=mask_layers, rois=rois, anchors=anchors,
+                 rpn_samples=rpn_samples, before_nms=before_nms, proposals=proposals, sampling_ratio=sampling_ratio)
+    chosen = {k: v for k, v in given.items() if v is not None}
     make = partial(build_detector, arch, n_classes, masks=masks, pyramid=pyramid, blocks=blocks, size=size,
                    longest=longest, **kwargs)
     if left := {k: v for k, v in _SMALL.items() if k not in chosen}:
@@ -109,8 +109,7 @@ def detect_learner(
     for name in sorted(overrides.keys() & {'size', 'bs', 'augment'} - ({'bs'} if overrides.get('micro_bs') else set())):
         raise BadInput(f"{name}: the DataLoaders decide it, got {overrides[name]!r}. Make dls with it.")
     if any(isinstance(cb, ChannelsLast) for cb in L(cbs)):
-        raise BadInput("cbs: ChannelsLast turns batches of pictures of one size, got it for pictures of several. Leave it "
-                       "out.")
+        raise BadInput("cbs: ChannelsLast turns batches of pictures of one size, which these are not. Leave it out.")
     r = get_recipe(recipe, 'mask_rcnn', '', arch, **overrides)
     check_detect(r)
     if isinstance(arch, str): r.check_start(start)   # a function may load weights of its own
@@ -176,14 +175,14 @@ def _some(dl, n):
         yield image.as_subclass(Tensor), target
 
 def _shown(image, o, kept):
-    "A picture as it is shown, the label (and score) and box of each of its objects, and their masks, if there are any."
+    "A picture as it is shown, a row for each object that is kept: label, perhaps score, box; and perhaps their masks."
     step = -(-max(image.shape[1:]) // _SIDE)
     o = {k: v[kept].cpu().as_subclass(Tensor) for k, v in o.items()}
-    first = [o['labels'].float(), *([o['scores']] if 'scores' in o else [])]
-    rows = torch.cat([torch.stack(first, 1), o['boxes'] / step], 1)
-    masks = o.get('masks', torch.zeros(0))
-    masks = (masks[:, 0] > .5) & (o['scores'] >= _MASKED)[:, None, None] if 'scores' in o and 'masks' in o else masks
-    return F.avg_pool2d(image[None], step, ceil_mode=True)[0], rows, masks[:, ::step, ::step] if 'masks' in o else None
+    rows = [o['labels'].float(), *([o['scores']] if 'scores' in o else []), *(o['boxes'] / step).T]
+    masks = o.get('masks')
+    if masks is not None and 'scores' in o: masks = (masks[:, 0] > .5) & (o['scores'] >= _MASKED)[:, None, None]
+    small = F.avg_pool2d(image[None], step, ceil_mode=True)[0]
+    return small, torch.stack(rows, 1), None if masks is None else masks[:, ::step, ::step]
 
 def _packed(masks, h, w):
     "All masks in one array, a bit for each pixel."
@@ -212,7 +211,8 @@ def look_at_objects(
     images = [image for image, *_ in parts['truth']]
     h, w = (max(im.shape[i] for im in images) for i in (1, 2))
     arrays = dict(vocab=np.array(vocab, np.str_), sizes=np.array([im.shape[1:] for im in images]),
-                  images=np.zeros((len(images), h, w, 3), np.uint8), classes=class_table(its, vocab), curves=curves(its, vocab))
+                  images=np.zeros((len(images), h, w, 3), np.uint8), classes=class_table(its, vocab),
+                  curves=curves(its, vocab))
     for out, im in zip(arrays['images'], images):
         out[:im.shape[1], :im.shape[2]] = (im * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     for name, its in parts.items():

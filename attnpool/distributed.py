@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fastai.data.all import TfmdDL, to_detach
 from fastai.vision.all import (
     GatherPredsCallback, Learner, ProgressCallback, apply, default_device, is_listy, noop, num_distrib, rank_distrib,
-    set_seed)
+    patch, set_seed)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -174,18 +174,9 @@ class Distributed(PutsBack):
         self.apart = not whole and len(self.metrics) > 0 and all(hasattr(m, 'sum_up') for m in self.metrics)
         for b in self.model.buffers(): dist.broadcast(b, 0)   # running statistics of BatchNorm
 
-    def _left(self): return self.dl.n_all - self.iter * self.dl.bs * processes()
-
-    def counted(self,
-        n: int, # Pictures of this process in a batch of the validation
-    ) -> int:
-        "How many of them count: those that fill up the last batch do not."
-        return min(n, max(0, self._left() - n * rank_distrib()))
-
     def after_pred(self):
         if self.training or any(map(is_listy, self.yb)): return   # objects of pictures are cut by who reads them
-        left = self._left()
-        def whole(t): return _gather(t)[:left]
+        def whole(t): return _gather(t)[:_left(self)]
         def mine(t): return t[:self.counted(len(t))]
         f = mine if self.apart else whole
         self.learn.pred, self.learn.yb = apply(f, self.pred), apply(f, self.yb)
@@ -208,6 +199,16 @@ class Distributed(PutsBack):
         if isinstance(self.model, DistributedDataParallel): self.learn.model = self.model.module
         for parent, name, m in self.norms: setattr(parent, name, m.train(getattr(parent, name).training))
         self.norms = []
+
+# %% ../nbs/460_distributed.ipynb #c0ffee65
+def _left(cb): return cb.dl.n_all - cb.iter * cb.dl.bs * processes()   # pictures, from this batch on
+
+@patch
+def counted(self: Distributed,
+    n: int, # Pictures of this process in a batch of the validation
+) -> int:
+    "How many of them count: those that fill up the last batch do not."
+    return min(n, max(0, _left(self) - n * rank_distrib()))
 
 # %% ../nbs/460_distributed.ipynb #c0ffee63
 @contextmanager

@@ -29,8 +29,8 @@ def check_ap():
     "An error where what computes average precision is missing."
     missing = [name for name in ('torchmetrics', 'faster_coco_eval') if find_spec(name) is None]
     if missing:
-        raise BadInput(f"task: average precision needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'}"
-                       " not installed. Type pip install 'attnpool[dense]'.")
+        raise BadInput(f"task: average precision needs {' and '.join(missing)}, not installed here. Type "
+                       "pip install 'attnpool[dense]'.")
 
 def _plain(o, masks, said):
     "A picture's objects as torchmetrics has them, on the CPU."
@@ -67,8 +67,8 @@ class Objects:
         return its
 
     def add(self,
-        said: Sequence[dict], # Of each picture `boxes`, `labels`, `scores`, and `masks` `(k, 1, h, w)`, 0..1
-        truth: Sequence[dict], # Of each `boxes`, `labels`, `iscrowd`, `area`, and `masks` `(k, h, w)`
+        said: Sequence[dict], # Of each picture `boxes`, `labels`, `scores`; `masks` `(k, 1, h, w)`, 0..1
+        truth: Sequence[dict], # Of each `boxes`, `labels`, `iscrowd`, `area`; `masks` `(k, h, w)`
     ):
         "Take some pictures in."
         if self.metric is None: self.metric = self._new()
@@ -168,7 +168,7 @@ class DetectLoss(nn.Module):
     def decodes(self,   # for fastai's predict and show_results
         out: Sequence[dict], # Detections of each picture
     ) -> EachPicture:
-        "What is likelier than not: of each picture the detections with a score of at least .5, and where their masks are."
+        "Of each picture the detections with a score of at least .5, and where their masks are likelier than not."
         return EachPicture(map(_likely, out))
 
 def _likely(o):
@@ -183,7 +183,7 @@ class Detecting(Callback):
 
     def before_fit(self):
         "Let losses be weighted by pictures: fastai takes the first tensor of a target for the batch."
-        if hasattr(self.learn, 'recorder'): self.recorder.loss = PartLoss('loss')
+        if hasattr(self.learn, 'recorder'): vars(self.recorder)['loss'] = PartLoss('loss')   # unwarned of shadows
 
     def before_batch(self):
         "Targets beside the pictures, where there are any."

@@ -64,6 +64,7 @@ class Task:
     head: str = '' # The one head there is, in `TASK_HEADS`, for pictures of any size; '' where heads are compared
     empty: Callable[..., DataLoaders] = empty_dls # What a run keeps of its data, to the same without pictures
     check: Callable = lambda spec: None # Raises for what a spec asks for that has no meaning here
+    kind: str = '' # Of its data, where a folder has several, as for `find_pictures`
 
 TASKS = Registry('task')
 TASK_HEADS = Registry('head')   # of tasks that have one head: functions that build a network with it
@@ -251,7 +252,9 @@ def _check_segment(spec):
                        "attnpool evaluate RUN --ratios .5,1,1.5 asks at several scales.")
     augment_name(spec.recipe.augment, spec.data.family, 'masks')
 
-TASKS['segment'] = Task(_masks, _segmenter, dense_loss, lambda dls: dense_metrics(), DENSE_METRICS[0], look_at_segments, None,
+def _pixel_metrics(dls): return dense_metrics()
+
+TASKS['segment'] = Task(_masks, _segmenter, dense_loss, _pixel_metrics, DENSE_METRICS[0], look_at_segments, None,
                         'segment-small', 'upernet', empty_dense_dls, _check_segment)
 
 # %% ../nbs/505_tasks.ipynb #r5050006
@@ -273,6 +276,7 @@ def _check_detect(spec):
                        "out.")
     augment_name(spec.recipe.augment, spec.data.family, 'boxes')
 
-TASKS['detect'] = Task(_objects, _detector, lambda recipe: DetectLoss(), lambda dls: object_metrics(dls.about['masks']),
-                       DETECT_METRICS[0], look_at_objects, None, 'detect-small', 'mask_rcnn', empty_objects_dls,
-                       _check_detect)
+def _average_precision(dls): return object_metrics(dls.about['masks'])
+
+TASKS['detect'] = Task(_objects, _detector, lambda recipe: DetectLoss(), _average_precision, DETECT_METRICS[0],
+                       look_at_objects, None, 'detect-small', 'mask_rcnn', empty_objects_dls, _check_detect, 'boxes')

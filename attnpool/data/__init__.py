@@ -23,7 +23,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 from .augment import STATS
 from .cache import printable
 from .check import Doubles, check_pictures, doubles_of
-from .listing import OFFICIAL, digests, fingerprint
+from .listing import OFFICIAL, Listing, digests, fingerprint
 from .boxed import check_boxes
 from .boxes import BoxListing
 from .dense import dense_dls, nuclei_dls, scenes_dls
@@ -64,10 +64,16 @@ class DataId:
     family: str = field(default='', compare=False) # 'imagenette', 'digits', 'flowers102', ..., or '' for others
     fingerprint: str = '' # Of names, labels, splits, and what `identify` reads; '' where they are made, or not known
     path: str = field(default='', compare=False) # What the user typed: a name in `DATASETS`, or a path
+    kind: str = field(default='', compare=False) # Which of the things there is meant, as for `find_pictures`
+
+    def pictures(self) -> Listing: # Of data that consist of files
+        "The pictures."
+        return find_pictures(self.path, kind=self.kind)
 
 def identify(
     data: str | Path, # Name in `DATASETS`, or path of a folder, archive or CSV
     cache: Path | str | None = None, # Where archives are unpacked; None for `attnpool` in fastai's data folder
+    kind: str = '', # As for `find_pictures`: 'boxes' for detection
 ) -> DataId:
     """The identity of a data set.
 
@@ -75,10 +81,10 @@ def identify(
     20,000 or so, of the others the size alone.
     """
     name = data_name(data)
-    if not is_path(data) and data not in SOURCES: return DataId(name, MADE.get(data, ''), path=data)   # not read
-    listing = find_pictures(data, cache=cache)
+    if not is_path(data) and data not in SOURCES: return DataId(name, MADE.get(data, ''), '', data, kind)   # not read
+    listing = find_pictures(data, cache=cache, kind=kind)
     listing.tell()
-    return DataId(name, listing.family, fingerprint(digests(listing)), str(data))
+    return DataId(name, listing.family, fingerprint(digests(listing)), str(data), kind)
 
 # %% ../../nbs/390_data.ipynb #cab92d0f
 @dataclass(frozen=True)

@@ -242,8 +242,8 @@ def curves_figure(
             classes = [c for c in each.index.get_level_values(0).unique() if c != '']
             few = classes if len(tables) == 1 and len(classes) <= _MOST // 2 else []
             for k, c in enumerate(few):
-                ax.plot(100 * each[c].index, 100 * each[c], lw=1, color=class_colours(len(few))[k] / 255,
-                        ls=lines[k % 4], label=label(c))
+                ax.plot(100 * each[c].index, 100 * each[c], lw=1, color=PALETTE[k % len(PALETTE)],
+                        ls=lines[(k + k // len(PALETTE)) % 4], label=label(c))
             mean = each[''] if '' in each.index.get_level_values(0) else each.groupby('recall').mean()
             word = name if len(tables) > 1 else 'mean'
             ax.plot(100 * mean.index, 100 * mean, lw=2.5, label=label(word), ls=lines[i % 4],

@@ -138,7 +138,7 @@ def tell_tests_left(
     say: Callable, # Hears a sentence where there are some
 ):
     "Say that test pictures are left alone."
-    listing = find_pictures(data.path) if data.fingerprint and is_first() else None   # others are made, not read
+    listing = data.pictures() if data.fingerprint and is_first() else None   # others are made, not read
     for note in listing.notes if listing else ():
         if '--test' in note: say(f'{listing.name}: {note}.')
 
