@@ -289,13 +289,10 @@ def data(
     """
     from attnpool.data import describe
     from attnpool.data.check import every_picture
-    from attnpool.data.find import KINDS
     from attnpool.data.pictures import data_name
-    from attnpool.tasks import TASKS
-    kind = next(k for k, its in KINDS.items() if its == TASKS.check(task)) if task else ''
     out = out or Path(f'{data_name(data)}.png')
     check_out(out, [data])
-    typer.echo(describe(data, out, size, every=every_picture(check), kind=kind).text)
+    typer.echo(describe(data, out, size, every=every_picture(check), task=task).text)
 
 # %% ../nbs/700_cli.ipynb #bf6bdb08
 app.command(short_help='See where a trained network looks: a page of pictures and maps, or measures.')(maps)

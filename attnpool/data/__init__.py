@@ -27,7 +27,7 @@ from .listing import OFFICIAL, Listing, digests, fingerprint
 from .boxed import check_boxes
 from .boxes import BoxListing
 from .dense import dense_dls, nuclei_dls, scenes_dls
-from .find import MADE, MASKED, check_kind
+from .find import MADE, MASKED, check_kind, kind_for
 from .masked import check_masks
 from .masks import MaskListing
 from .objects import OBJECTS, objects_dls
@@ -171,10 +171,11 @@ def describe(
     split_seed: int = 0, # Of that split
     cache: Path | str | None = None, # Where unpacked pictures are kept; None for `attnpool` in fastai's data folder
     every: bool = False, # As for `check_pictures`
-    kind: str = '', # As for `find_pictures`: 'boxes' where a folder has masks too, or for scenes
+    task: str = '', # What it is for, as in `KINDS`; '' for masks, or classes, or boxes
 ) -> Description:
     "Counts per class and split, sizes, broken files, doubles, and a picture of a batch."
     name, note, lines, broken, doubles, share = data_name(data), [], [], {}, None, {}
+    kind = kind_for(task)
     if kind: check_kind(data, kind)
     if picture is not None:
         picture, known = Path(picture), FigureCanvasBase.get_supported_filetypes()

@@ -149,4 +149,8 @@ def without_broken_boxes(
     gone = [f'{len(found.pictures):,} broken pictures are left out'] * bool(found.pictures) + \
            [f'{len(found.objects):,} broken objects are left out, their pictures stay'] * bool(found.objects)
     listing = replace(listing, table=listing.table.some(found.good), notes=(*listing.notes, *gone))
-    return listing.keep(list(good)).checked(), good
+    left = listing.keep(list(good)).checked()
+    for what, numbers in (('training', left.labels[:left.n_train]), ('validation', left.labels[left.n_train:])):
+        if np.isin(left.table.owners, numbers).any(): continue
+        raise BadInput(f"data: the {what} pictures of {left.root} hold no object. Mark some of theirs.")
+    return left, good

@@ -70,8 +70,6 @@ class BoxListing(Listing):
         "An error where there is nothing to train or to validate on."
         for what, numbers in (('training', self.labels[:self.n_train]), (part, self.labels[self.n_train:])):
             if not numbers: raise BadInput(f"data: {self.root} has no {what} pictures with boxes. {BOX_LAYOUTS}")
-            if not np.isin(self.table.owners, numbers).any():
-                raise BadInput(f"data: the {what} pictures of {self.root} hold no object. Mark some of theirs.")
         return self
 
 # %% ../../nbs/327_data.boxes.ipynb #63d9ed9a
