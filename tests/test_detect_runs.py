@@ -122,15 +122,14 @@ def test_an_exported_detect_learner_finds_objects_in_a_photo(trained, photos, tm
 def test_a_detect_run_begins_from_a_classifier(trained, photos, tmp_path):
     digits = run(make_spec("digits", "avg", size=24, bs=64, epochs=1, steps=1), tmp_path, "cpu")
     had = open_run(digits.folder, "cpu", with_data=False)
-    torch.save(had.model[0].state_dict(), tmp_path/"body.pth")
+    torch.save(had.model.state_dict(), tmp_path/"body.pth")
     for start in (digits.folder, tmp_path/"body.pth"):
         spec = make_spec(photos, start=start, **TINY)
         dls = TASKS["detect"].dls(spec, 4, "cpu")
         model, _ = TASKS["detect"].model(spec, dls)
-        theirs = {v.data_ptr(): v for v in had.model[0].state_dict().values()}
+        theirs = {v.data_ptr(): v for v in had.model.state_dict().values()}
         mine = [v for k, v in model.body.state_dict().items() if v.ndim == 4]
         assert mine and all(any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values()) for v in mine)
-    assert make_spec(photos, start=digits.folder, **TINY).start.stats[0] == tuple(had.dls.about["mean"]) if hasattr(had.dls, "about") else True
 
 
 def test_detect_runs_are_evaluated_on_other_pictures(trained, photos, tmp_path, capsys):
