@@ -81,7 +81,9 @@ def box_layout(
     for kind in 'coco', 'table':
         if its := [(f, part) for f, part, k in told if k == kind]: return BoxLayout(kind, root, _one_each(its, root))
     xml = [(d, part) for d, part in [(root, ''), *roles] if any(_ends(f, '.xml') for f in (d, _inside(d, _XML)) if f)]
-    return BoxLayout('voc', root, tuple(xml)) if xml else None
+    if xml: return BoxLayout('voc', root, tuple(xml))
+    only = inner_folders(root)
+    return box_layout(only[0]) if len(only) == 1 else None   # such a folder with nothing but files in it
 
 def is_boxed(
     path: Path, # Folder or file of a data set
