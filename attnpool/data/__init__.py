@@ -118,7 +118,8 @@ def _about_files(listing, check, doubles):
     mean, std = (' '.join(f'{v:.3f}' for v in values) for values in (mean, std))
     if check.looked: lines += ['', f'Looked at: {check.looked:,} pictures of all classes; --check all looks at all']
     return [*lines, '', f'Normalised by mean {mean}, sd {std}', '',
-            f'Broken pictures{" or objects" * isinstance(listing, BoxListing)}: {len(check.broken) or "none"}', *(f'  {f}: {why}' for f, why in check.broken.items()),
+            f'Broken pictures{" or objects" * isinstance(listing, BoxListing)}: {len(check.broken) or "none"}',
+            *(f'  {f}: {why}' for f, why in check.broken.items()),
             str(doubles), f'Folder: {listing.root}']
 
 # %% ../../nbs/390_data.ipynb #d0782464
@@ -147,8 +148,9 @@ def _marked(listing, check, cache):
     if not isinstance(listing, BoxListing): return listing, check.broken, Counter(labels[:n]), Counter(labels[n:]), {}
     found = check_boxes(listing, check)
     table, vocab = found.listing.table.some(found.good), listing.vocab
-    parts = [Counter(vocab[k - 1] for k in table.labels[np.isin(table.owners, its)]) for its in (labels[:n], labels[n:])]
-    return found.listing, found.pictures | found.objects, *parts, {}
+    owned = [table.labels[np.isin(table.owners, its)] for its in (labels[:n], labels[n:])]
+    train, valid = (Counter(vocab[k - 1] for k in its) for its in owned)
+    return found.listing, found.pictures | found.objects, train, valid, {}
 
 def _about_objects(listing):
     "Lines about the sizes of objects and how many a picture has."
@@ -209,7 +211,8 @@ def describe(
     told = [f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in [*counts.items()][:_SHOWN]]
     if share: told = [f'{row}{share.get(c, 0):>9.2%}' for row, c in zip(told, classes)]
     head = [f'{name}: {n:,} training and {n_valid:,} validation pictures of {len(counts)} classes', *note, '',
-            f"{'in pictures' if share else 'objects' if boxed else 'class':<{wide}}    train  valid{'   pixels' * bool(share)}", *told]
+            f"{'in pictures' if share else 'objects' if boxed else 'class':<{wide}}    train  valid"
+            f"{'   pixels' * bool(share)}", *told]
     if len(counts) > _SHOWN: head += [f'and {len(counts) - _SHOWN:,} more classes']
     if picture is not None:
         how = {} if masked or boxed else dict(nrows=2, figsize=(12, 3.4))
