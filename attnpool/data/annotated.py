@@ -140,18 +140,23 @@ class Reading:
         vocab: Sequence[str] = (), # Names of the classes; () for those of the objects, sorted, numbers as numbers
     ) -> Annotated:
         "All of it as a table."
-        if not vocab: vocab = sorted(self.names, key=_by_number(self.names))
-        place, rows = {name: i for i, name in enumerate(vocab, 1)}, []
-        names = [*self.names]
-        for row in sorted(self.rows, key=lambda row: row[0]):   # stable
-            if (name := names[row[1]]) in place: rows.append((row[0], place[name], *row[2:]))
-            else: self.lose(row[0], row[5], f'{name!r} is no class of the {len(vocab)}: {first_few(vocab, 5)}')
-        owners, labels, boxes, crowds, areas, ids, outlines = zip(*rows) if rows else [()] * 7
-        arrays = dict(sizes=np.array(self.sizes, int).reshape(-1, 2), owners=np.array(owners, int),
-                      labels=np.array(labels, int), boxes=np.array(boxes, float).reshape(-1, 4),
-                      crowds=np.array(crowds, bool), areas=np.array(areas, float), ids=np.array(ids, int))
-        shapes = Outlines.of(outlines) if any(outlines) else None
-        return Annotated(self.files, self.parts, vocab=tuple(vocab), **arrays, outlines=shapes, word=self.word,
-                         corners=self.corners, broken=tuple(self.broken), odd=tuple(self.odd), notes=tuple(self.notes))
+        return _tabled(self, vocab or sorted(self.names, key=_by_number(self.names)))
+
+# %% ../../nbs/323_data.annotated.ipynb #1ff7fe2f
+def _tabled(reading, vocab):
+    "What was read, as a table, objects in the order of their pictures."
+    place, rows = {name: i for i, name in enumerate(vocab, 1)}, []
+    names = [*reading.names]
+    for row in sorted(reading.rows, key=lambda row: row[0]):   # stable
+        if (name := names[row[1]]) in place: rows.append((row[0], place[name], *row[2:]))
+        else: reading.lose(row[0], row[5], f'{name!r} is no class of the {len(vocab)}: {first_few(vocab, 5)}')
+    owners, labels, boxes, crowds, areas, ids, outlines = zip(*rows) if rows else [()] * 7
+    arrays = dict(sizes=np.array(reading.sizes, int).reshape(-1, 2), owners=np.array(owners, int),
+                  labels=np.array(labels, int), boxes=np.array(boxes, float).reshape(-1, 4),
+                  crowds=np.array(crowds, bool), areas=np.array(areas, float), ids=np.array(ids, int))
+    shapes = Outlines.of(outlines) if any(outlines) else None
+    return Annotated(reading.files, reading.parts, vocab=tuple(vocab), **arrays, outlines=shapes, word=reading.word,
+                     corners=reading.corners, broken=tuple(reading.broken), odd=tuple(reading.odd),
+                     notes=tuple(reading.notes))
 
 def _by_number(names): return (lambda n: (int(n), n)) if all(map(str.isdecimal, names)) else None

@@ -33,9 +33,9 @@ def _check_meaning(table, boxes, sizes, root):
     shares = (np.abs(boxes) <= 1.001).all(1) & (sizes > 2).all(1)
     def example(which): return table.name_of(int(np.flatnonzero(which)[0]))
     if shares.sum() > n / 2:
-        raise BadInput(f"data: the boxes of {root} are between 0 and 1, as shares of their pictures: {example(shares)}, "
-                       f"and {shares.sum() - 1:,} more of {n:,}. Expected pixels: multiply what is across by the width, "
-                       "what is down by the height.")
+        raise BadInput(f"data: the boxes of {root} are between 0 and 1, as shares of their pictures: "
+                       f"{example(shares)}, and {shares.sum() - 1:,} more of {n:,}. Expected pixels: multiply what is "
+                       "across by the width, what is down by the height.")
     wrong, (start, end) = _misfits(boxes, sizes), (boxes[:, :2], boxes[:, 2:])
     other = np.concatenate([start, start + end if table.corners else end - start], 1)
     if not n or wrong.sum() < max(1, _MANY * n) or _misfits(other, sizes).sum() > _MANY * wrong.sum(): return

@@ -53,6 +53,7 @@ def _outline(reading, owner, id, said, root):
     try: return outline_of(said, reading.sizes[owner])
     except BrokenOutline as e: reading.lose(owner, id, f'its outline: {e}')
 
+# %% ../../nbs/324_data.formats.ipynb #b12810d3
 def read_coco(
     reading: Reading, # To read into; with `corners=False`
     root: Path, # Folder of the data

@@ -111,6 +111,7 @@ class ObjectsDL(TfmdDL):
         fig = show_objects([im.detach().cpu() for im in pictures], said, self.vocab, truth, cell=cell)
         if figsize: fig.set_size_inches(figsize)
 
+# %% ../../nbs/387_data.objects.ipynb #fd2ca022
 class _Datasets(Datasets):
     def new_empty(self):
         "As an exported Learner keeps them: without files and objects."

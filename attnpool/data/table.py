@@ -50,6 +50,7 @@ def read_cells(
     rows = [dict.fromkeys(header, '') | dict(zip(header, values)) | dict(line=at) for at, values in found[1:]]
     return found[0][1], rows
 
+# %% ../../nbs/295_data.table.ipynb #83e44a13
 def row_roles(
     file: Path | str, # The table
     columns: Sequence[str], # Names of its columns, small
