@@ -76,6 +76,21 @@ def _told(counts, score):
     if none: say(f'{first_few(none)}: nothing that is at least {score:g} sure. A smaller --score shows more.')
     say(f'{sum(n for _, n in counts):,} objects in {len(counts) - len(none):,} of {len(counts):,} pictures')
 
+def _page(learners, out, pictures, n, pixels, top, further, score, on_picture):
+    "The page of what the networks say, and by name what lies beside it."
+    from attnpool.maps.areas import areas_page
+    from attnpool.maps.objects import objects_page
+    from attnpool.maps.page import maps_page
+    kind = _kind_of(learners, top, further, score)
+    if kind == 'pictures': return maps_page(learners, out, pictures, top, further, n, pixels), {}
+    if kind == 'pixels':
+        page, picture, masks = areas_page(learners, out, pictures, n, pixels, on_picture)
+        return page, dict(Picture=picture, Masks=masks)
+    least = .5 if score is None else score
+    page, picture, table, counts = objects_page(learners, out, pictures, n, pixels, least, on_picture)
+    if counts: _told(counts, least)
+    return page, dict(Picture=picture, Table=table)
+
 # %% ../../nbs/692_commands.maps.ipynb #726508a6
 def maps(
     models: Annotated[list[Path], typer.Argument(help=_MODELS, **FILE | dict(metavar='MODEL... [PHOTO]...'))],
@@ -119,9 +134,6 @@ def maps(
     if measure and out.name: out = out.with_suffix('.csv')
     check_out(out, [*models, *filter(None, [data, vocab])], own='head,runs,' if measure else '')
     if measure: return _measured(models, out, Console(), device=device, data=data, check=check, trust=trust)
-    from attnpool.maps.areas import areas_page
-    from attnpool.maps.objects import objects_page
-    from attnpool.maps.page import maps_page
     from attnpool.runs.open import is_model, open_model
     models, pictures = ([m for m in dict.fromkeys(models) if is_model(m) is wanted] for wanted in (True, False))
     if not models: raise BadInput(f"MODEL: {pictures[0]} is a picture or a folder of them. Name a model before it.")
@@ -134,16 +146,7 @@ def maps(
             name = getattr(learn, 'about', {}).get('name', m.name)
             learners[str(m) if name in learners else name] = learn
         status.update(f"{' and '.join(learners)}: looking")
-        kind, beside, counts = _kind_of(learners, top, further, score), {}, []
-        if kind == 'pixels':
-            page, beside['Picture'], beside['Masks'] = areas_page(learners, out, pictures or None, n, pixels,
-                                                                  status.update)
-        elif kind == 'objects':
-            least = .5 if score is None else score
-            page, beside['Picture'], beside['Table'], counts = objects_page(learners, out, pictures or None, n, pixels,
-                                                                            least, status.update)
-        else: page = maps_page(learners, out, pictures or None, top, further, n, pixels)
-    if counts: _told(counts, least)
+        page, beside = _page(learners, out, pictures or None, n, pixels, top, further, score, status.update)
     if len(learners) > 1: say(f"{len(learners)} models side by side: {', '.join(learners)}")
     if (megabytes := page.stat().st_size / 1e6) > 20:
         say(f'The page has {megabytes:.0f} MB. A smaller --pixels or fewer pictures make it open faster.')

@@ -92,7 +92,7 @@ _OBJECTS = '''<form class="objects" aria-label="Pictures and the objects in them
 {{ word }}</li>{% endfor %}</ul></div>
 <div class="cards">{% for card in cards %}
 <article class="card{{ ' tiny' if card.w < 200 }}{{ ' few' if card.parts|length < 4 }}"
- style="--photo:url({{ card.src }})"><h3>{{ card.title }}</h3>
+ style="--photo:url({{ card.src }});--shape:{{ card.w / card.h }}"><h3>{{ card.title }}</h3>
 <div class="kinds">{% for kind, word, told, items in card.parts %}
 <figure class="{{ kind }}"><div class="stage{{ ' many' if items|length > 40 }}">
 <svg viewBox="0 0 {{ card.w }} {{ card.h }}" role="img" aria-label="{{ card.title }}: {{ word }}">
@@ -292,9 +292,10 @@ def objects_page(
         for its in detect_pictures(one, files, n):
             on_picture(f'{name} {its.name}'.strip())
             found.append((*_reduced(its, pixels), its.name))
-            added = [({'network': name} if len(learners) > 1 else {}) | row for row in _rows(its, vocab, score)]
-            rows += added
-            counts.append((f'{name} {its.name}'.strip() or f'picture {len(found)}', len(added)))
+            added = [{'network': name} | row for row in _rows(its, vocab, score)]
+            rows += added or [{'network': name, 'picture': its.name}]
+            whose = f'{name}: ' if len(learners) > 1 else ''
+            counts.append((whose + (its.name or f'picture {len(found)}'), len(added)))
         shown, said, truth, names = map(list, zip(*found))
         looks.append(Finds(vocab, shown, names, said, truth if truth[0] is not None else None, name))
     title = f"What the network{'s find' if len(looks) > 1 else ' finds'}"
@@ -303,7 +304,7 @@ def objects_page(
     stems = (path.with_name(f'{path.stem}-objects' + f'-{k}' * (k > 1)) for k in count(1))
     both = ([stem.with_name(stem.name + end) for end in ('.csv', '.png')] for stem in stems)
     table, picture = next(files for files in both if not any(f.exists() for f in files))
-    columns = ['network'] * (len(learners) > 1) + ['picture', 'class', 'left', 'top', 'right', 'bottom', 'score']
+    columns = 'network picture class left top right bottom score'.split()[len(learners) == 1:]
     write_file(table, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode(errors='backslashreplace'))
     write_file(picture, _picture(looks[0], score))
     write_file(path, page)

@@ -26,7 +26,8 @@ def class_tables(
     "What became of each class, run by run."
     def read(r):
         file = r.folder and Path(r.folder)/f'{name}.csv'
-        return [pd.read_csv(file, converters={'class': str})] if file and file.is_file() else []   # a class called NA
+        how = dict(dtype={'class': str}, keep_default_na=False, na_values=[''])   # a class may be called NA
+        return [pd.read_csv(file, **how).fillna({'class': ''})] if file and file.is_file() else []
     found = {name: [t for r in rs for t in read(r)] for name, rs in by_row(results).items()}
     return {name: tables for name, tables in found.items() if tables}
 
