@@ -1,8 +1,11 @@
 "What is measured of detections, and a detector in a Learner."
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
+from attnpool.data.objects import scene_objects_dls
+from attnpool.detect import detect_learner
 from attnpool.objects import Objects, class_table, curves
 
 
@@ -122,3 +125,22 @@ def test_detect_average_precision_of_nothing():
     its.reset()
     its.add([HAND[2][1]], [HAND[2][0]])   # no object anywhere
     assert np.isnan(list(its.metrics().values())).all() and curves(its, ["a", "b"]).empty
+
+
+# A detector in a Learner
+
+def test_detect_learner_trains_shows_and_finds():
+    dls = scene_objects_dls(64, 4, n_train=8, n_valid=6)
+    learn = detect_learner(dls, epochs=1, lr=1e-3)
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    parts = [row[name] for name in row if name.startswith("loss_")]
+    assert len(parts) == 5 and row["valid_loss"] == pytest.approx(sum(parts), rel=1e-5) and all(np.isfinite([row["train_loss"], *parts]))
+    assert {name for name in row if "_ap" in name} == {f"{kind}_{part}" for kind in ("box", "mask") for part in ("ap", "ap50", "ap75")}
+    with learn.no_bar(): learn.show_results(max_n=3)   # of a loader made anew, which knows the names too
+    shown = [ax for ax in plt.gcf().axes if ax.images]
+    assert len(shown) == 6 and [ax.get_title().partition(":")[0] for ax in shown[:2]] == ["truth", "prediction"]
+    plt.close("all")
+    picture = np.full((50, 70, 3), 90, np.uint8)
+    with learn.no_bar(): found = learn.predict(picture)[0]
+    assert {*found} == {"boxes", "labels", "scores", "masks"} and found["masks"].shape[1:] == (50, 70)

@@ -71,6 +71,16 @@ class ObjectsDL(TfmdDL):
         "As `TfmdDL.create_batch`."
         return tuple(map(list, zip(*b)))
 
+    def new(self,
+        dataset=None, # Other pictures; None for the same
+        cls=None, # As for `TfmdDL.new`
+        **kwargs # The same
+    ):
+        "As `TfmdDL.new`, with the names of the classes."
+        new = super().new(dataset, cls, **kwargs)
+        if 'vocab' in vars(self): new.vocab = self.vocab
+        return new
+
     def decode_batch(self,
         b: tuple, # Pictures, and perhaps objects for each; or those of the only one
         max_n: int = 9, # How many of them at most
