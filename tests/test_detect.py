@@ -6,7 +6,9 @@ import torch
 
 from attnpool.data.objects import scene_objects_dls
 from attnpool.detect import detect_learner
+from attnpool.maps.learner import pictures_of   # with it come the methods of Learner
 from attnpool.objects import Objects, class_table, curves
+from attnpool.registry import BadInput
 
 
 # Average precision
@@ -141,6 +143,8 @@ def test_detect_learner_trains_shows_and_finds():
     shown = [ax for ax in plt.gcf().axes if ax.images]
     assert len(shown) == 6 and [ax.get_title().partition(":")[0] for ax in shown[:2]] == ["truth", "prediction"]
     plt.close("all")
+    for ask in (learn.show_attention, lambda: pictures_of(learn)):
+        with pytest.raises(BadInput, match="^learn: it finds objects, .*Use learn.show_results"): ask()
     picture = np.full((50, 70, 3), 90, np.uint8)
     with learn.no_bar(): found = learn.predict(picture)[0]
     assert {*found} == {"boxes", "labels", "scores", "masks"} and found["masks"].shape[1:] == (50, 70)
