@@ -21,7 +21,7 @@ setup(
     url=cfg["git_url"],
     packages=find_packages(include=["attnpool", "attnpool.*"]),
     package_data={"attnpool": ["*.csv", "cost/*.csv", "report/*.csv", "runs/*.csv", "report/page.*", "maps/page.*",
-                               "maps/areas.*", "data/nuclei*"]},
+                               "maps/areas.*", "maps/objects.*", "data/nuclei*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={k[:-len(suffix)]: v.split() for k, v in cfg.items() if k.endswith(suffix)},

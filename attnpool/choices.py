@@ -53,6 +53,12 @@ def _poly(learn, epochs, lr, warmup):   # a straight line to 0; XCiT's rise, 1,5
     def rate(done): return lr * (1 - done) * (1e-6 + (1 - 1e-6) * done / rise if done < rise else 1.)
     learn.fit(epochs, cbs=ParamScheduler({'lr': rate}))
 
+@SCHEDULES.register('stairs')
+def _stairs(learn, epochs, lr, warmup):   # a tenth from 27 of 36 epochs on, again from 33 on; XCiT rises for 500 steps
+    rise = 500 / 264_000 if warmup is None else warmup
+    def rate(done): return lr * (.001 + .999 * done / rise if done < rise else .1**((done >= 27/36) + (done >= 33/36)))
+    learn.fit(epochs, cbs=ParamScheduler({'lr': rate}))
+
 @LOSSES.register('cross_entropy')
 def _cross_entropy(recipe):
     return LabelSmoothingCrossEntropyFlat(recipe.label_smoothing) if recipe.label_smoothing else CrossEntropyLossFlat()

@@ -68,10 +68,9 @@ def _written(results, out, **options):
 def _check_all(check, data):
     "Look at every picture of very many, where that is asked; what is seen is kept for those who ask later."
     from attnpool.data.check import check_pictures, every_picture
-    from attnpool.data.find import find_pictures
     from attnpool.distributed import on_first_process
     if every_picture(check) and data.fingerprint:
-        on_first_process(lambda: check_pictures(find_pictures(data.path), every=True) and None)
+        on_first_process(lambda: check_pictures(data.pictures(), every=True) and None)
 
 def _check_trained(results):
     "Status 1 where no head could be trained, and why."
@@ -276,6 +275,7 @@ def data(
     out: Annotated[Path | None, typer.Option(help='PNG of a training batch.  [default: NAME.png]', **_FILE)] = None,
     size: Annotated[int, typer.Option(help='Side of the pictures in it, in pixels.', min=1)] = 128,
     check: Annotated[str | None, typer.Option(help=_CHECK, metavar='all')] = None,
+    task: Annotated[str, typer.Option(help='What it is for, where it has masks and boxes: `TASKS`.')] = '',
 ):
     """Describe and check a data set.
 
@@ -292,7 +292,7 @@ def data(
     from attnpool.data.pictures import data_name
     out = out or Path(f'{data_name(data)}.png')
     check_out(out, [data])
-    typer.echo(describe(data, out, size, every=every_picture(check)).text)
+    typer.echo(describe(data, out, size, every=every_picture(check), task=task).text)
 
 # %% ../nbs/700_cli.ipynb #bf6bdb08
 app.command(short_help='See where a trained network looks: a page of pictures and maps, or measures.')(maps)

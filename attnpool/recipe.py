@@ -54,6 +54,10 @@ _row('segment', epochs=40, size=512, bs=16, lr=6e-5, opt='adamw', schedule='poly
      augment='segment', steps=160_000)
 _row('segment-small', epochs=8, size=96, bs=16, lr=4e-3, opt='adamw', schedule='poly', wd=.01, warmup=1/10,
      loss='balanced', steps=800)
+_row('detect', epochs=36, size=800, bs=16, lr=1e-4, opt='adamw', schedule='stairs', wd=.05, drop_path=None,
+     augment='detect')
+_row('detect-small', epochs=4, size=96, bs=8, lr=1e-3, opt='adamw', schedule='one_cycle', wd=.05, warmup=1/10,
+     steps=800)
 _row('probe', epochs=8, size=None, bs=64, opt='adamw-groups', schedule='one_cycle', augment='none', train='frozen')
 _row('finetune', epochs=6, size=None, bs=32, opt='adam', schedule='one_cycle', train='finetune')
 _OTHER = _KIND | dict(size=224, bs=768, augment='randaugment')
@@ -159,12 +163,13 @@ def learner_for(
     loss: nn.Module, # Of the predictions and the targets
     metrics: list, # fastai metrics
     cbs=None, # fastai callbacks
+    layout: bool = True, # Whether channels-last layout may be used: pictures come as batches of one size
     **kwargs # Options of fastai's `Learner`: `path`, `splitter`, ...
 ) -> Learner: # With `fit_recipe()` to train it
     "A Learner of any network that trains as a recipe says; in channels-last layout where that is quicker."
     if recipe.lr is None: raise BadInput("lr: give a learning rate; attnpool bench finds those of train frozen itself.")
-    r, layout = recipe, [ChannelsLast()] if torch.device(dls.device).type in ('cpu', 'cuda') else []
-    cbs = [*L(cbs), *layout, *TRAINS[r.train](), *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()]
+    r, turned = recipe, [ChannelsLast()] if layout and torch.device(dls.device).type in ('cpu', 'cuda') else []
+    cbs = [*L(cbs), *turned, *TRAINS[r.train](), *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()]
     if r.repeats > 1 or r.micro_bs or r.steps:
         whole = r.bs if r.micro_bs else None
         if dls.train.n != 0: batches_in_step(dls.train, whole)   # told now; a run may be opened without its data

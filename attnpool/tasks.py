@@ -27,8 +27,10 @@ from .data import get_dls
 from .data.augment import augment_name
 from .data.cache import printable, write_file
 from .data.dense import dense_dls, empty_dense_dls
+from .data.objects import empty_objects_dls, objects_dls
 from .data.pictures import empty_dls
 from .dense import DENSE_METRICS, dense_metrics
+from .detect import check_detect, detector_for, look_at_objects, mask_rcnn
 from .distributed import processes
 from .heads import get_head
 from .maps.compute import is_per_class, saliency
@@ -39,6 +41,7 @@ from .models.deit import VARIANTS
 from .models.patchconvnet import PatchConvNet
 from .models.xresnet import ARCHS
 from .pooling.paper import PAPER_HEADS
+from .objects import DETECT_METRICS, DetectLoss, object_metrics
 from .recipe import LOSSES, network_for, small_data_metrics
 from .registry import BadInput, Registry, unknown
 from .runs.classes import imagenet_names, match_classes
@@ -49,10 +52,10 @@ from .segment import check_dense, dense_loss, look_at_segments, segmenter_for, u
 class Task:
     "One kind of problem. Its functions get the whole `Spec` of a run, see `attnpool.runs.spec`."
     dls: Callable[..., DataLoaders] # `(spec, bs, device)` to `DataLoaders` with batches of `bs` pictures
-    model: Callable[..., tuple[nn.Module, dict]] # `(spec, dls)` to a network, and options of `Learner` that go with it;
+    model: Callable[..., tuple[nn.Module, dict]] # `(spec, dls)` to a network, and options of `learner_for` for it;
     # a third argument, callable `(ni, n_out)`, takes the place of the spec's head
     loss: Callable[..., nn.Module] # A recipe to the loss of predictions and targets
-    metrics: Callable[[], list] # To new fastai metrics
+    metrics: Callable[..., list] # `DataLoaders` to new fastai metrics
     primary: str # Name of the metric that tables compare, as in the history; more is better
     look: Callable[..., tuple[dict, dict]] # A trained Learner, and that of a run of another task which it began from or
     # None, to metrics of its maps, and arrays and tables to look at
@@ -61,6 +64,7 @@ class Task:
     head: str = '' # The one head there is, in `TASK_HEADS`, for pictures of any size; '' where heads are compared
     empty: Callable[..., DataLoaders] = empty_dls # What a run keeps of its data, to the same without pictures
     check: Callable = lambda spec: None # Raises for what a spec asks for that has no meaning here
+    kind: str = '' # Of its data, where a folder has several, as for `find_pictures`
 
 TASKS = Registry('task')
 TASK_HEADS = Registry('head')   # of tasks that have one head: functions that build a network with it
@@ -76,8 +80,9 @@ def head_options(
     head: str, # As for `find_head`
 ) -> dict: # Default by name
     "What can be chosen of a head."
-    fixed = 'ni', 'n_out', 'arch', 'n_classes', 'start', 'drop_path', 'options'
-    return {n: p.default for n, p in signature(find_head(head)).parameters.items() if n not in fixed}
+    fixed = 'ni', 'n_out', 'arch', 'n_classes', 'start', 'drop_path', 'masks', 'size'
+    its = signature(find_head(head)).parameters.items()
+    return {n: p.default for n, p in its if n not in fixed and p.kind is not p.VAR_KEYWORD}
 
 # %% ../nbs/505_tasks.ipynb #4c8dbd23
 def split_options(
@@ -217,10 +222,11 @@ def _classifier(spec, dls, head=None):
     return network_for(dls, spec.arch, head, spec.recipe.drop_path, spec.start, **of_arch)
 
 def _loss(recipe): return LOSSES[recipe.loss](recipe)
+def _metrics(dls): return small_data_metrics()
 
 def _check_classify(spec): _loss(spec.recipe)   # a loss of masks says so before anything is read
 
-TASKS['classify'] = Task(_pictures, _classifier, _loss, small_data_metrics, 'accuracy', look_at_validation,
+TASKS['classify'] = Task(_pictures, _classifier, _loss, _metrics, 'accuracy', look_at_validation,
                          predictions, check=_check_classify)
 
 # %% ../nbs/505_tasks.ipynb #r5050002
@@ -244,7 +250,33 @@ def _check_segment(spec):
     if spec.eval_sizes:
         raise BadInput(f"eval_sizes: masks are validated on whole pictures, got {spec.eval_sizes}. Leave it out; "
                        "attnpool evaluate RUN --ratios .5,1,1.5 asks at several scales.")
-    augment_name(spec.recipe.augment, spec.data.family, masks=True)
+    augment_name(spec.recipe.augment, spec.data.family, 'masks')
 
-TASKS['segment'] = Task(_masks, _segmenter, dense_loss, dense_metrics, DENSE_METRICS[0], look_at_segments, None,
+def _pixel_metrics(dls): return dense_metrics()
+
+TASKS['segment'] = Task(_masks, _segmenter, dense_loss, _pixel_metrics, DENSE_METRICS[0], look_at_segments, None,
                         'segment-small', 'upernet', empty_dense_dls, _check_segment)
+
+# %% ../nbs/505_tasks.ipynb #r5050006
+TASK_HEADS['mask_rcnn'] = mask_rcnn
+
+def _objects(spec, bs, device):
+    split = spec.seed if spec.split == 'seed' else None
+    return objects_dls(spec.data.path, spec.recipe.size, bs, device, spec.skip_broken, spec.recipe.augment,
+                       stats=spec.start.stats, split=split)
+
+def _detector(spec, dls, head=None):
+    of_head, of_arch = split_options(spec.head, spec.arch, dict(spec.options))
+    return detector_for(dls, spec.arch, spec.recipe.drop_path, spec.start, **of_head, **of_arch)
+
+def _check_detect(spec):
+    check_detect(spec.recipe)
+    if spec.eval_sizes:
+        raise BadInput(f"eval_sizes: objects are found in whole pictures, at one size, got {spec.eval_sizes}. Leave it "
+                       "out.")
+    augment_name(spec.recipe.augment, spec.data.family, 'boxes')
+
+def _average_precision(dls): return object_metrics(dls.about['masks'])
+
+TASKS['detect'] = Task(_objects, _detector, lambda recipe: DetectLoss(), _average_precision, DETECT_METRICS[0],
+                       look_at_objects, None, 'detect-small', 'mask_rcnn', empty_objects_dls, _check_detect, 'boxes')

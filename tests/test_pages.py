@@ -28,6 +28,7 @@ def same(old, new, source="x"): return pages.compared(cell(*old, source=source))
 @pytest.mark.parametrize("old, new", [
     ("accuracy 59.0%, 4.7 s per epoch", "accuracy 8.25%, 320 ms per epoch"),
     ("loss -1e-05", "loss 0.12"),
+    ("0.0", "5.204170427930421e-18"),
     ("(tensor([[0.1, 2.]]), 1,234)", "(tensor([[-3.1,   .7]]), 7)"),
     ("<Figure at 0x7f00aa>", "<Figure>"),
     ("0x7f00aa12", "0x1234"),

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from attnpool.cli import main
-from attnpool.commands.masks import segmenters_among
+from attnpool.commands.masks import task_among
 from attnpool.dense import Confusion, dense_metrics, DenseLoss
 from attnpool.masks import IGNORED
 from attnpool.recipe import get_recipe, learner_for, recipe_learner, RECIPES
@@ -330,5 +330,5 @@ def test_recipes_of_segment_are_no_recipes_of_a_classifier(dls):
 
 
 def test_ways_of_segment_are_no_ways_of_a_classifier():
-    assert not segmenters_among(["resnet18"], sizes="64")
-    with pytest.raises(BadInput, match="window: it is for runs of a segmentation, got 32"): segmenters_among(["resnet18"], window=32)
+    assert task_among(["resnet18"], sizes="64") == "classify"
+    with pytest.raises(BadInput, match="window: it is for runs of a segmentation, got 32"): task_among(["resnet18"], window=32)

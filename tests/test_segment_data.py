@@ -334,12 +334,13 @@ def test_segment_data_and_classes_are_told_apart():
     with pytest.raises(BadInput, match="--task segment"): get_dls("scenes")
     with pytest.raises(BadInput, match="--task classify"): dls_of("digits")
     for data, masks in (("scenes", True), ("nuclei", True), ("data", True), ("digits", False), ("./kinds", False)):
-        check_kind(data, masks)
-        with pytest.raises(BadInput, match="^data: "): check_kind(data, not masks)
+        kinds = ("masks", "classes") if masks else ("classes", "masks")
+        check_kind(data, kinds[0])
+        with pytest.raises(BadInput, match="^data: "): check_kind(data, kinds[1])
     for name in ("blog", "petals", "imagenet"):
         with pytest.raises(BadInput, match="^augment: .*segment"): dls_of("data", augment=name)
     with pytest.raises(BadInput, match="^augment: .*blog"): picture_dls("./kinds", 16, augment="segment")
-    assert augment_name("own", "", masks=True) == "segment" and augment_name("own", "scenes", masks=True) == "none"
+    assert augment_name("own", "", "masks") == "segment" and augment_name("own", "scenes", "masks") == "none"
     assert mask_layout("kinds") is None
     with pytest.raises(FileNotFoundError): dls_of("nowhere/")
 

@@ -329,7 +329,7 @@ def test_a_batch_of_one_segmentation_says_what_to_do():
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(n_classes=0), "at least 1"), (dict(n_classes=256), f"^n_classes: labels are 0 to 254, and {IGNORED} is"), (dict(pyramid="fpn"), "^pyramid: expected auto, column, resize, stages, got 'fpn'"),
+    (dict(n_classes=0), "at least 1"), (dict(n_classes=256), f"^n_classes: labels are 0 to 254, and {IGNORED} is"), (dict(pyramid="fpn"), "^pyramid: expected auto, column, conv, resize, stages, got 'fpn'"),
     (dict(blocks=(1, 2)), "^blocks: expected 4 blocks .* numbers from 0 to 5, got"), (dict(blocks=(0, 1, 2, 6)), "^blocks: "), (dict(blocks=(0, 1, 2, 3), pyramid="stages"), "^blocks: they are for"),
     (dict(channels=0), "^channels: "), (dict(dropout=1.5), "^dropout: "), (dict(arch="resnet19"), "^arch: 'resnet19' is unknown"), (dict(start="nowhere.pth"), "^start: there is no file"),
 ])
@@ -357,7 +357,7 @@ def test_the_command_counts_segmenters(tmp_path, capsys):
     code, out, _ = call("segment", "--networks", "patchconvnet_tiny", "--sizes", "64,96")
     table = pd.read_csv(tmp_path / "c.csv", index_col="network")
     assert code == 0 and "A training step of two pictures" in out and (table.loc["patchconvnet_tiny", ["Mparams", "step GB 64", "step GB 96"]] > 0).all()
-    for words, error in ((("segmnt",), "--task: expected classify or segment"), (("segment", "--speed"), "--speed: "),
+    for words, error in ((("segmnt",), "--task: expected classify, segment or detect"), (("segment", "--speed"), "--speed: "),
                          (("segment", "--networks", "resnet19"), "arch: 'resnet19' is unknown")):
         code, _, err = call(*words)
         assert code == 2 and error in err, err

@@ -13,8 +13,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .masks import evaluate_masks, segmenters_among
+from .masks import evaluate_masks, task_among
 from .maps import FILE, MODEL, ArchOf, Device, HeadOf, OptionsOf, Trust, VocabOf
+from .objects import evaluate_objects
 from ..registry import BadInput
 from ..runs.options import check_device, check_out, expand, fail, read_list, read_options, say
 
@@ -87,7 +88,7 @@ _CROP = ('Show all models the same centre crop, of the short side at SIZE / CROP
          'validated, all others .875]')
 _PRECISION = "float32, bf16, fp16 or auto.  [default: a run's own, for others float32]"
 _RATIOS = 'Of runs of a segmentation: scales to ask at, .5,.75,1,1.25,1.5,1.75 in publications.  [default: 1]'
-_TEST = 'Of runs of a segmentation: ask about the test pictures, in the place of those that validate.'
+_TEST = 'Of runs of a segmentation or a detection: ask about the test pictures, not about those that validate.'
 _FLIPS = 'Of runs of a segmentation: ask about mirrored pictures as well, and take the mean.'
 _WINDOW = 'Of runs of a segmentation: side of windows that slide over a picture, in pixels.  [default: whole pictures]'
 _OUT = 'Folder for the answers, the table, the figure and the page. What is there is not asked again.'
@@ -125,6 +126,7 @@ def evaluate(
       attnpool evaluate resnet50 patchconvnet_s60 imagenetv2-matched-frequency/ --sizes 160,224,288,384
       attnpool evaluate runs/ --sizes 64,96,128,160
       attnpool evaluate SEGMENTATION-RUN --ratios .5,.75,1,1.25,1.5,1.75 --flips
+      attnpool evaluate DETECTION-RUN photos/ --test
     """
     from attnpool.choices import PRECISIONS
     from attnpool.runs.evaluate import ask
@@ -132,7 +134,10 @@ def evaluate(
     device, how = check_device(device), read_options(options)
     if precision: PRECISIONS.check(precision)
     models, data = _models(words)
-    if segmenters_among(models, ratios, flips, window, test, sizes=sizes, crop=crop, precision=precision):
+    task = task_among(models, sizes=sizes, crop=crop, precision=precision, ratios=ratios, flips=flips, window=window,
+                      test=test)
+    if task == 'detect': return evaluate_objects(models, data, out, device, trust, skip_broken, test)
+    if task == 'segment':
         return evaluate_masks(models, data, out, device, ratios, flips, window, trust, skip_broken, test)
     wanted = read_list('sizes', sizes, int) if sizes else []
     check_out(out/'evaluation.html', [data, *models], {'.csv': 'model,data,size', '.png': 'attnpool'}, make=True,

@@ -29,6 +29,8 @@ Device = Annotated[str, typer.Option(help='cpu, cuda, mps, or auto.')]
 _MODELS = f'Models, then pictures or folders of them. {MODEL} With --measure: run folders or folders of runs.'
 
 # %% ../../nbs/692_commands.maps.ipynb #6a1fd2d1
+_SAYS = dict(pictures='says a class for each picture', pixels='says a class for each pixel', objects='finds objects')
+
 def _measured(runs, out, console, **how):
     "Measure the maps of runs, and write the table."
     from attnpool.report.collect import collect
@@ -38,33 +40,64 @@ def _measured(runs, out, console, **how):
     results, problems = collect(runs)
     for line in problems: fail(f'left out: {line}')
     if dense := next((o for o in results if o.spec.head in TASK_HEADS), None):
-        raise BadInput(f'runs: {dense.spec.name} says a class for each pixel, and has no maps to measure. attnpool '
-                       'report tells how good it is, class by class.')
+        says = _SAYS[dict(segment='pixels', detect='objects')[dense.spec.task]]
+        raise BadInput(f'runs: {dense.spec.name} {says}, and has no maps to measure. attnpool report tells how good it '
+                       'is, class by class.')
     table = measure_maps([r for r in results if r.status == 'complete'], how.pop('device'), console, **how)
     table.to_csv(out, index=False)
     console.print(plain_table(table))
     say(f'Table: {out}')
 
 # %% ../../nbs/692_commands.maps.ipynb #s6920001
-def _all_dense(learners, top, further):
-    "Whether the networks say a class for each pixel; an error for what has no meaning then."
+def _kind_of(learners, top, further, score):
+    "What the networks say something of, a key of `_SAYS`; an error for what has no meaning then."
     from attnpool.maps.areas import is_dense
-    names, dense = [*learners], [is_dense(one) for one in learners.values()]
-    if not any(dense): return False
-    if not all(dense):
-        pixel, picture = names[dense.index(True)], names[dense.index(False)]
-        raise BadInput(f'MODEL: {pixel} says a class for each pixel, {picture} one for each picture. Show them on '
-                       'pages of their own (--out).')
+    from attnpool.maps.objects import is_detector
+    kinds = {name: 'objects' if is_detector(one) else 'pixels' if is_dense(one) else 'pictures'
+             for name, one in learners.items()}
+    said = {_SAYS[kind]: name for name, kind in kinds.items()}
+    if len(said) > 1:
+        every = ', '.join(f'{name} {says}' for says, name in said.items())
+        raise BadInput(f'MODEL: {every}. Show them on pages of their own (--out).')
+    kind = next(iter(kinds.values()))
+    if score is not None and kind != 'objects':
+        raise BadInput(f'--score: it is for networks that find objects; this one {next(iter(said))}, got {score:g}. '
+                       'Leave it out.')
+    if kind == 'pictures': return kind
     if top != 3: raise BadInput(f'--top: every class is shown where it is said, got {top}. Leave it out.')
     if further:
         raise BadInput(f"--classes: every class is shown where it is said, got {', '.join(further)}. Leave it out.")
-    return True
+    return kind
+
+def _told(counts, score):
+    "How much was found in photos, in words."
+    from attnpool.data.cache import first_few
+    none = [name for name, n in counts if not n]
+    if none: say(f'{first_few(none)}: nothing that is at least {score:g} sure. A smaller --score shows more.')
+    say(f'{sum(n for _, n in counts):,} objects in {len(counts) - len(none):,} of {len(counts):,} pictures')
+
+def _page(learners, out, pictures, n, pixels, top, further, score, on_picture):
+    "The page of what the networks say, and by name what lies beside it."
+    from attnpool.maps.areas import areas_page
+    from attnpool.maps.objects import objects_page
+    from attnpool.maps.page import maps_page
+    kind = _kind_of(learners, top, further, score)
+    if kind == 'pictures': return maps_page(learners, out, pictures, top, further, n, pixels), {}
+    if kind == 'pixels':
+        page, picture, masks = areas_page(learners, out, pictures, n, pixels, on_picture)
+        return page, dict(Picture=picture, Masks=masks)
+    least = .5 if score is None else score
+    page, picture, table, counts = objects_page(learners, out, pictures, n, pixels, least, on_picture)
+    if counts: _told(counts, least)
+    return page, dict(Picture=picture, Table=table)
 
 # %% ../../nbs/692_commands.maps.ipynb #726508a6
 def maps(
     models: Annotated[list[Path], typer.Argument(help=_MODELS, **FILE | dict(metavar='MODEL... [PHOTO]...'))],
     top: Annotated[int, typer.Option(help='Likeliest classes to offer for each picture.')] = 3,
     classes: Annotated[str, typer.Option(help='Further classes, by name or index, separated by commas.')] = '',
+    score: Annotated[float | None, typer.Option(help='How sure a network has to be of an object, 0 to 1.  [default: '
+                                                '0.5]', min=0, max=1)] = None,
     n: Annotated[int, typer.Option(help='Validation pictures to show where none are given.', min=1)] = 8,
     pixels: Annotated[int, typer.Option(help='Width to which larger pictures are reduced.', min=32)] = 640,
     arch: ArchOf = None, # As for `open_model`
@@ -85,6 +118,8 @@ def maps(
 
     Of a segmentation the page shows what is said of each pixel, of photos of any size. Beside it lie a picture of that
     and a folder of masks: PNGs whose pixels are the numbers of the classes.
+    Of a detection the page shows objects, with a slider for how sure the network has to be; beside it lie a picture and
+    a table of them, with boxes in pixels of the photo.
     With --measure: pointing game and energy (where true boxes are known) against chance, entropy, deletion and
     insertion, and the agreement over seeds, for each head.
 
@@ -92,14 +127,13 @@ def maps(
     Examples:
       attnpool maps runs/photos-slim-1-0123456789 runs/photos-avg-1-0123456789 my_photo.jpg --top 5
       attnpool maps learner.pkl my_photos/ --trust
+      attnpool maps runs/cells-mask_rcnn-1-0123456789 my_photo.jpg --score .3
       attnpool maps runs --measure
     """
     device = check_device(device)
     if measure and out.name: out = out.with_suffix('.csv')
     check_out(out, [*models, *filter(None, [data, vocab])], own='head,runs,' if measure else '')
     if measure: return _measured(models, out, Console(), device=device, data=data, check=check, trust=trust)
-    from attnpool.maps.areas import areas_page
-    from attnpool.maps.page import maps_page
     from attnpool.runs.open import is_model, open_model
     models, pictures = ([m for m in dict.fromkeys(models) if is_model(m) is wanted] for wanted in (True, False))
     if not models: raise BadInput(f"MODEL: {pictures[0]} is a picture or a folder of them. Name a model before it.")
@@ -112,11 +146,9 @@ def maps(
             name = getattr(learn, 'about', {}).get('name', m.name)
             learners[str(m) if name in learners else name] = learn
         status.update(f"{' and '.join(learners)}: looking")
-        if _all_dense(learners, top, further):
-            page, *beside = areas_page(learners, out, pictures or None, n, pixels, status.update)
-        else: page, beside = maps_page(learners, out, pictures or None, top, further, n, pixels), []
+        page, beside = _page(learners, out, pictures or None, n, pixels, top, further, score, status.update)
     if len(learners) > 1: say(f"{len(learners)} models side by side: {', '.join(learners)}")
     if (megabytes := page.stat().st_size / 1e6) > 20:
         say(f'The page has {megabytes:.0f} MB. A smaller --pixels or fewer pictures make it open faster.')
-    for what, path in zip(('Picture', 'Masks'), beside): say(f'{what}: {path}')
+    for what, path in beside.items(): say(f'{what}: {path}')
     say(f'Page: {page.resolve().as_uri()}')

@@ -93,7 +93,8 @@ def complexity(
     device: Annotated[str, typer.Option(help='cpu, cuda, or auto.')] = 'cpu',
     out: Annotated[Path, typer.Option(help='The table as CSV.', **_FILE)] = 'complexity.csv',
     task: Annotated[str, typer.Option(help='classify; or segment: UPerNet on these networks, with 150 classes, '
-                                      'multiply-adds at 512x2048 px.')] = 'classify',
+                                      'multiply-adds at 512x2048 px; or detect: Mask R-CNN, with 80 classes, at '
+                                      '800x1344 px.')] = 'classify',
 ):
     """Parameters, multiply-adds (with the fold and without), activations, memory and speed, beside the paper's numbers.
 
@@ -103,10 +104,12 @@ def complexity(
 
         attnpool complexity --task segment
     """
-    if task not in ('classify', 'segment'):
-        raise BadInput(f"--task: expected classify or segment, got {task!r}. For example --task segment.")
-    if task == 'segment' and speed:
+    if task not in ('classify', 'segment', 'detect'):
+        raise BadInput(f"--task: expected classify, segment or detect, got {task!r}. For example --task segment.")
+    if task != 'classify' and speed:
         raise BadInput('--speed: the speed of classification alone is measured. Leave --speed or --task out.')
+    if task == 'detect' and sizes is not None:
+        raise BadInput('--sizes: detectors are counted at 800x1344 px. Leave --sizes out.')
     names, sides = (read_list(*o) if o[1] is not None else None
                     for o in (('networks', networks or None), ('sizes', sizes, int)))
     device = check_device(device)
@@ -117,6 +120,12 @@ def complexity(
         memory = table.filter(like='step GB')
         say(f"{table.drop(columns=memory.columns).round(2).to_string(na_rep='–')}\n\nA training step of two pictures, "
             f"GB by their side in pixels\n{memory.rename(columns=lambda c: c.split()[-1]).round(2).to_string()}")
+    elif task == 'detect':
+        from attnpool.cost.objects import detection, DETECTORS
+        table = detection(names or DETECTORS)
+        paper = table.groupby(level=0, sort=False).first().filter(like=' AP').dropna(how='all')
+        say(table.drop(columns=[*paper, 'source']).round(2).to_string(na_rep='–'))
+        if len(paper): say(f"\nThe paper's average precision, in %\n{paper.to_string()}")
     else:
         from attnpool.cost import networks as c
         table = c.complexity(names or c.NETWORKS, sides or (224,), device=device, speed=speed)

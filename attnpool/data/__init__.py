@@ -23,11 +23,14 @@ from matplotlib.backend_bases import FigureCanvasBase
 from .augment import STATS
 from .cache import printable
 from .check import Doubles, check_pictures, doubles_of
-from .listing import OFFICIAL, digests, fingerprint
+from .listing import OFFICIAL, Listing, digests, fingerprint
+from .boxed import check_boxes
+from .boxes import BoxListing
 from .dense import dense_dls, nuclei_dls, scenes_dls
-from .find import MADE, MASKED, check_kind
+from .find import MADE, MASKED, check_kind, kind_for
 from .masked import check_masks
 from .masks import MaskListing
+from .objects import OBJECTS, objects_dls
 from .pictures import DATASETS, SOURCES, data_name, find_pictures, is_path, picture_dls
 from .reader import MADE_HERE
 from .transfer import TRANSFER
@@ -48,7 +51,7 @@ def get_dls(
 ) -> DataLoaders: # With `family`; pictures on a disk with `listing`, digits with `boxes`
     "`DataLoaders` by name or path."
     data_name(data)
-    if data in MASKED: check_kind(data, masks=False)
+    if data in MASKED: check_kind(data, 'classes')
     make = partial(picture_dls, data) if is_path(data) else DATASETS[data]
     own = augment is True or augment == 'own'
     return make(size=size, bs=bs, device=device, **kwargs, **({} if own else {'augment': augment}))
@@ -61,10 +64,16 @@ class DataId:
     family: str = field(default='', compare=False) # 'imagenette', 'digits', 'flowers102', ..., or '' for others
     fingerprint: str = '' # Of names, labels, splits, and what `identify` reads; '' where they are made, or not known
     path: str = field(default='', compare=False) # What the user typed: a name in `DATASETS`, or a path
+    kind: str = field(default='', compare=False) # Which of the things there is meant, as for `find_pictures`
+
+    def pictures(self) -> Listing: # Of data that consist of files
+        "The pictures."
+        return find_pictures(self.path, kind=self.kind)
 
 def identify(
     data: str | Path, # Name in `DATASETS`, or path of a folder, archive or CSV
     cache: Path | str | None = None, # Where archives are unpacked; None for `attnpool` in fastai's data folder
+    kind: str = '', # As for `find_pictures`: 'boxes' for detection
 ) -> DataId:
     """The identity of a data set.
 
@@ -72,10 +81,10 @@ def identify(
     20,000 or so, of the others the size alone.
     """
     name = data_name(data)
-    if not is_path(data) and data not in SOURCES: return DataId(name, MADE.get(data, ''), path=data)   # not read
-    listing = find_pictures(data, cache=cache)
+    if not is_path(data) and data not in SOURCES: return DataId(name, MADE.get(data, ''), '', data, kind)   # not read
+    listing = find_pictures(data, cache=cache, kind=kind)
     listing.tell()
-    return DataId(name, listing.family, fingerprint(digests(listing)), str(data))
+    return DataId(name, listing.family, fingerprint(digests(listing)), str(data), kind)
 
 # %% ../../nbs/390_data.ipynb #cab92d0f
 @dataclass(frozen=True)
@@ -109,7 +118,8 @@ def _about_files(listing, check, doubles):
     mean, std = (' '.join(f'{v:.3f}' for v in values) for values in (mean, std))
     if check.looked: lines += ['', f'Looked at: {check.looked:,} pictures of all classes; --check all looks at all']
     return [*lines, '', f'Normalised by mean {mean}, sd {std}', '',
-            f'Broken pictures: {len(check.broken) or "none"}', *(f'  {f}: {why}' for f, why in check.broken.items()),
+            f'Broken pictures{" or objects" * isinstance(listing, BoxListing)}: {len(check.broken) or "none"}',
+            *(f'  {f}: {why}' for f, why in check.broken.items()),
             str(doubles), f'Folder: {listing.root}']
 
 # %% ../../nbs/390_data.ipynb #d0782464
@@ -119,6 +129,37 @@ def _in_pictures(found):
     n = listing.n_train
     parts = [Counter(dict(zip(listing.classes, (c > 0).sum(0).tolist()))) for c in (counts[:n], counts[n:])]
     return *parts, dict(zip(listing.classes, (counts.sum(0) / max(1, counts.sum())).tolist()))
+
+def _official(listing):
+    "Whether the split is the official one, where that is known."
+    n, n_valid = listing.n_train, len(listing.files) - listing.n_train
+    if listing.family in TRANSFER and not listing.notes: return [f'{listing.family}: the official split']
+    if listing.family not in OFFICIAL: return []
+    a, b = OFFICIAL[listing.family]
+    other = '' if (n, n_valid) == (a, b) else f', which has {a:,} and {b:,}'
+    return [f"{listing.family}: {'not ' if other else ''}the official split{other}"]
+
+def _marked(listing, check, cache):
+    "The listing as it was checked, what is broken, counts of both parts by class, and what masks fill of the pixels."
+    if isinstance(listing, MaskListing):
+        found = check_masks(listing, check, cache)
+        return found.listing, found.broken, *_in_pictures(found)
+    n, labels = listing.n_train, listing.labels
+    if not isinstance(listing, BoxListing): return listing, check.broken, Counter(labels[:n]), Counter(labels[n:]), {}
+    found = check_boxes(listing, check)
+    table, vocab = found.listing.table.some(found.good), listing.vocab
+    parts = [Counter(vocab[k - 1] for k in table.labels[np.isin(table.owners, its)])
+             for its in (labels[:n], labels[n:])]
+    return found.listing, found.pictures | found.objects, *parts, {}
+
+def _about_objects(listing):
+    "Lines about the sizes of objects and how many a picture has."
+    table, mine = listing.table, np.array(listing.labels)
+    sides = np.sqrt((table.boxes[:, 2:] - table.boxes[:, :2]).clip(0).prod(1))[np.isin(table.owners, mine)]
+    each = np.bincount(table.owners, minlength=len(table.files))[mine]
+    return ['', f'Objects in a picture: {each.min()} to {each.max()}, median {np.median(each):.0f}; in '
+            f'{(each == 0).sum():,} pictures none. With masks: {"yes" if listing.masks else "no"}',
+            '', 'Side of a square as large as the box, in pixels', *_histogram(sides)]
 
 _SHOWN = 250   # classes in the text
 
@@ -132,51 +173,49 @@ def describe(
     split_seed: int = 0, # Of that split
     cache: Path | str | None = None, # Where unpacked pictures are kept; None for `attnpool` in fastai's data folder
     every: bool = False, # As for `check_pictures`
+    task: str = '', # What it is for, as in `KINDS`; '' for masks, or classes, or boxes
 ) -> Description:
     "Counts per class and split, sizes, broken files, doubles, and a picture of a batch."
     name, note, lines, broken, doubles, share = data_name(data), [], [], {}, None, {}
+    kind = kind_for(task)
+    if kind: check_kind(data, kind)
     if picture is not None:
         picture, known = Path(picture), FigureCanvasBase.get_supported_filetypes()
         if not picture.parent.is_dir(): raise FileNotFoundError(f"picture: there is no folder {picture.parent}.")
         if picture.suffix and picture.suffix.lower()[1:] not in known:
             raise BadInput(f"picture: no picture can be written as {picture.suffix}, got {picture}. "
                            f"Expected a name ending in {', '.join(known)}.")
-    masked = data in MASKED and not is_path(data)
+    masked, boxed = data in MASKED and not is_path(data), kind == 'boxes'
     if not is_path(data) and data not in SOURCES:   # made, not read
-        make = partial(DATASETS[data], size=min(size, 64 if masked else 40), bs=16)
+        make = partial((OBJECTS if boxed else DATASETS)[data], size=min(size, 64 if masked else 40), bs=16)
         with no_random(): dls = make()
-        def labels(y): return y.unique() if masked else [y]
-        train, valid = (Counter(dls.vocab[i] for _, y in ds for i in labels(y)) for ds in (dls.train_ds, dls.valid_ds))
+        def names(y): return [dls.vocab[i] for i in (y['labels'] - 1 if boxed else y.unique() if masked else [y])]
+        train, valid = (Counter(name for _, y in ds for name in names(y)) for ds in (dls.train_ds, dls.valid_ds))
         n, n_valid, classes = len(dls.train_ds), len(dls.valid_ds), {c: c for c in dls.vocab}
     else:
-        listing = find_pictures(data, valid_pct, split_seed, cache)
+        listing = find_pictures(data, valid_pct, split_seed, cache, kind=kind)
         check, doubles = check_pictures(listing, cache, every), doubles_of(listing, cache)
-        broken, n, n_valid = check.broken, listing.n_train, len(listing.files) - listing.n_train
-        train, valid = Counter(listing.labels[:n]), Counter(listing.labels[n:])
-        if masked := isinstance(listing, MaskListing):
-            found = check_masks(listing, check, cache)
-            listing, broken = found.listing, found.broken
-            train, valid, share = _in_pictures(found)
+        n, n_valid = listing.n_train, len(listing.files) - listing.n_train
+        masked, boxed = (isinstance(listing, its) for its in (MaskListing, BoxListing))
+        listing, broken, train, valid, share = _marked(listing, check, cache)
         classes = listing.classes
-        if listing.family in OFFICIAL:
-            a, b = OFFICIAL[listing.family]
-            other = '' if (n, n_valid) == (a, b) else f', which has {a:,} and {b:,}'
-            note = [f"{listing.family}: {'not ' if other else ''}the official split{other}"]
-        elif listing.family in TRANSFER and not listing.notes: note = [f'{listing.family}: the official split']
-        note += listing.notes
+        note = [*_official(listing), *listing.notes]
         listing.tell(aloud=False)
         lines = _about_files(listing, replace(check, broken=broken), doubles)
-        make = partial(dense_dls if masked else picture_dls, data, size, max(1, min(16, n - len(broken))), 'cpu', True,
+        if boxed: lines += _about_objects(listing)
+        which = objects_dls if boxed else dense_dls if masked else picture_dls
+        make = partial(which, data, size, max(1, min(16, n - sum(f in broken for f in listing.files))), 'cpu', True,
                        valid_pct=valid_pct, split_seed=split_seed, cache=cache)
     counts = {classes[c]: (train[c], valid[c]) for c in classes}
-    wide = max(11 if share else 5, *(len(str(c)) for c in counts))
+    wide = max(11 if share else 7 if boxed else 5, *(len(str(c)) for c in counts))
     told = [f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in [*counts.items()][:_SHOWN]]
     if share: told = [f'{row}{share.get(c, 0):>9.2%}' for row, c in zip(told, classes)]
     head = [f'{name}: {n:,} training and {n_valid:,} validation pictures of {len(counts)} classes', *note, '',
-            f"{'in pictures' if share else 'class':<{wide}}    train  valid{'   pixels' * bool(share)}", *told]
+            f"{'in pictures' if share else 'objects' if boxed else 'class':<{wide}}    train  valid"
+            + '   pixels' * bool(share), *told]
     if len(counts) > _SHOWN: head += [f'and {len(counts) - _SHOWN:,} more classes']
     if picture is not None:
-        how = {} if masked else dict(nrows=2, figsize=(12, 3.4))
+        how = {} if masked or boxed else dict(nrows=2, figsize=(12, 3.4))
         with no_random(seed): make().show_batch(max_n=16, **how)
         if not plt.gcf().legends: plt.tight_layout(pad=.3)   # with masks all has its place
         plt.savefig(picture, dpi=80, metadata=MADE_HERE if picture.suffix.lower() in ('', '.png') else None)

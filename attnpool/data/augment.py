@@ -21,7 +21,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from .joint import joint
+from .joint import joint, joint_objects
 from .transfer import TRANSFER
 from ..registry import BadInput, Registry
 
@@ -40,6 +40,7 @@ class Augment(NamedTuple):
     batch: Callable[[], list] # Makes the transforms of a whole batch
     times: int | None = 2 # Shorter side of larger pictures when loaded, over the side above; None: nothing is shrunk
     joint: Callable[[int], list] | None = None # As `items`, for pictures with masks; None where it is not for these
+    boxes: Callable[[int], list] | None = None # As `items`, for pictures with boxes; None where it is not for these
 
     def load(self,
         size: int, # Side of the pictures, in pixels
@@ -172,25 +173,30 @@ AUGMENTS['petals'] = Augment(partial(_crops, flip=False), partial(_warps, flip_v
 AUGMENTS['light'] = Augment(_crops, list)
 AUGMENTS['randaugment'] = Augment(_paper, list)
 AUGMENTS['randaugment-erase'] = Augment(_paper, lambda: [Erase()])
-AUGMENTS['none'] = Augment(lambda size: [ValidationCrop(size), ToTensor()], list, joint=joint)
+AUGMENTS['none'] = Augment(lambda size: [ValidationCrop(size), ToTensor()], list, joint=joint, boxes=joint_objects)
 AUGMENTS['segment'] = Augment(None, list, joint=partial(joint, scales=(.5, 2.), most=.75, flip=.5, colour=True))
 AUGMENTS['segment-light'] = Augment(None, list, joint=partial(joint, scales=(.75, 1.5)))
+_800 = [k / 800 for k in range(480, 801, 32)]   # the paper's shorter sides, in training and in validation at 800
+_crop = dict(before=[.5, .625, .75], crop=(.48, .75))   # half of the pictures at 400, 500 or 600, a crop of 384 to 600
+AUGMENTS['detect'] = Augment(None, list, None, boxes=partial(joint_objects, shorter=_800, **_crop, flip=.5))
+AUGMENTS['detect-light'] = Augment(None, list, None, boxes=partial(joint_objects, shorter=[.75, 1., 1.25]))
 for _name, _config in {'imagenet': 'rand-m9-mstd0.5-inc1', 'imagenet-m7': 'rand-m7-mstd0.5-inc1'}.items():
     AUGMENTS[_name] = Augment(partial(_imagenet, config=_config), list, None)
 
 # %% ../../nbs/350_data.augment.ipynb #906e27d2
-OWN = dict(petals='petals', digits='none', scenes='none')   # by family; all others have the blog's, or with masks
-# 'segment'
+OWN = dict(petals='petals', digits='none', scenes='none')   # by family; all others have
+_USUAL = dict(classes='blog', masks='segment', boxes='detect')   # by the kind of data
+_HALF = dict(classes='items', masks='joint', boxes='boxes')   # what a row has for each
 
 def augment_name(
     augment: str | bool, # Name in `AUGMENTS`, or 'own'; True and False, as in earlier versions, are 'own' and 'light'
     family: str = '', # Family of the data, as in `Listing`
-    masks: bool = False, # Whether they are pictures with masks
+    kind: str = 'classes', # What the pictures have: 'classes', 'masks' or 'boxes'
 ) -> str: # Name in `AUGMENTS`
     "The augmentation that is meant, checked."
     if isinstance(augment, bool): augment = 'own' if augment else 'light'
-    if augment == 'own': return OWN.get(family, 'segment' if masks else 'blog')
-    def fits(name): return (AUGMENTS[name].joint if masks else AUGMENTS[name].items) is not None
+    if augment == 'own': return OWN.get(family, _USUAL[kind])
+    def fits(name): return getattr(AUGMENTS[name], _HALF[kind]) is not None
     if fits(augment): return augment
-    raise BadInput(f"augment: {augment!r} is for pictures {'of classes, not with' if masks else 'with'} masks. "
+    raise BadInput(f"augment: {augment!r} is not for pictures {'of' if kind == 'classes' else 'with'} {kind}. "
                    f"Type one of {', '.join(['own', *filter(fits, AUGMENTS)])}.")

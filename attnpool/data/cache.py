@@ -124,7 +124,7 @@ def short_name(
 ) -> str:
     "What to call it in tables and folders: without the folders above it and without .csv, .tar.gz and the like."
     path = Path(path)
-    name = re.sub(r'(\.tar)?(\.\w{2,3})?$', '', path.name) if path.is_file() else path.resolve().name
+    name = re.sub(r'(\.tar)?(\.\w{2,3}|\.json)?$', '', path.name) if path.is_file() else path.resolve().name
     return printable(name)   # weights cannot be read from a folder with another
 
 def fastai_folder(

@@ -87,7 +87,7 @@ def check_pictures(
         except BrokenPicture as e: return e.why
 
     def make(folder):
-        some = np.arange(n) if every else _sample([listing.labels[i] for i in order])
+        some = np.arange(n) if every else _sample([listing.strata[i] for i in order])
         what = f'{n:,} pictures' if every else f'a sample of {len(some):,} of the {n:,} pictures'
         if n > 2000: print(f'attnpool: checking {what} of {listing.name}, this once', file=sys.stderr)
         broken, looks, todo = {}, np.zeros(len(some), _LOOKS), order[some]

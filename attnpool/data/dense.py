@@ -27,7 +27,7 @@ from .joint import blank_padding, kept_size, sides
 from .listing import first_few
 from .masked import check_masks, without_broken_masks
 from .masks import MaskListing, read_mask
-from .pictures import ReadPicture, loading_on
+from .pictures import ReadPicture, fitting_bs, loading_on
 from .reader import shrunk_size
 from .scenes import nuclei, scenes
 from ..maps.masks import show_masks
@@ -149,12 +149,6 @@ def _loaders(dsets, about, bs, val_bs, device, num_workers):
     dls.about, dls.size = about, about['size']
     return dls
 
-def _batch_size(bs, n_train):
-    if bs is None: return min(16, n_train)
-    if 1 <= bs <= n_train: return bs
-    raise BadInput(f"bs: expected 1 to {n_train:,}, the number of training pictures, got {bs}. Use bs="
-                   f"{max(1, n_train // 4)} (--bs {max(1, n_train // 4)}).")
-
 # %% ../../nbs/385_data.dense.ipynb #f4e6cd95
 def dense_dls(
     data: str | Path, # Name, folder or archive with masks, as `list_masks` reads them
@@ -174,11 +168,11 @@ def dense_dls(
     "`DataLoaders` of pictures and masks, all checked first."
     crop = sides(size)
     if data_name(data) in DATASETS and not is_path(data):
-        check_kind(data, masks=True)
+        check_kind(data, 'masks')
         return DATASETS[data](size=size, bs=bs, device=device, augment=augment, stats=stats)
     whole = find_pictures(data, valid_pct, split_seed, cache)
-    check_kind(whole, masks=True)
-    name = augment_name(augment, whole.family, masks=True)
+    check_kind(whole, 'masks')
+    name = augment_name(augment, whole.family, 'masks')
     whole.tell()
     check = check_pictures(whole, cache, every=True)
     whole, good = without_broken_masks(check_masks(whole, check, cache), skip_broken)
@@ -188,7 +182,7 @@ def dense_dls(
     pixels = make_pixels(whole, sizes, load, Path(f'{check.path}-{load}'), cache_gb) if good.all() else None
     mean, std = stats or STATS.get(listing.family, (check.mean, np.maximum(check.std, 1e-3).tolist()))
     about = dict(size=size, vocab=list(listing.vocab), mean=list(mean), std=list(std), augment=name)
-    bs = _batch_size(bs, listing.n_train)
+    bs = fitting_bs(bs, listing.n_train, 16)
     val_bs = _valid_bs(sizes[numbers[listing.n_train:]], size, bs, len(listing.vocab))
     dls = _loaders(_listed(listing, load, pixels and pixels.some(numbers)), about, bs, val_bs, device, num_workers)
     dls.listing, dls.family = listing, listing.family
@@ -206,7 +200,8 @@ def empty_dense_dls(
 ) -> DataLoaders: # For `dls.test_dl`
     "`DataLoaders` that hold no pictures and prepare others as `dense_dls` does in validation. See `dls.about`."
     sides(size)
-    about = dict(size=size, vocab=list(vocab), mean=list(mean), std=list(std), augment=augment_name(augment, '', True))
+    name = augment_name(augment, '', 'masks')
+    about = dict(size=size, vocab=list(vocab), mean=list(mean), std=list(std), augment=name)
     black = [np.zeros((8, 8, 3), np.uint8)] * 2   # for fastai, which looks at the type of a first picture
     load = AUGMENTS[augment].load(min(sides(size)))
     dsets = _datasets(ReadPicture(load, pixels=black), ReadMask(vocab, load, labels=[b[..., 0] for b in black]), 2, 1)
@@ -221,7 +216,7 @@ def labelled_dense_dls(
     cache: Path | str | None = None, # Where the check is kept; None for `attnpool` in fastai's data folder
 ) -> DataLoaders: # With `listing`
     "The pictures of another listing with their masks, checked; the classes are found by their names."
-    check_kind(listing, masks=True)
+    check_kind(listing, 'masks')
     check = check_pictures(listing, cache, every=True)
     listing, good = without_broken_masks(check_masks(listing, check, cache), skip_broken)
     if other := set(listing.vocab) - {*dls.vocab}:
@@ -254,8 +249,8 @@ def made_dls(
         squares = np.stack([((im.reshape(-1, 3) / 255)**2).mean(0) for im in images[:n_train]]).mean(0)
         stats = levels.mean(0), np.sqrt(squares - levels.mean(0)**2)
     mean, std = (np.round(np.asarray(values, float), 4).tolist() for values in stats)
-    about = dict(size=size, vocab=list(vocab), mean=mean, std=std, augment=augment_name(augment, family, masks=True))
-    bs = _batch_size(bs, n_train)
+    about = dict(size=size, vocab=list(vocab), mean=mean, std=std, augment=augment_name(augment, family, 'masks'))
+    bs = fitting_bs(bs, n_train, 16)
     dsets = _datasets(ReadPicture(None, pixels=images), ReadMask(vocab, labels=masks), len(images), n_train)
     dls = _loaders(dsets, about, bs, 2 * bs, device, 0)
     dls.family = family

@@ -199,6 +199,9 @@ def pictures_of(
     if (inputs := getattr(dls, 'n_inp', 1)) != 1:
         raise BadInput(f"learn: its network takes {inputs} inputs, and maps are laid over one picture. "
                        "Use attention_maps and show_maps.")
+    if 'masks' in getattr(dls, 'about', {}):
+        raise BadInput("learn: it finds objects, and looks at regions and not at a whole picture. Use "
+                       "learn.show_results(), or attnpool maps RUN photo.jpg.")
     if pixels is not None and pixels < 1: raise BadInput(f"pixels: expected a width like 640, or None, got {pixels}.")
     read = _Reader(pixels, None if files is None else listed_files(files))
     try:

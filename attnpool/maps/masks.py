@@ -234,13 +234,15 @@ def _legend(fig, entries, n, ncols):
 
 # %% ../../nbs/192_maps.masks.ipynb #s1920018
 def class_bars(
-    tables: dict[str, Sequence[pd.DataFrame]], # Name of the row: a table with columns class, iou for each run
+    tables: dict[str, Sequence[pd.DataFrame]], # Name of the row: for each run a table with columns class and `column`
+    column: str = 'iou', # Of shares, 0 to 1
+    what: str = 'intersection over union, %', # What they are, in words, for the axis
 ) -> plt.Figure:
-    "Intersection over union of each class in percent, the best first: mean and sample standard deviation over runs."
+    "A share of each class in percent, the best first: mean and sample standard deviation over runs."
     if not tables: raise BadInput("tables: there is none. Pass at least one, as in {'': [table]}.")
-    each = {name: pd.concat([t.set_index('class').iou for t in ts], axis=1) for name, ts in tables.items()}
+    each = {name: pd.concat([t.set_index('class')[column] for t in ts], axis=1) for name, ts in tables.items()}
     shown = next(iter(each.values())).mean(axis=1).sort_values(ascending=False, kind='stable').dropna()
-    n, what, half = len(each), 'intersection over union, %', _MOST // 2
+    n, half = len(each), _MOST // 2
     if len(shown) > _MOST:
         what += f'\nthe {half} best and the {half} worst of {len(shown)} classes'
         shown = pd.concat([shown[:half], shown[-half:]])

@@ -20,6 +20,7 @@ from ..data.cache import write_file
 from ..data.reader import load_picture, open_picture
 from ..maps.compute import Saliency
 from ..maps.areas import AREAS_SCRIPT, AREAS_STYLE
+from ..maps.objects import OBJECTS_SCRIPT, OBJECTS_STYLE
 from ..maps.draw import PALETTE, data_uri, show_maps
 from ..maps.learner import Pictures
 from ..maps.page import LOOKS_SCRIPT, LOOKS_STYLE, Look, html_page, looks_html
@@ -27,9 +28,10 @@ from ..maps.reading import Reading
 from ..registry import BadInput
 from .collect import by_row, group_by_setting, setting_of, tell_apart, write_runs
 from .dense import dense_parts
+from .objects import object_parts
 from .plots import cost_plot, learning_curves
 from .published import blog_tables
-from .stats import GUESS, format_table, guess_of, on_tests, primary_of, remarks, summarize
+from .stats import BOUNDS, GUESS, format_table, guess_of, on_tests, primary_of, remarks, summarize
 from ..runs.store import Result, read_about
 from ..runs.tested import confused_pairs, confusion, hardest, picture_file
 from ..tasks import TASK_HEADS
@@ -113,7 +115,7 @@ def _prose(groups):
     boxes = any('peak_in_box' in r.metrics for g in groups for r in g)
     interval = ' or '.join(_INTERVALS[k] for k in kinds if k in _INTERVALS)
     guess = GUESS if any(not np.isnan(guess_of(g)) for g in groups) else ''
-    bounds = any('floor' in r.metrics for g in groups for r in g)
+    bounds = {primary for g in groups for r in g if 'floor' in r.metrics and (primary := r.primary) in BOUNDS}
     return dict(where=where, by=by, over=by.replace(' or ', 's or ') + 's', found=found, interval=interval,
                 boxes=boxes, guess=guess, bounds=bounds)
 
@@ -154,17 +156,25 @@ def _interval(results):
     return f"[95%]: {_INTERVALS.get(kind, '')}t interval, paired by {_KINDS[kind]}.{cut}"
 
 # %% ../../nbs/630_report.page.ipynb #ae1434c9
-def _word(metric): return 'mIoU' if metric == 'miou' else metric
+_WORDS = dict(miou='mIoU', box_ap='AP of boxes')   # in the place of the names of metrics
+_PARTS = dict(segment=dense_parts, detect=object_parts)   # of a task, beside the means
+
+def _word(metric): return _WORDS.get(metric, metric)
 
 def _first(metric): return metric.capitalize() if _word(metric) == metric else _word(metric)   # of a sentence
 
+def _of_task(results):
+    "What is shown of these runs alone; tables as HTML."
+    none = dict(measures=None, classes=None, many=0, bars=[], course=None, areas='', objects='')
+    its = none | _PARTS.get(results[0].spec.task, lambda _: {})(results)
+    return its | {k: '' if its[k] is None else _html(its[k]) for k in ('measures', 'classes')}
+
 def _section(name, results, table):
     "What the page shows of one setting."
-    seed, dense = min(r.spec.seed for r in results), dense_parts(results)
-    classes = '' if dense['classes'] is None else _html(dense['classes'])
+    seed = min(r.spec.seed for r in results)
     rows = 'start' if results[0].spec.head in TASK_HEADS else 'head'
-    return dict(name=name, metric=_word(primary_of(table)), seed=seed, setting=_setting(results), rows=rows,
-                **_where(results), **dense | dict(classes=classes),
+    return dict(name=name, metric=_word(primary_of(table)), first=_first(primary_of(table)), seed=seed,
+                setting=_setting(results), rows=rows, **_where(results), **_of_task(results),
                 unit='split' if results[0].spec.split == 'seed' else 'seed',
                 parts=_parts(results, table), **_confused(results), worst=_worst(results),
                 fold='details' if len(by_row(results)) > 4 else 'div',
@@ -209,8 +219,9 @@ def _of_data(groups, data):
     raise BadInput(f"published: none of the runs is on {data}. They are on {names}.")
 
 def _subject(groups):
-    dense = {g[0].spec.head in TASK_HEADS for g in groups}
-    return 'Attention pooling heads' if dense == {False} else 'Segmentation' if dense == {True} else 'Runs'
+    tasks = {g[0].spec.task for g in groups}
+    words = dict(classify='Attention pooling heads', segment='Segmentation', detect='Object detection')
+    return words.get(min(tasks), 'Runs') if len(tasks) == 1 else 'Runs'
 
 def write_report(
     results: Sequence[Result], # What `collect`, `run` or `sweep` returned
@@ -228,8 +239,9 @@ def write_report(
     sections = [_section(name, g, t) for (name, _), g, t in zip(settings, groups, tables)]
     page = html_page(
         title or f"{_subject(groups)} on {', '.join(names)}", _own('page.html'),
-        LOOKS_STYLE + AREAS_STYLE + _own('page.css'),
-        LOOKS_SCRIPT * any(s['looks'] for s in sections) + AREAS_SCRIPT * any(s['areas'] for s in sections),
+        LOOKS_STYLE + AREAS_STYLE + OBJECTS_STYLE + _own('page.css'),
+        LOOKS_SCRIPT * any(s['looks'] for s in sections) + AREAS_SCRIPT * any(s['areas'] for s in sections)
+        + OBJECTS_SCRIPT * any(s['objects'] for s in sections),
         blog=[(t, _html(b)) for t, b in blog.items()], groups=sections,
         metrics=', '.join(dict.fromkeys(_first(primary_of(t)) for t in tables)), **_prose(groups))
     def plain(v): return v if isinstance(v, (str, int, float)) else str(v)

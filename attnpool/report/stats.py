@@ -105,8 +105,10 @@ def primary_of(
     return table.columns[table.columns.get_loc('sd') - 1]
 
 GUESS = '(guessing)'   # the row of who always says the commonest class
-BOUNDS = dict(floor='(floor: the commonest class everywhere)',
-              ceiling='(ceiling: the truth at the resolution of the map)')
+BOUNDS = dict(   # of a primary metric, where they are known
+    miou=dict(floor='(floor: the commonest class everywhere)',
+              ceiling='(ceiling: the truth at the resolution of the map)'),
+    box_ap=dict(floor='(floor: a box of each class at the mean place)'))
 
 def format_table(
     table: pd.DataFrame # From `summarize`
@@ -141,9 +143,9 @@ def format_table(
         **{name: seconds.map(optional('{:.1f}')) for name, seconds in time.items()},
         'peak in box': table.peak_in_box.map(optional('{:.0%}'))})
     text = text.loc[:, (text != '–').any()]   # what nobody has
-    for name in ('guess', *BOUNDS):   # what is known of it beside the rows
+    for name, words in (dict(guess=GUESS) | BOUNDS.get(primary, {})).items():   # what is known of it beside the rows
         if name in table and not np.isnan(v := table[name].mean()):
-            text.loc[len(text)] = {first: BOUNDS.get(name, GUESS), f'{primary} %': f'{100 * v:.1f}'}
+            text.loc[len(text)] = {first: words, f'{primary} %': f'{100 * v:.1f}'}
     return text.fillna('–')
 
 # %% ../../nbs/610_report.stats.ipynb #32e73253

@@ -104,7 +104,7 @@ def _beginning(data, heads, seeds, recipe, given, rates, splits, start=None, arc
     on(DataId(''))   # what cannot be meant is told before anything is downloaded or read
     for _, start, of_arch in asked:
         if start.name == 'pretrained': body_of(common['arch'], weights=start, **of_arch)   # is had now, or never
-    return on(data_for(data, recipe))
+    return on(data_for(data, recipe, common.get('task') or 'classify'))
 
 # %% ../../nbs/563_runs.asked.ipynb #9b1d5c20
 def read_specs(

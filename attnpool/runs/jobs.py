@@ -140,8 +140,9 @@ def question(
 def _little(specs):
     "Whether all of it is done in seconds."
     def pixels(n): return sum(s.recipe.shown(n) * s.recipe.size**2 for s in specs)
-    path = specs[0].data.path if specs[0].data.fingerprint else ''
-    return pixels(100) < _LEAST and pixels(len(find_pictures(path).labels) if path else _MADE) < _LEAST
+    data = specs[0].data
+    n = len(data.pictures().labels) if data.fingerprint else _MADE
+    return pixels(100) < _LEAST and pixels(n) < _LEAST
 
 def _measure(spec, device, most, workers, tell, found):
     "Pictures per second of 1, 2, 4, ... processes, as long as there are more of them; into `found`."

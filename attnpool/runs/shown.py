@@ -60,7 +60,7 @@ def _by_split(path, names, listing):
     if not spec.data.fingerprint: return set() if spec.data.path in DATASETS else None   # made, or of a first version
     if not its and listing.name == spec.data.name: its = spec.data.path
     if not its or is_path(its) and not Path(its).exists(): return None
-    if fingerprint(digests(data := find_pictures(its))) != spec.data.fingerprint: return None
+    if fingerprint(digests(data := find_pictures(its, kind=spec.data.kind))) != spec.data.fingerprint: return None
     if spec.split == 'seed': data, _ = data.split(spec.seed)
     def place(l, f): return os.path.normpath(os.path.join(l.root.resolve(), f))
     trained = {place(data, f) for f in data.files[:data.n_train]}

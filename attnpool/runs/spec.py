@@ -20,7 +20,7 @@ from typing import Any, Sequence
 import torch
 
 from ..data import DataId, identify
-from ..data.pictures import SOURCES, blog_version, find_pictures
+from ..data.pictures import SOURCES, blog_version
 from ..frozen import check_frozen
 from ..heads import OTHER_HEADS, get_head
 from ..models.body import OTHER_ARCHS, check_arch
@@ -106,9 +106,10 @@ class Spec:
 def data_for(
     data: str | Path, # Name in `DATASETS`, or path of a folder, archive or CSV
     recipe: str | Path | Recipe, # Name in `RECIPES`, a TOML file, or a recipe
+    task: str = 'classify', # Name in `TASKS`, for data that serve several
 ) -> DataId:
     "The identity of the data that a recipe trains on: the recipe `blog` takes the blog's version of them."
-    return identify(blog_version(data) if find_recipe(recipe).name == 'blog' else data)
+    return identify(blog_version(data) if find_recipe(recipe).name == 'blog' else data, kind=TASKS[task].kind)
 
 # %% ../../nbs/510_runs.spec.ipynb #ab4c8d2e
 BLOG_SIZES, SPLITS = (256, 384), ('own', 'seed')   # pixels; what `Spec.split` may be
@@ -135,7 +136,7 @@ def make_spec(
     if folder: _check_parts(head, arch, _pairs(of_head), _pairs(of_arch))
     if not its.head: _check_sides(arch, of_arch, overrides.get('size') or recipe.size, eval_sizes)
     start = find_start(start, arch, **of_arch)
-    if not isinstance(data, DataId): data = data_for(data, recipe)
+    if not isinstance(data, DataId): data = data_for(data, recipe, task)
     r = check_frozen(get_recipe(recipe, head, data.family, arch, **overrides))
     if r.train == 'frozen': start = start.for_all_heads(head)   # a probe is a comparison
     if split not in SPLITS: raise unknown('split', split, SPLITS)
@@ -193,7 +194,7 @@ def _unseen(spec):
     run = read_spec(json.loads((Path(spec.start.path)/'result.json').read_text())['spec'])
     def number(s): return s.seed if s.split == 'seed' else None
     same = spec.data.fingerprint and run.data.fingerprint == spec.data.fingerprint
-    if not same or number(run) == number(spec) or not find_pictures(spec.data.path).drawn: return spec
+    if not same or number(run) == number(spec) or not spec.data.pictures().drawn: return spec
     what = 'own split: --seeds in the place of --splits' if run.split == 'own' else f'split, that of seed {run.seed}'
     raise BadInput(f"start: the run {spec.start.name} was trained on pictures that would validate now. "
                    f"Start from what it started from, or keep its {what}.")

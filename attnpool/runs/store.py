@@ -33,7 +33,7 @@ from torch import nn
 from ..data.augment import STATS, augment_name
 from ..data.cache import near_path, write_file
 from ..data.listing import Listing, differences, digests, fingerprint, first_few, read_digests, write_digests
-from ..data.pictures import DATASETS, find_pictures, is_path
+from ..data.pictures import DATASETS, is_path
 from ..distributed import processes
 from ..registry import BadInput
 from .spec import Spec, read_spec
@@ -188,7 +188,7 @@ def earlier_data(
     for data, folder in old.items():
         if data == (mine := now[data.name]): continue
         known = (table := folder/'pictures.csv').exists()   # not of very many pictures
-        what = differences(read_digests(table), digests(find_pictures(mine.path))) if known else 'other pictures'
+        what = differences(read_digests(table), digests(mine.pictures())) if known else 'other pictures'
         said.append(f'{mine.path} is not what {folder.name} was trained on: {what}. '
                     'That run is kept, and new ones are made beside it.')
     return said
@@ -196,7 +196,7 @@ def earlier_data(
 # %% ../../nbs/520_runs.store.ipynb #db6b557b
 def _check_data(spec, folder):
     "An error if the data are not those that the run was trained on."
-    now, file = digests(find_pictures(spec.data.path)), folder/'pictures.csv'
+    now, file = digests(spec.data.pictures()), folder/'pictures.csv'
     if fingerprint(now) == spec.data.fingerprint: return
     what = f': {differences(read_digests(file), now)}' if file.exists() else ''
     raise BadInput(f"data: {spec.data.path} has changed since {folder.name} was trained{what}. Put the pictures back, "
@@ -206,13 +206,12 @@ def _check_data(spec, folder):
 def _own_data(spec, folder, device, check, about):
     "The data of a run, prepared as they were for it."
     if check and spec.data.fingerprint: _check_data(spec, folder)
+    if 'mean' in about: spec = replace(spec, start=replace(spec.start, **{k: tuple(about[k]) for k in ('mean', 'std')}))
     dls = TASKS[spec.task].dls(spec, spec.recipe.loader_bs(), device)
     if about and list(dls.vocab) != about['vocab']:
         raise BadInput(f"data: {spec.data.path} has the classes {first_few(dls.vocab)}, and {folder.name} was trained "
                        f"on {first_few(about['vocab'])}. It can still show other pictures: attnpool maps RUN PICTURE, "
                        "or open_run with with_data=False.")
-    for t in (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize) and 'mean' in about):
-        t.mean, t.std = (getattr(t, k).new_tensor(about[k]).view(1, -1, 1, 1) for k in ('mean', 'std'))
     return dls
 
 def open_data(
@@ -266,7 +265,7 @@ def circumstances(
 @lru_cache(1)   # for all runs on the same pictures: their fingerprint is of these digests
 def _digested(data):
     "The files of a data set, and their digests as a table; None of very many."
-    listing = find_pictures(data.path)
+    listing = data.pictures()
     with TemporaryDirectory() as folder:
         write_digests(listing, file := Path(folder)/'pictures.csv')
         return listing.files, pd.read_csv(file, dtype=str, keep_default_na=False) if file.exists() else None

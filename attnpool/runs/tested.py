@@ -138,7 +138,7 @@ def tell_tests_left(
     say: Callable, # Hears a sentence where there are some
 ):
     "Say that test pictures are left alone."
-    listing = find_pictures(data.path) if data.fingerprint and is_first() else None   # others are made, not read
+    listing = data.pictures() if data.fingerprint and is_first() else None   # others are made, not read
     for note in listing.notes if listing else ():
         if '--test' in note: say(f'{listing.name}: {note}.')
 
@@ -164,7 +164,7 @@ def _ask(result, part, device):
         labels = torch.tensor([int(y) for y in dls.valid_ds.tls[1]])
         dl = MapLoader(MapSet([maps], np.arange(1, len(maps)), labels, list(dls.vocab)), bs=dl.bs)
         model, loss = nn.Sequential(nn.Identity(), head), learn.loss_func
-        learn = Learner(DataLoaders(dl, dl, device=dls.device), model, loss, metrics=task.metrics())
+        learn = Learner(DataLoaders(dl, dl, device=dls.device), model, loss, metrics=task.metrics(dls))
     return task.say(learn, dl, part.files[1:])
 
 def ask_tests(

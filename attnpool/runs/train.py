@@ -18,7 +18,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 import torch
-from fastai.vision.all import Callback, CancelEpochException, CancelFitException, Learner, set_seed
+from fastai.vision.all import Callback, CancelEpochException, CancelFitException, L, Learner, set_seed
 from filelock import FileLock
 
 from ..callback.ends import BodyStands
@@ -128,7 +128,8 @@ def _learner(spec, dls, cbs=None):
     "The Learner of a spec."
     task = TASKS[spec.task]
     model, options = task.model(spec, dls)
-    return learner_for(dls, model, spec.recipe, task.loss(spec.recipe), task.metrics(), cbs, **options)
+    cbs = [*options.pop('cbs', []), *L(cbs)]
+    return learner_for(dls, model, spec.recipe, task.loss(spec.recipe), task.metrics(dls), cbs, **options)
 
 def _check(learn, spec):
     "An error now, not after the training, for sizes that the network cannot take."
@@ -220,8 +221,8 @@ def _probe(spec, folder, device, log, on_maps):
         return write_result(failed, folder)
     if larger: _check(shared, spec)
     recipe, found = find_rates(shared.maps, head, recipe, loss, spec.seed)
-    _fit(trained := head_learner(shared.maps, head, recipe, loss, task.metrics(), [log]), spec, log)
-    learn = learner_for(dls, shared.model, recipe, loss, task.metrics())
+    _fit(trained := head_learner(shared.maps, head, recipe, loss, task.metrics(dls), [log]), spec, log)
+    learn = learner_for(dls, shared.model, recipe, loss, task.metrics(dls))
     sizes = _validate(learn, larger, log)
     more = dict(body=shared.body, trained=trained, found=found, doubles=shared.doubles)
     return _finish(spec, folder, device, learn, log, sizes, start, **more)
