@@ -63,12 +63,12 @@ def cluttered_digits(
         if n < 1: raise BadInput(f"{name}: expected at least 1 picture, got {n}. The defaults are 1500 and 1000.")
     least, most = (.4, .55) if share is None else (.85 * share, 1.15 * share)
     if not 4 <= round(size * least) <= round(size * most) <= size:
-        raise BadInput(f"share: digits of {size * least:.1f} to {size * most:.1f} pixels do not fit a canvas of {size}. "
-                       "They need 4 pixels and at most the canvas: use a share such as 1/4, or another size.")
+        raise BadInput(f"share: digits of {size * least:.1f} to {size * most:.1f} pixels do not fit a canvas of "
+                       f"{size}. They need 4 pixels and at most the canvas: use a share such as 1/4, or another size.")
     rng = np.random.default_rng(seed)
     small, targets, halves = split_originals(rng, part)
     n, piece = n_train + n_valid, size // 5
-    if share: piece, n_pieces = max(2, round(size * share * .42)), round(n_pieces * (.475 / share)**2)   # as dense
+    if share: piece, n_pieces = max(2, round(size * share * .42)), round(n_pieces * (.475 / share)**2)
     images, boxes = torch.zeros(n, size, size), torch.zeros(n, 4, dtype=torch.int64)
     sources = np.concatenate([np.resize(half, m) for half, m in zip(halves, (n_train, n_valid))])
 
