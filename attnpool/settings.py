@@ -104,7 +104,6 @@ class Recipe:
     repeats: int = 1 # Copies of each picture in a row, each augmented anew; an epoch then sees 1 / repeats of them
     micro_bs: int | None = None # Pictures at a time on one device, where the batch does not fit; they add up to bs
     steps: int | None = None # Steps of the optimizer in all, whatever the number of pictures; epochs overrides it
-    query_rate: float = 1. # Rate of the queries of attention pools, as a factor on that of the rest
     late: float = 0. # Share of the training, its last part, in which queries learn; avgstart is average pooling before
     name: str = field(default='', compare=False) # Row of `RECIPES` that it began as; no setting, not compared
 

@@ -1,10 +1,10 @@
-"Queries that learn late, or at a rate of their own: in Learners with every optimizer, in runs that are stopped, by the command."
+"Queries that learn late: in Learners with every optimizer, in runs that are stopped, by the command."
 import pytest
 import torch
 from fastai.vision.all import Callback, CrossEntropyLossFlat, Learner, set_seed
 from torch import nn
 
-from attnpool.callback.queries import Queries, queries_of
+from attnpool.callback.queries import LateQueries, queries_of
 from attnpool.choices import OPTIMIZERS
 from attnpool.cli import main
 from attnpool.data.digits import digits_dls
@@ -59,15 +59,6 @@ def test_with_every_optimizer_nothing_moves_the_queries_before_their_time(opt):
     assert moved(kept[0]) == 0 and moved(kept[1]) > 0
 
 
-@pytest.mark.parametrize("opt", ["adam", "adamw", "sgd", "ranger"])
-def test_the_first_step_is_longer_by_the_factor(opt):
-    one, ten, tenth = (trained(opt=opt, epochs=1, n_train=16, query_rate=r, schedule="cosine")[0] for r in (1, 10, .1))
-    torch.testing.assert_close(ten["7.0.query"], 10 * one["7.0.query"])
-    torch.testing.assert_close(tenth["7.0.query"], .1 * one["7.0.query"])
-    assert moved(one) > 0
-    assert all(torch.equal(v, one[k]) for k, v in ten.items() if k != "7.0.query")
-
-
 @pytest.mark.parametrize("head", [*HEADS])
 def test_of_every_head_that_has_a_query_it_is_found(head):
     model = nn.Sequential(nn.Identity(), get_head(head)(32, 10))
@@ -78,14 +69,14 @@ def test_of_every_head_that_has_a_query_it_is_found(head):
 def test_a_swapped_pool_learns_late_too():
     model = swap_pool(nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)))
     learn = Learner(digits_dls(20, 16, "cpu", n_train=32, n_valid=16), model, CrossEntropyLossFlat(), lr=.1,
-                    cbs=[Queries(late=.5), keep := Keep()])
+                    cbs=[LateQueries(.5), keep := Keep()])
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
     name, = queries_of(model)
     assert moved(keep.kept[0], name) == 0 and moved(keep.kept[1], name) > 0
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_weights(tmp_path):
-    spec = make_spec("digits", recipe="quick", arch="xeca_resnext_tiny", late=.25, query_rate=2., **SMALL)
+    spec = make_spec("digits", recipe="quick", arch="xeca_resnext_tiny", late=.25, **SMALL)
     def stop(row): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): run(spec, tmp_path / "stopped", "cpu", stop, checkpoint_seconds=0)
     for out in ("whole", "stopped"): run(spec, tmp_path / out, "cpu")
@@ -93,25 +84,25 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(tmp_path):
     assert one == two
 
 
-def test_the_command_takes_both_and_the_result_says_so(tmp_path, monkeypatch):
+def test_the_command_takes_it_and_the_result_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = "bench digits --arch xeca_resnext_tiny --heads avg,avgstart --seeds 1 --epochs 2 --size 20 --lr 1e-3"
-    with pytest.raises(SystemExit) as end: main([*words.split(), "--late", ".5", "--query-rate", ".1"])
+    with pytest.raises(SystemExit) as end: main([*words.split(), "--late", ".5"])
     assert not end.value.code
     results = [load_run(f.parent) for f in (tmp_path / "runs").glob("*/result.json")]
     assert {r.spec.head for r in results} == {"avg", "avgstart"}
-    assert all((r.spec.recipe.late, r.spec.recipe.query_rate) == (.5, .1) for r in results)
-    assert make_spec("digits", **SMALL).id == make_spec("digits", late=0., query_rate=1., **SMALL).id
+    assert all(r.spec.recipe.late == .5 for r in results)
+    assert make_spec("digits", **SMALL).id == make_spec("digits", late=0., **SMALL).id
 
 
 @pytest.mark.parametrize("settings, words", [
     (dict(late=1.), "late: expected a share in"), (dict(late=-.1), "late: expected a share in"),
-    (dict(query_rate=0), "query_rate: expected a number above 0"), (dict(query_rate="fast"), "query_rate: expected"),
+    (dict(late="end"), "late: expected a share in"),
     (dict(recipe="finetune", late=.1), "late: train finetune is two trainings")])
 def test_what_cannot_be_meant_is_told(settings, words):
     with pytest.raises(BadInput, match=words): get_recipe(**dict(recipe="quick", head="avg") | settings)
 
 
-@pytest.mark.parametrize("options, words", [(dict(rate=0), "rate: expected"), (dict(late=1), "late: expected")])
-def test_the_callback_tells_as_well(options, words):
-    with pytest.raises(BadInput, match=words): Queries(**options)
+@pytest.mark.parametrize("late", [0, 1, -.1])
+def test_the_callback_tells_as_well(late):
+    with pytest.raises(BadInput, match="late: expected a share between 0 and 1"): LateQueries(late)
