@@ -43,8 +43,7 @@ class AvgPoolHead(PoolHead):
         n_out: int, # Outputs, one per class
         classifier: str | Callable | None = None, # As for `make_classifier`; None for a linear layer
     ):
-        pooled = SimpleNamespace(c_out=check_channels(ni))
-        last = make_classifier('linear' if classifier is None else classifier, pooled, n_out)
+        last = make_classifier(classifier or 'linear', SimpleNamespace(c_out=check_channels(ni)), n_out)
         nn.Sequential.__init__(self, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *last)
 
 # %% ../nbs/160_heads.ipynb #54cd3e96
@@ -142,6 +141,7 @@ def _frozen_queries(ni, n_out):
     nn.init.normal_(head[0].query.requires_grad_(False), std=ni**-.5)
     return head
 
+# %% ../nbs/160_heads.ipynb #h1600012
 def _pool_of(name, ni, n_out):
     made = build_head(get_head(name), ni, n_out)
     if isinstance(made, AvgPoolHead): return Peer(made[:2], ni)
@@ -159,8 +159,7 @@ class PoolsHead(PoolHead):
         classifier: str | Callable | None = None, # As for `make_classifier`; None for a linear layer
     ):
         pool = SideBySide(*(_pool_of(name, ni, n_out) for name in pools.split('+')))
-        last = make_classifier('linear' if classifier is None else classifier, pool, n_out)
-        nn.Sequential.__init__(self, pool, *last)
+        nn.Sequential.__init__(self, pool, *make_classifier(classifier or 'linear', pool, n_out))
 
 def _side_by_side(name):
     "The head that `max+avgstart` names, or `max+avgstart-fastai`: pools, and the classifier behind them."

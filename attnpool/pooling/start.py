@@ -32,6 +32,17 @@ def _most(scores, part, at_random):
     which = torch.zeros_like(rank).scatter_(-1, rank.topk(int(part * n), -1).indices, 1.)
     return which.bool() & (torch.rand(len(rank), 1, 1, device=rank.device) < .5)
 
+def _of_the_rest(m, u, part, at_random, *shares):
+    "What the queries pool when `_most` hides positions; all weights are among the others. By plain operations."
+    note_form('plain')
+    with no_autocast(m):
+        s = scores(m, u, centre=True, eps=_EPS).scores
+        hidden = _most(s, part, at_random)
+        a, even = (t.masked_fill(hidden, -torch.inf).softmax(-1) for t in (s, torch.zeros_like(s)))
+        for share in shares: a = a + share * (even - a)
+        return (m.unflatten(1, (len(u), -1)) * a[:, :, None]).sum(-1).flatten(1)
+
+# %% ../../nbs/120_pooling.start.ipynb #h1200004
 class AvgStartAttnPooling2d(nn.Module):
     "Attention pooling that starts as average pooling: queries from zero, each pooling its own share of the channels."
     def __init__(self,
@@ -68,22 +79,14 @@ class AvgStartAttnPooling2d(nn.Module):
         check_map(x, self.ni)
         m, u, share, dtype = x.flatten(2), self.queries(), self.mix or None, wide(x.dtype)
         if self.mix and self.training: share = (torch.rand(len(x), 1, 1, device=x.device) < self.mix).to(dtype)
-        if self.drop and self.training: return self._partly(m.to(dtype), u.to(dtype), share).to(x.dtype)
+        gate = None if self.gate is None else self.gate.to(dtype).sigmoid()
+        if self.drop and self.training:
+            shares = [s for s in (share, gate) if s is not None]
+            return _of_the_rest(m.to(dtype), u.to(dtype), self.drop, self.drop_random, *shares).to(x.dtype)
         out = gather_own(m, u, share=share, eps=_EPS)
-        if self.gate is None: return out.to(x.dtype)
-        gate = self.gate.to(dtype).sigmoid().expand(-1, self.ni // len(u)).flatten()   # for each channel
+        if gate is None: return out.to(x.dtype)
+        gate = gate.expand(-1, self.ni // len(u)).flatten()   # for each channel
         return torch.lerp(out.to(dtype), m.mean(-1, dtype=dtype), gate).to(x.dtype)
-
-    def _partly(self, m, u, share):
-        "`forward` with hidden positions, by plain operations; weights and uniform weights are those of the others."
-        note_form('plain')
-        with no_autocast(m):
-            s = scores(m, u, centre=True, eps=_EPS).scores
-            hidden = _most(s, self.drop, self.drop_random)
-            a, even = (t.masked_fill(hidden, -torch.inf).softmax(-1) for t in (s, torch.zeros_like(s)))
-            for part in (share, None if self.gate is None else self.gate.to(a.dtype).sigmoid()):
-                if part is not None: a = a + part * (even - a)
-            return (m.unflatten(1, (len(u), -1)) * a[:, :, None]).sum(-1).flatten(1)
 
     def attention_map(self,
         x: Tensor, # `(b, ni, h, w)`
