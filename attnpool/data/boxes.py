@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .annotated import Annotated
 from .cache import first_few, printable
-from .layouts import BOX_LAYOUTS, box_layout, part_of, read_boxes
+from .layouts import BOX_LAYOUTS, box_hint, box_layout, part_of, read_boxes
 from .listing import Listing
 from .masks import VOC
 from .outlines import outline_boxes, outline_masks
@@ -68,6 +68,8 @@ class BoxListing(Listing):
         part: str = 'validation', # What its second part is for, in words
     ) -> 'BoxListing': # Itself
         "An error where there is nothing to train or to validate on."
+        if len(self.files) == 1:
+            raise BadInput(f"data: {self.root} has one picture with boxes. One has to train and another to validate.")
         for what, numbers in (('training', self.labels[:self.n_train]), (part, self.labels[self.n_train:])):
             if not numbers: raise BadInput(f"data: {self.root} has no {what} pictures with boxes. {BOX_LAYOUTS}")
         return self
@@ -85,8 +87,11 @@ def _notes(root, table):
     more = [os.path.join(d, n) for d, names in named.items() if (root/d).is_dir()
             for n in sorted(os.listdir(root/d)) if n not in names and os.path.splitext(n)[1].lower() in PICTURES]
     none = [name for i, name in enumerate(table.vocab, 1) if not (table.labels == i).any()]
+    alike = [names for name in {*map(str.lower, table.vocab)}
+             if len(names := [n for n in table.vocab if n.lower() == name]) > 1]
     return [f'{len(more):,} pictures are left out, as no annotation names them: {first_few(more, 3)}'] * bool(more) + \
-           [f'classes without an object: {first_few(none)}'] * bool(none)
+           [f'classes without an object: {first_few(none)}'] * bool(none) + \
+           [f'classes that differ by small and capital letters alone: {first_few(names)}' for names in sorted(alike)]
 
 # %% ../../nbs/327_data.boxes.ipynb #565030b5
 def list_boxes(
@@ -98,11 +103,12 @@ def list_boxes(
 ) -> BoxListing: # Its `notes` say what is not taken as one might think
     "The pictures of a folder, and their objects."
     root, layout = Path(root), box_layout(root)
-    if not layout: raise BadInput(f"data: {root} has no boxes. {BOX_LAYOUTS}")
+    if not layout: raise BadInput(f"data: {root} has no boxes. {BOX_LAYOUTS} {box_hint(root)}".rstrip())
     name = root.stem if root.is_file() else root.name
     table = read_boxes(layout, name, cache)
     parts = table.parts if any(table.parts) else [part_of(f.partition(os.sep)[0]) for f in table.files]
-    if not all(parts) and 'train' not in parts: parts = [''] * len(parts)   # a folder that is only called so
+    if 'train' not in parts and not any(table.parts) and ('' in parts or len({*parts}) == 1):
+        parts = [''] * len(parts)   # a folder that is only called so
     train, valid, test = ([i for i, p in enumerate(parts) if p in of] for of in (('train', ''), ('val',), ('test',)))
     notes = [*table.notes, *_notes(layout.root, table)]
     if not train: raise BadInput(f"data: {layout.root} has no training pictures with boxes. {BOX_LAYOUTS}")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .cache import is_zip, near_path, short_name, unpack
 from .boxes import BoxListing, list_boxes
-from .layouts import BOX_LAYOUTS, is_boxed
+from .layouts import BOX_LAYOUTS, box_hint, is_boxed
 from .listing import LAYOUTS, Listing, list_csv, list_folder
 from .masks import MASK_LAYOUTS, MaskListing, list_masks, mask_layout
 from .petals import record_files, unpack_tfrecords
@@ -83,7 +83,7 @@ def find_pictures(
     masked = root.is_dir() and not wanted and mask_layout(root)
     if boxed or not masked and not table and is_boxed(root, wanted):
         listing = list_boxes(root, valid_pct, split_seed, tests, cache)
-    elif wanted: raise BadInput(_missing(name, kind, mask_layout(root) and 'masks'))
+    elif wanted: raise BadInput(f"{_missing(name, kind, mask_layout(root) and 'masks')} {box_hint(root)}".rstrip())
     elif table: listing = list_csv(table, valid_pct, split_seed, 'petals' if records else '', tests)
     elif masked: listing = list_masks(root, valid_pct, split_seed, tests)
     else: listing = list_folder(root, valid_pct, split_seed, tests)
