@@ -485,3 +485,20 @@ def test_files_that_are_none():
     table([f"{i}.png,cat,10,12,30,22" for i in range(4)])
     Path("set/a.json").mkdir(), Path("set/b.json").symlink_to("/nowhere"), Path("set/._c.csv").write_text("file,label,x1,y1,x2,y2\n")
     assert len(find_pictures("./set").files) == 4
+
+def test_pictures_that_have_moved_are_found_again():
+    dls_of(one_coco())
+    for folder in "images", "train":   # a new folder, then one that is known
+        Path("set", folder).mkdir(), [shutil.move(f, f"set/{folder}") for f in [*Path("set").rglob("*.png")]]
+        assert {Path(f).parent.name for f in find_pictures("./set", kind="boxes").files} == {folder}
+        assert len(dls_of("./set").listing.files) == 4
+
+def test_other_json_of_coco_and_parts_that_are_there_alone():
+    for part in "train", "val":
+        coco(f"set/annotations/person_keypoints_{part}2017.json", [f"{i}.jpg" for i in range(3)], [obj(i, 100 + i) for i in range(3)], folder=f"set/{part}2017")
+    assert find_pictures("./set", kind="boxes").files[3:] == [f"val2017/{i}.jpg" for i in range(3)]
+    Path("set/annotations/person_keypoints_train2017.json").unlink()
+    told("./set", "are for val alone, none trains. Type the path of one folder or file")
+    assert find_pictures("set/annotations/person_keypoints_val2017.json", kind="boxes").n_train == 2
+    Path("text.jsonl").write_text("{}")
+    told("text.jsonl", "nor a .csv or a .json. Expected COCO")

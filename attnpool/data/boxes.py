@@ -86,12 +86,13 @@ def _notes(root, table):
     for f in table.files: named.setdefault(os.path.dirname(f), set()).add(os.path.basename(f))
     more = [os.path.join(d, n) for d, names in named.items() if (root/d).is_dir()
             for n in sorted(os.listdir(root/d)) if n not in names and os.path.splitext(n)[1].lower() in PICTURES]
-    none = [name for i, name in enumerate(table.vocab, 1) if not (table.labels == i).any()]
-    alike = [names for name in {*map(str.lower, table.vocab)}
-             if len(names := [n for n in table.vocab if n.lower() == name]) > 1]
+    alike, used = {}, {*np.unique(table.labels).tolist()}
+    for name in table.vocab: alike.setdefault(name.lower(), []).append(name)
+    none = [name for i, name in enumerate(table.vocab, 1) if i not in used]
+    pairs = [first_few(names) for names in alike.values() if len(names) > 1]
     return [f'{len(more):,} pictures are left out, as no annotation names them: {first_few(more, 3)}'] * bool(more) + \
            [f'classes without an object: {first_few(none)}'] * bool(none) + \
-           [f'classes that differ by small and capital letters alone: {first_few(names)}' for names in sorted(alike)]
+           [f'classes that differ by small and capital letters alone: {first_few(pairs)}'] * bool(pairs)
 
 # %% ../../nbs/327_data.boxes.ipynb #565030b5
 def list_boxes(
@@ -111,7 +112,9 @@ def list_boxes(
         parts = [''] * len(parts)   # a folder that is only called so
     train, valid, test = ([i for i, p in enumerate(parts) if p in of] for of in (('train', ''), ('val',), ('test',)))
     notes = [*table.notes, *_notes(layout.root, table)]
-    if not train: raise BadInput(f"data: {layout.root} has no training pictures with boxes. {BOX_LAYOUTS}")
+    if not train:
+        raise BadInput(f"data: the pictures with boxes in {layout.root} are for {first_few(sorted({*parts}))} alone, "
+                       "none trains. Type the path of one folder or file of annotations: a part is drawn to validate.")
     if tests and not (valid and test):
         raise BadInput(f"test: {root} has no {'test pictures beside those that validate' if test else 'test pictures'} "
                        "with boxes. Name a part test, or leave --test out.")

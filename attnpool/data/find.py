@@ -71,7 +71,7 @@ def find_pictures(
         if not known and not path.stat().st_size: raise BadInput(f"data: {path} has zero bytes.")
         if not known:
             raise BadInput(f"data: {path} is neither an archive that tar or zip can read (or it is cut short) nor a "
-                           f".csv. {LAYOUTS}")
+                           f".csv{' or a .json. ' + BOX_LAYOUTS if wanted else '. ' + LAYOUTS}")
         root = unpack(path, cache)
         inside = list(root.iterdir())
         if len(inside) == 1 and inside[0].is_dir() and any(record_files(inside[0])): root = inside[0]

@@ -7,6 +7,7 @@ __all__ = ['BOX_COLUMNS', 'read_coco', 'read_voc', 'box_columns', 'read_table']
 
 # %% ../../nbs/324_data.formats.ipynb #31fb9984
 import json
+from collections import Counter
 from math import nan
 from numbers import Real
 from pathlib import Path
@@ -36,8 +37,8 @@ def _categories(file, said):
     if '' in names.values():
         raise BadInput(f"data: {file} has a category without a name, number {[*names][[*names.values()].index('')]!r}. "
                        "Give each class a name.")
-    twice = [names[i] for i, n in zip(names, map([c['id'] for c in said].count, names)) if n > 1]
-    twice += sorted({name for name in names.values() if [*names.values()].count(name) > 1})
+    twice = [names[i] for i, n in Counter(c['id'] for c in said).items() if n > 1]
+    twice += [name for name, n in Counter(names.values()).items() if n > 1]
     if twice or not names:
         what = f'{twice[0]!r} among its categories more than once, by name or number' if twice else 'no categories'
         raise BadInput(f"data: {file} has {what}. Give each class one number and one name.")

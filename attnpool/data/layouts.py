@@ -103,27 +103,31 @@ def is_boxed(
     return len(inside) < 2 or bool(_ends(train, tuple(PICTURES)))   # else folders of classes
 
 # %% ../../nbs/326_data.layouts.ipynb #0efbf909
-def _place(root, file, part):
-    "A function from some names of pictures to one that finds each below `root`."
-    word = file.stem.removeprefix('instances').strip('_-')
-    names = dict.fromkeys([word, *(k for k, p in _PARTS.items() if p == part)])
+def _places(root, file, part):
+    "Folders where the pictures of a JSON may be."
+    words = file.stem.removeprefix('instances').strip('_-'), file.stem.rpartition('_')[2]
+    names = dict.fromkeys([*words, *(k for k, p in _PARTS.items() if p == part)])
     above = [d for one in (file.parent, root) for d in (one, _inside(one, IMAGES)) if d]
-    places = [*dict.fromkeys([file.parent, *(d/n for d in above for n in names if n), *above])]
+    some = dict.fromkeys([file.parent, *(d/n for d in above for n in names if n), *above])
+    return [d for d in some if d.is_dir()]
+
+def _place(root, file, places):
+    "A function from some names of pictures to one that finds each below `root`."
     def place(some):
         if not some: raise BadInput(f"data: {file} lists no pictures. {BOX_LAYOUTS}")
         for key in str, os.path.basename:   # others begin with folders of another computer
             found = next((d for d in places if any((d/key(name)).is_file() for name in some)), None)
             if found: return lambda name: _below(root, found) + key(name)
-        there = [d for d in places if d.is_dir()]
         raise BadInput(f"data: {file} lists {len(some):,} pictures, such as {some[0]}; none of them is in "
-                       f"{first_few(there)}. Put them there.")
+                       f"{first_few(places)}. Put them there.")
     return place
 
 def _read_coco(layout):
     reading, vocab = Reading('annotation', corners=False), []
     for file, part in layout.files:
         name, first = str(file.relative_to(layout.root)), layout.files[0][0]
-        names = read_coco(reading, layout.root, name, _place(layout.root, file, part), part)
+        place = _place(layout.root, file, _places(layout.root, file, part))
+        names = read_coco(reading, layout.root, name, place, part)
         if vocab and (other := {*names} ^ {*vocab}):
             raise BadInput(f"data: {file} and {first} do not have the same classes: {first_few(sorted(other))} in "
                            "one of them only. Write the same categories into both.")
@@ -198,7 +202,9 @@ def read_boxes(
     if layout.kind == 'table': return _read_tables(layout)
     if layout.kind == 'coco':
         files = [str(f.relative_to(root)) for f, _ in layout.files]
-        return read_once(lambda: _read_coco(layout), cache, name, root, files)
+        places = str([str(d.relative_to(root)) for f, part in layout.files for d in _places(root, f, part)])
+        table = read_once(lambda: _read_coco(layout), cache, name, root, files, places)
+        return table if any((root/f).is_file() for f in table.files) else _read_coco(layout)   # all pictures have moved
     parts = [(its or part, pairs) for folder, part in layout.files for its, pairs in _pairs(root, folder).items()]
     def read():
         reading = Reading('object')
