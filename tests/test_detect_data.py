@@ -488,8 +488,8 @@ def test_files_that_are_none():
 
 def test_pictures_that_have_moved_are_found_again():
     dls_of(one_coco())
-    for folder in "images", "train":   # a new folder, then one that is known
-        Path("set", folder).mkdir(), [shutil.move(f, f"set/{folder}") for f in [*Path("set").rglob("*.png")]]
+    for folder in "images", "":   # a new folder, then one that is known
+        Path("set", folder).mkdir(exist_ok=True), [shutil.move(f, f"set/{folder}") for f in [*Path("set").rglob("*.png")]]
         assert {Path(f).parent.name for f in find_pictures("./set", kind="boxes").files} == {folder}
         assert len(dls_of("./set").listing.files) == 4
 
