@@ -124,6 +124,7 @@ def test_coco_as_exported_with_ids_from_0_and_a_class_without_objects():
     listing, tests = find_pictures("./set"), find_pictures("./set", tests=True)
     assert listing.vocab == ("pets", "cat", "dog") and not listing.masks and listing.objects(1)["labels"].tolist() == [3]
     assert "run from 0 to 2" in listing.notes[0] and any("without an object: pets" in n for n in listing.notes)
+    assert "2 pictures of test are left alone; attnpool evaluate RUN DATA --test looks at them" in listing.notes
     assert listing.files[2:] == ["valid/a.jpg", "valid/b.jpg"] and tests.files[2:] == ["test/a.jpg", "test/b.jpg"]
 
 def voc(n=6, lists=True, **more):

@@ -21,7 +21,7 @@ from .layouts import BOX_LAYOUTS, box_hint, box_layout, part_of, read_boxes
 from .listing import Listing
 from .masks import VOC
 from .outlines import outline_boxes, outline_masks
-from .reader import PICTURES, TESTS_LEFT_ALONE
+from .reader import PICTURES
 from .splits import share_of_each
 from ..registry import BadInput
 
@@ -119,7 +119,8 @@ def list_boxes(
         raise BadInput(f"test: {root} has no {'test pictures beside those that validate' if test else 'test pictures'} "
                        "with boxes. Name a part test, or leave --test out.")
     if tests: valid = test
-    elif test and valid: notes.append(TESTS_LEFT_ALONE.format(f'{len(test):,} pictures of test'))
+    elif test and valid:
+        notes.append(f'{len(test):,} pictures of test are left alone; attnpool evaluate RUN DATA --test looks at them')
     elif test:
         valid = test
         notes.append('there is no part val, so the pictures of test validate')
