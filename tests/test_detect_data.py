@@ -124,6 +124,7 @@ def test_coco_as_exported_with_ids_from_0_and_a_class_without_objects():
     listing, tests = find_pictures("./set"), find_pictures("./set", tests=True)
     assert listing.vocab == ("pets", "cat", "dog") and not listing.masks and listing.objects(1)["labels"].tolist() == [3]
     assert "run from 0 to 2" in listing.notes[0] and any("without an object: pets" in n for n in listing.notes)
+    assert "2 pictures of test are left alone; attnpool evaluate RUN DATA --test looks at them" in listing.notes
     assert listing.files[2:] == ["valid/a.jpg", "valid/b.jpg"] and tests.files[2:] == ["test/a.jpg", "test/b.jpg"]
 
 def voc(n=6, lists=True, **more):
@@ -322,3 +323,183 @@ def test_what_is_told_of_objects():
     assert "objects" in describe("nuclei", task="detect").text
     with pytest.raises(BadInput, match="size: objects are found in whole pictures"): objects_dls("scenes", (32, 48))
     with pytest.raises(BadInput, match="augment: 'segment' is not for pictures with boxes"): dls_of("./set", augment="segment")
+
+# What people have, and what goes wrong with it
+
+def told(data, why, **kwargs):
+    "The error of `objects_dls`; what describes the data is no error but that one."
+    with pytest.raises(BadInput, match=why): dls_of(data, **kwargs)
+    try: return describe(data, task="detect").text
+    except BadInput as e: return str(e)
+
+def changed(file, change):
+    said = json.loads(Path(file).read_text())
+    change(said)
+    Path(file).write_text(json.dumps(said))
+
+def test_exported_with_names_of_another_computer():
+    for name in "images\\{}", "/data/upload/1/{}", "C:\\export\\images\\{}":
+        one_coco(), shutil.rmtree("images", ignore_errors=True)
+        for i in range(4): Path("set/images").mkdir(exist_ok=True), shutil.move(f"set/{i}.png", f"set/images/{i}.png")
+        changed("set/all.json", lambda said: [im.update(file_name=name.format(im["file_name"])) for im in said["images"]])
+        listing = find_pictures("./set", kind="boxes")
+        assert sorted(listing.files) == [f"images/{i}.png" for i in range(4)]
+
+def test_a_json_in_annotations_by_its_path():
+    coco("set/annotations/instances_val2017.json", [f"{i}.jpg" for i in range(5)], [obj(i, 100 + i) for i in range(5)], folder="set/val2017")
+    listing = find_pictures("set/annotations/instances_val2017.json", kind="boxes")
+    assert listing.drawn and (listing.n_train, sorted(listing.files)) == (4, [f"val2017/{i}.jpg" for i in range(5)])
+
+def test_boxes_come_from_outlines_where_they_are_missing_and_have_to_lie_at_them():
+    def without(said):
+        for a, box in zip(said["annotations"], ([], None, "gone", [10, 12, 20, 10])):
+            a["bbox"] = box
+            if box == "gone": del a["bbox"]
+    data = one_coco([obj(i, 100 + i, segmentation=SQUARE + [[1, 2, 3, 4]] * (i == 2)) for i in range(4)])   # and a line
+    changed("set/all.json", without)
+    assert all(o["boxes"].tolist() == [[10, 12, 30, 22]] for o in objects(dls_of(data).listing).values())
+    data = one_coco([obj(i, 100 + i, segmentation=SQUARE, bbox=(40, 30, 10, 10) if i == 1 else (10, 12, 20, 10)) for i in range(4)])
+    told(data, r"annotation 1 .its box \[40, 30, 10, 10\] lies beside its outline, whose box is \[10.0, 12.0, 20.0, 10.0\]")
+    data = one_coco([obj(i, 100 + i, segmentation=SQUARE if i else []) for i in range(4)])
+    told(data, "annotation 0 .it has no outline, and 3 of 4 have one; without any, boxes alone train")
+
+def test_a_picture_that_is_said_to_be_huge_takes_no_memory():
+    with pytest.raises(BrokenOutline, match="too large"): outline_of(dict(size=[60_000, 60_000], counts=[3_600_000_000]), (60_000, 60_000))
+    assert outline_boxes([outline_of(SQUARE, (15_000, 15_000))], (15_000, 15_000))[1] == 200
+
+def test_numbers_of_objects_that_are_missing_or_null_and_crowds_as_text():
+    data = one_coco([obj(None, 100 + i // 2, iscrowd=("0", 0, "1", None, False, 1.0)[i]) for i in range(6)], n=3)
+    listing = dls_of(data, bs=1).listing
+    assert [o["iscrowd"].tolist() for _, o in sorted(objects(listing).items())] == [[False, False], [True, False], [False, True]]
+    one_coco([obj(i, 100 + i, iscrowd="no") for i in range(4)])
+    told(data, "is made in another way .*'no'")
+
+def test_upright_pictures_and_their_boxes():
+    exif = Image.Exif()
+    exif[0x112] = 6   # seen 48 wide and 64 high
+    square = [[5, 40, 25, 40, 25, 60, 5, 60]]
+    for outline in ([square], [None]):
+        one_coco([obj(i, 100 + i, bbox=(5, 40, 20, 20), **dict(segmentation=s) if s else {}) for i in range(4) for s in outline])
+        for i in range(4): Image.fromarray(np.zeros((H, W, 3), np.uint8)).save(f"set/{i}.png", exif=exif)
+        changed("set/all.json", lambda said: [im.pop(k) for im in said["images"] for k in ("height", "width")])
+        dls = dls_of("./set")
+        assert dls.valid.one_batch()[0][0].shape == (3, W, H) and dls.valid.one_batch()[1][0]["boxes"].tolist() == [[5, 40, 25, 60]]
+    changed("set/all.json", lambda said: [a.update(bbox=[40, 10, 20, 20]) for a in said["annotations"]])
+    told("./set", "in pictures before EXIF turns them upright they do")
+
+@pytest.mark.parametrize("name, why", [("", "category without a name, number 3"), (None, "category without a name, number 3"), (" dog ", "'dog' among its categories more than once")])
+def test_names_of_classes(name, why):
+    one_coco(categories=[dict(id=3, name=name), dict(id=7, name="dog")])
+    told("./set", why)
+
+def test_nothing_that_trains_and_nothing_at_all():
+    assert "cat" in told(one_coco([]), "training pictures .* hold no object")
+    assert "crowds" in told(one_coco([obj(i, 100 + i, iscrowd=1) for i in range(4)]), "hold nothing but crowds or difficult")
+    told(one_coco(n=1), "one picture with boxes. One has to train and another to validate")
+    coco("none/all.json", [], [])
+    told("./none", "all.json lists no pictures")
+    Path("set/all.json").unlink()
+    assert "0.png, line 2" in told(table([f"{i}.png,cat,10;5,12,30,22" for i in range(4)]), "cannot be used")
+
+def test_what_is_told_of_doubles_and_of_letters():
+    data = table([f"{i}.png,{'cat' if i else 'Cat'},10,12,30,22" for i in range(4)] + ["1.png,cat,10,12,30,22"])
+    notes = find_pictures(data).notes + dls_of(data).listing.notes
+    assert any("small and capital letters alone: Cat, cat" in n for n in notes)
+    assert any(n.startswith("1 objects are there once more") for n in notes)
+
+def test_sizes_of_boxes_are_counted_once_each():
+    text = describe(one_coco([obj(i, 100 + i, bbox=(10, 8, 20, 16)) for i in range(4)]), task="detect").text   # 17.9
+    assert [line.split()[:2] for line in text.splitlines() if "###" in line] == [["17", "4"]]
+
+@pytest.mark.parametrize("header, row, why", [
+    ("file,label,x,y,w,h", "{}.png,cat,50,40,20,10", "as centre, width, height they do"),
+    ("file,label,x1,y1,x2,y2", "{}.png,cat,52,42,9,8", "as left, top, width, height they do")])
+def test_boxes_by_their_centres(header, row, why):
+    told(table([row.format(i) for i in range(4)], header), why)
+
+def test_xml_as_people_write_it():
+    voc(lists=False)
+    box = "<bndbox><xmin>11</xmin><ymin>13</ymin><xmax>30</xmax><ymax>22</ymax></bndbox>"
+    Path("set/Annotations/1.xml").unlink()
+    Path("set/Annotations/1.XML").write_text(f"<annotation><size><width>-5</width><height>1e999</height></size><object><name>cat</name>{box}</object></annotation>")
+    listing = dls_of("./set").listing
+    assert objects(listing)["JPEGImages/1.jpg"]["boxes"].tolist() == [[10, 12, 30, 22]]
+    Path("set/Annotations/2.xml").write_text("<annotation><object><name>cat</name></object></annotation>")
+    Path("set/Annotations/3.xml").write_text(f"<annotation><object><name>cat</name>{box.replace('11', '1,1')}</object></annotation>")
+    told("./set", "2.jpg, object 1 .it has no box, bndbox., .*3.jpg, object 1 .its box is .'1,1', '13', '30', '22'")
+
+@pytest.mark.parametrize("head, name", [
+    ('<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>', "&x;"),
+    ("<!DOCTYPE a [<!ENTITY l0 'lol'>" + "".join(f"<!ENTITY l{i} '{f'&l{i - 1};' * 10}'>" for i in range(1, 11)) + "]>", "&l10;"),
+    (f"<!DOCTYPE a [<!ENTITY x '{'a' * 100_000}'>]>", "&x;" * 2000)])
+def test_xml_that_reads_files_or_grows_is_refused(head, name):
+    voc()
+    Path("set/Annotations/2.xml").write_text(f"{head}<annotation><object><name>{name}</name></object></annotation>")
+    text = told("./set", "1 of 5 pictures .*2.jpg .its XML cannot be read")
+    assert "root:" not in text and len(text) < 10_000
+
+def test_lists_with_spaces_endings_flags_and_odd_bytes():
+    def lists(**parts):
+        for part, lines in parts.items(): Path(f"set/ImageSets/Main/{part}.txt").write_bytes(lines)
+        return find_pictures("./set", kind="boxes")
+    voc()
+    for kind, ending in (("JPEGImages", "jpg"), ("Annotations", "xml")): shutil.move(f"set/{kind}/3.{ending}", f"set/{kind}/a photo 1.{ending}")
+    its = lists(train=b"\xef\xbb\xbf0.jpg\n1  1\na photo 1\n\n2 -1\r\n", val=b"4.jpg\n")
+    assert its.files == [f"JPEGImages/{n}.jpg" for n in ("0", "1", "a photo 1", "2", "4")]
+    lists(train=b"0\n1\n\xe9\n", val=b"4\n99\n")
+    told("./set", r"2 of 5 pictures .*\\xe9.jpg .No such file.*99.jpg .No such file")
+
+def test_the_same_name_in_two_folders():
+    for part in "train", "test":
+        for i in range(3): picture(f"set/{part}/{i}.png", seed=i)
+        Path(f"set/{part}_labels.csv").write_text("file,label,x1,y1,x2,y2\n" + "\n".join(f"{i}.png,cat,10,12,30,22" for i in range(3)))
+    assert find_pictures("./set").files == [f"{part}/{i}.png" for part in ("train", "test") for i in range(3)]
+    Path("set/test_labels.csv").unlink(), Path("set/train_labels.csv").rename("set/boxes.csv")
+    told("./set", "0.png may be any of test/0.png, train/0.png")
+    text = Path("set/boxes.csv").read_text()
+    Path("set/boxes.csv").write_text(text.replace("\n", "\nC:\\me\\set\\train\\").removesuffix("\n"))
+    assert sorted(find_pictures("./set").files) == [f"train/{i}.png" for i in range(3)]
+
+def cut_short(): Path(one_coco(), "all.json").write_text(Path("set/all.json").read_text()[:300])
+def without_classes(): one_coco(), changed("set/all.json", lambda said: said.pop("categories"))
+def without_header(): table([f"{i}.png,10,12,30,22,cat" for i in range(3)], "3.png,10,12,30,22,cat")
+def one_class(): table([f"{i}.png,10,12,30,22" for i in range(4)], "image,xmin,ymin,xmax,ymax")
+def several():
+    one_coco()
+    for name in "VOC2007", "VOC2012": shutil.copytree("set", f"more/{name}")
+    shutil.rmtree("set"), shutil.move("more", "set")
+def yolo():
+    for part in "train", "valid":
+        picture(f"set/{part}/images/0.jpg"), Path(f"set/{part}/labels").mkdir()
+        Path(f"set/{part}/labels/0.txt").write_text("0 0.5 0.5 0.2 1e-1\n")
+    Path("set/README.txt").write_text("1 picture of 2\n")
+
+@pytest.mark.parametrize("make, why", [
+    (cut_short, "all.json is no JSON, or is cut short"), (without_classes, "all.json lacks 'categories'. Expected COCO"),
+    (without_header, "write a header above its first line, such as file,x1,y1,x2,y2,label"), (one_class, "add what is missing .label"),
+    (several, "Its folders VOC2007, VOC2012 have boxes, each for itself: type the path of one"), (yolo, "0.txt is of YOLO's format, .*export the data as COCO, or write a boxes.csv")])
+def test_what_is_there_in_the_place_of_boxes_is_told(make, why):
+    make()
+    told("./set", f"^data: set has no boxes, so nothing can be detected.*{why}")
+
+def test_files_that_are_none():
+    table([f"{i}.png,cat,10,12,30,22" for i in range(4)])
+    Path("set/a.json").mkdir(), Path("set/b.json").symlink_to("/nowhere"), Path("set/._c.csv").write_text("file,label,x1,y1,x2,y2\n")
+    assert len(find_pictures("./set").files) == 4
+
+def test_pictures_that_have_moved_are_found_again():
+    dls_of(one_coco())
+    for folder in "images", "":   # a new folder, then one that is known
+        Path("set", folder).mkdir(exist_ok=True), [shutil.move(f, f"set/{folder}") for f in [*Path("set").rglob("*.png")]]
+        assert {Path(f).parent.name for f in find_pictures("./set", kind="boxes").files} == {folder}
+        assert len(dls_of("./set").listing.files) == 4
+
+def test_other_json_of_coco_and_parts_that_are_there_alone():
+    for part in "train", "val":
+        coco(f"set/annotations/person_keypoints_{part}2017.json", [f"{i}.jpg" for i in range(3)], [obj(i, 100 + i) for i in range(3)], folder=f"set/{part}2017")
+    assert find_pictures("./set", kind="boxes").files[3:] == [f"val2017/{i}.jpg" for i in range(3)]
+    Path("set/annotations/person_keypoints_train2017.json").unlink()
+    told("./set", "are for val alone, none trains. Type the path of one folder or file")
+    assert find_pictures("set/annotations/person_keypoints_val2017.json", kind="boxes").n_train == 2
+    Path("text.jsonl").write_text("{}")
+    told("text.jsonl", "nor a .csv or a .json. Expected COCO")

@@ -100,7 +100,8 @@ class Description:
     def __str__(self): return self.text
 
 def _histogram(values, width=32):
-    "Text bars."
+    "Text bars; of whole numbers, what is beyond them is left off."
+    values = np.floor(values)
     edges = np.unique(np.linspace(values.min(), values.max() + 1, 9).round().astype(int))
     counts, edges = np.histogram(values, edges)
     labels = [f'{a} to {b - 1}' if b - a > 1 else f'{a}' for a, b in zip(edges, edges[1:])]
@@ -159,7 +160,7 @@ def _about_objects(listing):
     each = np.bincount(table.owners, minlength=len(table.files))[mine]
     return ['', f'Objects in a picture: {each.min()} to {each.max()}, median {np.median(each):.0f}; in '
             f'{(each == 0).sum():,} pictures none. With masks: {"yes" if listing.masks else "no"}',
-            '', 'Side of a square as large as the box, in pixels', *_histogram(sides)]
+            *(['', 'Side of a square as large as the box, in pixels', *_histogram(sides)] if len(sides) else [])]
 
 _SHOWN = 250   # classes in the text
 
@@ -207,7 +208,7 @@ def describe(
         make = partial(which, data, size, max(1, min(16, n - sum(f in broken for f in listing.files))), 'cpu', True,
                        valid_pct=valid_pct, split_seed=split_seed, cache=cache)
     counts = {classes[c]: (train[c], valid[c]) for c in classes}
-    wide = max(11 if share else 7 if boxed else 5, *(len(str(c)) for c in counts))
+    wide = max([11 if share else 7 if boxed else 5, *(len(str(c)) for c in counts)])
     told = [f'{c!s:<{wide}}  {a:>7,}{b:>7,}' for c, (a, b) in [*counts.items()][:_SHOWN]]
     if share: told = [f'{row}{share.get(c, 0):>9.2%}' for row, c in zip(told, classes)]
     head = [f'{name}: {n:,} training and {n_valid:,} validation pictures of {len(counts)} classes', *note, '',

@@ -59,7 +59,7 @@ class Annotated:
 
 # %% ../../nbs/323_data.annotated.ipynb #436ae925
 _ARRAYS = 'sizes', 'owners', 'labels', 'boxes', 'crowds', 'areas', 'ids'
-_KEPT = 1   # to be counted up when files are read in another way: all are read again
+_KEPT = 2   # to be counted up when files are read in another way: all are read again
 
 def _save(table, folder):
     spans = {} if table.outlines is None else dict(spans=table.outlines.spans)
@@ -119,12 +119,14 @@ class Reading:
         area: float = nan, # As in `Annotated`
         outline: bytes = b'', # From `outline_of`
         sides: bool = False, # Whether the box has sides
+        first: int = 0, # Number of the first pixel
     ):
         "An object."
         try: l, t, r, b = map(float, box)
         except (TypeError, ValueError): l = nan
         if not (isfinite(l) and all(map(isfinite, (t, r, b)))):
             return self.lose(owner, id, f'its box is {printable(str(box))[:60]}, not four numbers')
+        l, t = l - first, t - first
         if sides: r, b = l + r, t + b
         self.rows.append((owner, self.names.setdefault(name, len(self.names)), (l, t, r, b), crowd, area, id, outline))
 

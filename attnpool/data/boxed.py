@@ -37,12 +37,18 @@ def _check_meaning(table, boxes, sizes, root):
                        f"{example(shares)}, and {shares.sum() - 1:,} more of {n:,}. Expected pixels: multiply what is "
                        "across by the width, what is down by the height.")
     wrong, (start, end) = _misfits(boxes, sizes), (boxes[:, :2], boxes[:, 2:])
-    other = np.concatenate([start, start + end if table.corners else end - start], 1)
-    if not n or wrong.sum() < max(1, _MANY * n) or _misfits(other, sizes).sum() > _MANY * wrong.sum(): return
-    is_, are = ('corners', 'left, top, width, height') if table.corners else ('left, top, width, height', 'corners')
+    if not n or wrong.sum() < max(1, _MANY * n): return
+    is_, are, two = ('corners', 'left, top, width, height', end) if table.corners else \
+                    ('left, top, width, height', 'corners', end - start)   # `two` as they are written
+    meant = {f'as {are}': (start, start + end if table.corners else two, sizes)}
+    if wrong.sum() >= max(3, n / 4):   # what is less usual needs more of them
+        meant['in pictures before EXIF turns them upright'] = start, end, sizes[:, ::-1]
+        meant['as centre, width, height'] = start - two / 2, start + two / 2, sizes
+    fits = (k for k, (*box, of) in meant.items() if _misfits(np.concatenate(box, 1), of).sum() <= _MANY * wrong.sum())
+    if (are := next(fits, None)) is None: return
     raise BadInput(f"data: the boxes of {root} should be {is_}, but {wrong.sum():,} of {n:,} then do not fit into "
-                   f"their pictures, such as {example(wrong)}; as {are} they do. Write what is expected"
-                   f"{', or name the columns x, y, w, h' * (table.word in ('line', 'record') and table.corners)}.")
+                   f"their pictures, such as {example(wrong)}; {are} they do. Write what is expected"
+                   + ', or name the columns x, y, w, h' * (table.word in ('line', 'record') and 'left' in are) + '.')
 
 # %% ../../nbs/337_data.boxed.ipynb #79c5a5be
 @dataclass(frozen=True)
@@ -76,8 +82,9 @@ def _odd_objects(table, numbers, sizes):
     for i in np.flatnonzero((r > l) & (b > t) & ((r <= 0) | (b <= 0) | (l >= w) | (t >= h))):
         yield i, f"its box {', '.join(f'{v:g}' for v in boxes[i])} lies outside of the {w[i]} x {h[i]} pixels"
     if table.outlines is None: return
-    for i in np.flatnonzero(np.ptp(table.outlines.spans[numbers], axis=1) == 0):
-        yield i, 'it has no outline, and others have one'
+    none = np.ptp(table.outlines.spans[numbers], axis=1) == 0
+    for i in np.flatnonzero(none):
+        yield i, f'it has no outline, and {(~none).sum():,} of {len(none):,} have one; without any, boxes alone train'
 
 # %% ../../nbs/337_data.boxed.ipynb #000b4363
 def _remarks(table, used, boxes, cut, listing):
@@ -91,6 +98,8 @@ def _remarks(table, used, boxes, cut, listing):
                          f'pixels, and are cut: {first_few(map(names, over), 2)}')
     if len(thin): yield (f'{len(thin):,} boxes have a pixel or less across or down, and are kept: '
                          f'{first_few(map(names, thin), 2)}')
+    same = len(used) - len(np.unique(np.column_stack([table.owners, table.labels, table.boxes]), axis=0))
+    if same: yield f'{same:,} objects are there once more, with the same class and box'
     if n := int(table.crowds[used].sum()): yield f'{n:,} objects are crowds or difficult; they do not train'
     if never: yield f'classes that validate and never train: {first_few(never)}'
 
@@ -135,7 +144,8 @@ def _said(found):
     what = [f'{len(found.pictures):,} of {n:,} pictures'] * bool(found.pictures) + \
            [f'{len(found.objects):,} objects'] * bool(found.objects)
     return BadInput(f"data: {' and '.join(what)} in {found.listing.root} cannot be used: "
-                    + first_few(f'{f} ({why})' for f, why in rows) + f'; all of them are in {table}' * (len(rows) > 10)
+                    + printable(first_few(f'{f} ({why})' for f, why in rows))
+                    + f'; all of them are in {table}' * (len(rows) > 10)
                     + ". Mend or delete them, or leave them out with skip_broken=True (--skip-broken).")
 
 def without_broken_boxes(
@@ -151,6 +161,8 @@ def without_broken_boxes(
     listing = replace(listing, table=listing.table.some(found.good), notes=(*listing.notes, *gone))
     left = listing.keep(list(good)).checked()
     for what, numbers in (('training', left.labels[:left.n_train]), ('validation', left.labels[left.n_train:])):
-        if np.isin(left.table.owners, numbers).any(): continue
-        raise BadInput(f"data: the {what} pictures of {left.root} hold no object. Mark some of theirs.")
+        its = np.isin(left.table.owners, numbers)
+        if (its & ~left.table.crowds).any(): continue
+        none = 'hold nothing but crowds or difficult objects' if its.any() else 'hold no object'
+        raise BadInput(f"data: the {what} pictures of {left.root} {none}. Mark some of theirs.")
     return left, good

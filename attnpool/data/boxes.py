@@ -17,11 +17,11 @@ from torch import Tensor
 
 from .annotated import Annotated
 from .cache import first_few, printable
-from .layouts import BOX_LAYOUTS, box_layout, part_of, read_boxes
+from .layouts import BOX_LAYOUTS, box_hint, box_layout, part_of, read_boxes
 from .listing import Listing
 from .masks import VOC
 from .outlines import outline_boxes, outline_masks
-from .reader import PICTURES, TESTS_LEFT_ALONE
+from .reader import PICTURES
 from .splits import share_of_each
 from ..registry import BadInput
 
@@ -68,6 +68,8 @@ class BoxListing(Listing):
         part: str = 'validation', # What its second part is for, in words
     ) -> 'BoxListing': # Itself
         "An error where there is nothing to train or to validate on."
+        if len(self.files) == 1:
+            raise BadInput(f"data: {self.root} has one picture with boxes. One has to train and another to validate.")
         for what, numbers in (('training', self.labels[:self.n_train]), (part, self.labels[self.n_train:])):
             if not numbers: raise BadInput(f"data: {self.root} has no {what} pictures with boxes. {BOX_LAYOUTS}")
         return self
@@ -84,9 +86,13 @@ def _notes(root, table):
     for f in table.files: named.setdefault(os.path.dirname(f), set()).add(os.path.basename(f))
     more = [os.path.join(d, n) for d, names in named.items() if (root/d).is_dir()
             for n in sorted(os.listdir(root/d)) if n not in names and os.path.splitext(n)[1].lower() in PICTURES]
-    none = [name for i, name in enumerate(table.vocab, 1) if not (table.labels == i).any()]
+    alike, used = {}, {*np.unique(table.labels).tolist()}
+    for name in table.vocab: alike.setdefault(name.lower(), []).append(name)
+    none = [name for i, name in enumerate(table.vocab, 1) if i not in used]
+    pairs = [first_few(names) for names in alike.values() if len(names) > 1]
     return [f'{len(more):,} pictures are left out, as no annotation names them: {first_few(more, 3)}'] * bool(more) + \
-           [f'classes without an object: {first_few(none)}'] * bool(none)
+           [f'classes without an object: {first_few(none)}'] * bool(none) + \
+           [f'classes that differ by small and capital letters alone: {first_few(pairs)}'] * bool(pairs)
 
 # %% ../../nbs/327_data.boxes.ipynb #565030b5
 def list_boxes(
@@ -98,19 +104,23 @@ def list_boxes(
 ) -> BoxListing: # Its `notes` say what is not taken as one might think
     "The pictures of a folder, and their objects."
     root, layout = Path(root), box_layout(root)
-    if not layout: raise BadInput(f"data: {root} has no boxes. {BOX_LAYOUTS}")
+    if not layout: raise BadInput(f"data: {root} has no boxes. {BOX_LAYOUTS} {box_hint(root)}".rstrip())
     name = root.stem if root.is_file() else root.name
     table = read_boxes(layout, name, cache)
     parts = table.parts if any(table.parts) else [part_of(f.partition(os.sep)[0]) for f in table.files]
-    if not all(parts) and 'train' not in parts: parts = [''] * len(parts)   # a folder that is only called so
+    if 'train' not in parts and not any(table.parts) and ('' in parts or len({*parts}) == 1):
+        parts = [''] * len(parts)   # a folder that is only called so
     train, valid, test = ([i for i, p in enumerate(parts) if p in of] for of in (('train', ''), ('val',), ('test',)))
     notes = [*table.notes, *_notes(layout.root, table)]
-    if not train: raise BadInput(f"data: {layout.root} has no training pictures with boxes. {BOX_LAYOUTS}")
+    if not train:
+        raise BadInput(f"data: the pictures with boxes in {layout.root} are for {first_few(sorted({*parts}))} alone, "
+                       "none trains. Type the path of one folder or file of annotations: a part is drawn to validate.")
     if tests and not (valid and test):
         raise BadInput(f"test: {root} has no {'test pictures beside those that validate' if test else 'test pictures'} "
                        "with boxes. Name a part test, or leave --test out.")
     if tests: valid = test
-    elif test and valid: notes.append(TESTS_LEFT_ALONE.format(f'{len(test):,} pictures of test'))
+    elif test and valid:
+        notes.append(f'{len(test):,} pictures of test are left alone; attnpool evaluate RUN DATA --test looks at them')
     elif test:
         valid = test
         notes.append('there is no part val, so the pictures of test validate')

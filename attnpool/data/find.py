@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .cache import is_zip, near_path, short_name, unpack
 from .boxes import BoxListing, list_boxes
-from .layouts import BOX_LAYOUTS, is_boxed
+from .layouts import BOX_LAYOUTS, box_hint, is_boxed
 from .listing import LAYOUTS, Listing, list_csv, list_folder
 from .masks import MASK_LAYOUTS, MaskListing, list_masks, mask_layout
 from .petals import record_files, unpack_tfrecords
@@ -72,7 +72,7 @@ def find_pictures(
         if not known and not path.stat().st_size: raise BadInput(f"data: {path} has zero bytes.")
         if not known:
             raise BadInput(f"data: {path} is neither an archive that tar or zip can read (or it is cut short) nor a "
-                           f".csv. {LAYOUTS}")
+                           f".csv{' or a .json. ' + BOX_LAYOUTS if wanted else '. ' + LAYOUTS}")
         root = unpack(path, cache)
         inside = list(root.iterdir())
         if len(inside) == 1 and inside[0].is_dir() and any(record_files(inside[0])): root = inside[0]
@@ -84,7 +84,7 @@ def find_pictures(
     masked = root.is_dir() and not wanted and mask_layout(root)
     if boxed or not masked and not table and is_boxed(root, wanted):
         listing = list_boxes(root, valid_pct, split_seed, tests, cache)
-    elif wanted: raise BadInput(_missing(name, kind, mask_layout(root) and 'masks'))
+    elif wanted: raise BadInput(f"{_missing(name, kind, mask_layout(root) and 'masks')} {box_hint(root)}".rstrip())
     elif table: listing = list_csv(table, valid_pct, split_seed, 'petals' if records else '', tests)
     elif masked: listing = list_masks(root, valid_pct, split_seed, tests)
     else: listing = list_folder(root, valid_pct, split_seed, tests)

@@ -7,6 +7,7 @@ __all__ = ['BOX_COLUMNS', 'read_coco', 'read_voc', 'box_columns', 'read_table']
 
 # %% ../../nbs/324_data.formats.ipynb #31fb9984
 import json
+from collections import Counter
 from math import nan
 from numbers import Real
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 
 from .annotated import Reading
 from .cache import first_few
-from .outlines import BrokenOutline, outline_of
+from .outlines import BrokenOutline, outline_boxes, outline_of
 from .reader import in_threads, with_progress
 from .table import read_cells, row_roles
 from ..registry import BadInput
@@ -32,9 +33,12 @@ def _side(said): return int(said) if isinstance(said, Real) and 0 < said < 2**31
 
 def _categories(file, said):
     "Names of the classes by their numbers, and a remark on the numbers."
-    names = {c['id']: str(c['name']) for c in said}
-    twice = [names[i] for i, n in zip(names, map([c['id'] for c in said].count, names)) if n > 1]
-    twice += sorted({name for name in names.values() if [*names.values()].count(name) > 1})
+    names = {c['id']: '' if c['name'] is None else str(c['name']).strip() for c in said}
+    if '' in names.values():
+        raise BadInput(f"data: {file} has a category without a name, number {[*names][[*names.values()].index('')]!r}. "
+                       "Give each class a name.")
+    twice = [names[i] for i, n in Counter(c['id'] for c in said).items() if n > 1]
+    twice += [name for name, n in Counter(names.values()).items() if n > 1]
     if twice or not names:
         what = f'{twice[0]!r} among its categories more than once, by name or number' if twice else 'no categories'
         raise BadInput(f"data: {file} has {what}. Give each class one number and one name.")
@@ -48,26 +52,37 @@ def _outline(reading, owner, id, said, root):
     if not said: return b''
     if 0 in reading.sizes[owner]:
         try:
-            with Image.open(root/reading.files[owner]) as im: reading.sizes[owner] = im.size[::-1]
+            with Image.open(root/reading.files[owner]) as im: turned = im.getexif().get(0x112) in (5, 6, 7, 8)
+            reading.sizes[owner] = im.size if turned else im.size[::-1]   # upright, as it is seen
         except OSError: return b''   # what is wrong with the picture is told later
     try: return outline_of(said, reading.sizes[owner])
     except BrokenOutline as e: reading.lose(owner, id, f'its outline: {e}')
+
+def _box(said, outline, size):
+    "A box, left, top, width, height; that of the outline if there is none. And why it cannot be that of the outline."
+    if not outline: return said, ''
+    l, t, r, b = outline_boxes([outline], size)[0][0].tolist()
+    if not said: return [l, t, r - l, b - t], ''
+    try: x, y, w, h = map(float, said)
+    except (TypeError, ValueError): return said, ''   # told when it is added
+    beside = l > x + w + 2 or t > y + h + 2 or x > r + 2 or y > b + 2
+    return said, f'its box {said} lies beside its outline, whose box is {[l, t, r - l, b - t]}' * beside
 
 # %% ../../nbs/324_data.formats.ipynb #b12810d3
 def read_coco(
     reading: Reading, # To read into; with `corners=False`
     root: Path, # Folder of the data
     file: str, # JSON below it
-    place: Callable[[list[str]], str], # From some names of pictures to their folder below it, as 'train2017/', or ''
+    place: Callable[[list[str]], Callable], # From some names of pictures to a function from one to its file below it
     part: str = '', # As in `Annotated`
 ) -> list[str]: # Names of the classes in the order of their numbers
     "The pictures and objects of a JSON of COCO's format."
     said = _json(root/file)
     try:
         (names, notes), known, ids = _categories(root/file, said['categories']), {}, set()
-        folder = place([im['file_name'] for im in said['images'][:1000]])
+        find = place([im['file_name'].replace('\\', '/') for im in said['images'][:1000]])
         for im in said['images']:
-            name = folder + im['file_name'].replace('\\', '/')
+            name = find(im['file_name'].replace('\\', '/'))
             size = (_side(im.get('height')), _side(im.get('width')))
             if im['id'] in known:
                 first = reading.files[known[im['id']]]
@@ -76,17 +91,22 @@ def read_coco(
             number = reading.picture(name, part, size)
             known.setdefault(im['id'], number)
         rows = enumerate(with_progress(said['annotations'], f'reading {file}', len(said['annotations'])), 1)
-        for place, a in rows:
-            id, owner, name = a.get('id', place), known.get(a.get('image_id')), names.get(a.get('category_id'))
+        for at, a in rows:
+            id, owner, name = a.get('id'), known.get(a.get('image_id')), names.get(a.get('category_id'))
+            id = at if id is None else id
             if owner is None: reading.lose(file, id, f"a picture with the number {a.get('image_id')!r} is not listed")
             elif name is None: reading.lose(owner, id, f"{a.get('category_id')!r} is no number of a class")
             elif id in ids: reading.lose(owner, id, 'another has the same number')
             elif (outline := _outline(reading, owner, id, a.get('segmentation'), root)) is not None:
-                number = id if isinstance(id, int) and abs(id) < 2**60 else place
+                number = id if isinstance(id, int) and abs(id) < 2**60 else at
                 area = a.get('area') if isinstance(a.get('area'), Real) else nan
-                reading.add(owner, name, a.get('bbox'), number, bool(a.get('iscrowd')), area, outline, sides=True)
+                box, why = _box(a.get('bbox'), outline, reading.sizes[owner])
+                crowd = bool(int(a.get('iscrowd') or 0))
+                if why: reading.lose(owner, id, why)
+                else: reading.add(owner, name, box, number, crowd, area, outline, sides=True)
             ids.add(id)
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        if isinstance(e, BadInput): raise
         what = f'lacks {e}' if isinstance(e, KeyError) else f'is made in another way ({e})'
         raise BadInput(f"data: {root/file} {what}. Expected COCO's `images` with id and file_name, `categories` with "
                        "id and name, `annotations` with image_id, category_id and bbox.") from None
@@ -94,6 +114,8 @@ def read_coco(
     return [names[i] for i in (sorted(names) if all(isinstance(i, int) for i in names) else names)]
 
 # %% ../../nbs/324_data.formats.ipynb #99cef13b
+_BNDBOX = 'xmin', 'ymin', 'xmax', 'ymax'
+
 def _voc(file):
     "Size and objects of an XML, or what is wrong with it."
     try: top = ElementTree.parse(file).getroot()
@@ -102,9 +124,9 @@ def _voc(file):
     def number(of, way):
         try: return float(of.findtext(way))
         except (TypeError, ValueError): return nan
-    size = [0 if v != v else int(v) for v in (number(top, f'size/{k}') for k in ('height', 'width'))]
+    size = [_side(number(top, f'size/{k}')) for k in ('height', 'width')]
     return size, [((o.findtext('name') or '').strip(), number(o, 'difficult') == 1,
-                   [number(o, f'bndbox/{k}') for k in ('xmin', 'ymin', 'xmax', 'ymax')]) for o in top.findall('object')]
+                   [o.findtext(f'bndbox/{k}') for k in _BNDBOX]) for o in top.findall('object')]
 
 def read_voc(
     reading: Reading, # To read into
@@ -122,9 +144,9 @@ def read_voc(
         owner = reading.picture(file, part, (0, 0) if isinstance(said, str) else tuple(said[0]))
         if isinstance(said, str): reading.odd.append((file, said))
         else:
-            for id, (name, difficult, (l, t, r, b)) in enumerate(said[1], 1):
-                if name: reading.add(owner, name, (l - 1, t - 1, r, b), id, difficult)
-                else: reading.lose(owner, id, 'it has no name of a class')
+            for id, (name, difficult, box) in enumerate(said[1], 1):
+                if name and any(box): reading.add(owner, name, box, id, difficult, first=1)
+                else: reading.lose(owner, id, 'it has no box, bndbox' if name else 'it has no name of a class')
 
 # %% ../../nbs/324_data.formats.ipynb #19048f6f
 _FILE = ('file', 'filename', 'file_name', 'image', 'image_name', 'image_path', 'image_file', 'path', 'picture', 'img',
@@ -136,15 +158,18 @@ _SIDES = [tuple(s.split()) for s in ('x y w h', 'x y width height', 'left top wi
                                      'x_min y_min width height', 'bbox_x bbox_y bbox_width bbox_height')]
 BOX_COLUMNS = "file, label, and x1, y1, x2, y2 (corners) or x, y, w, h (left, top, width, height), in pixels"
 
+def _columns(names):
+    "Picture, class, and the four of the box; None for each that is missing."
+    names = {str(n).lower() for n in names}
+    def first(known): return next((k for k in known if k in names), None)
+    return first(_FILE), first(_CLASS), next((c for c in _CORNERS + _SIDES if names.issuperset(c)), None)
+
 def box_columns(
     names: Iterable[str], # Of columns, in any case
 ) -> tuple[str, str, tuple[str, ...], bool] | None: # Picture, class, the four of the box, whether these are sides
     "Which columns of a table say what; None where one is missing."
-    names = {str(n).lower() for n in names}
-    def first(known): return next((k for k in known if k in names), None)
-    box = next((c for c in _CORNERS + _SIDES if names.issuperset(c)), None)
-    found = first(_FILE), first(_CLASS), box, box in _SIDES
-    return None if None in found else found
+    found = _columns(names)
+    return None if None in found else (*found, found[2] in _SIDES)
 
 def _records(file):
     "Names of the columns, and rows, of a CSV or of a JSON with a list of records."
@@ -160,15 +185,19 @@ def read_table(
     reading: Reading, # To read into; its `corners` is set
     root: Path, # Folder of the data
     file: str, # CSV or JSON below it
-    find: Callable[[str], str], # From what a row calls a picture to its file below `root`
+    find: Callable[[str, str], str], # From what a row calls a picture, and its part, to its file below `root`
     part: str = '', # As in `Annotated`, where no column says it
 ):
     "The pictures and objects of a table."
     names, rows = _records(root/file)
     found, columns = box_columns(names), [str(n).lower() for n in names]
     if not found:
+        missing = [what for what, its in zip(('file', 'label', 'box'), _columns(names)) if not its]
+        row = sum(n.replace('.', '', 1).isdecimal() for n in columns) > 2   # numbers are no names
+        what = 'write a header above its first line, such as file,x1,y1,x2,y2,label' if row else \
+               f"rename them, or add what is missing ({', '.join(missing)})"
         raise BadInput(f"data: {root/file} has the columns {first_few(map(repr, names), 20)}. Expected {BOX_COLUMNS}: "
-                       "rename them in its first line.")
+                       f"{what}.")
     picture, name, box, sides = found
     reading.corners = not sides
     roles = row_roles(root/file, columns, rows)
@@ -177,7 +206,7 @@ def read_table(
         if not its:
             reading.lose(file, row['line'], 'it names no picture')
             continue
-        owner = reading.picture(find(its), role or part)
+        owner = reading.picture(find(its, role or part), role or part)
         if role and reading.parts[owner] != role: reading.odd.append((reading.files[owner], 'it is in two parts'))
         if all(v == '' for v in values): continue
         if label := str(row.get(name, '')).strip():

@@ -27,10 +27,12 @@ class BrokenOutline(BadInput):
     "An outline of which no mask can be made."
 
 _FAR = 100_000   # pixels beyond which no corner of a polygon is believed
+_LARGEST = 2**28   # pixels of a picture; Pillow opens none as large
 
 def _polygons(said):
     "A list of polygons, each `[x, y, x, y, ...]`."
     if said and isinstance(said[0], Real): said = [said]
+    said = [one for one in said if not isinstance(one, list) or len(one) not in (2, 4)] or said   # points, lines: empty
     for one in said:
         if not isinstance(one, (list, tuple)) or len(one) < 6 or len(one) % 2:
             raise BrokenOutline(f"a polygon needs three points or more, x and y of each, got {str(one)[:40]}")
@@ -45,6 +47,7 @@ def outline_of(
 ) -> bytes: # COCO's packed runs
     "The outline of one object, checked."
     mask, (h, w) = _functions(), map(int, size)
+    if h * w > _LARGEST: raise BrokenOutline(f"its picture should have {h} x {w} pixels, which is too large")
     if isinstance(said, dict):
         its, counts = said.get('size'), said.get('counts')
         if not isinstance(counts, (str, bytes, list)): raise BrokenOutline("runs need `counts`, a list or a text")
@@ -58,7 +61,8 @@ def outline_of(
     else: raise BrokenOutline(f"expected polygons or runs, got {str(said)[:40]}")
     try:
         packed = mask.segmToRle(said, w, h)
-        empty = not mask.decode([packed]).any()   # which also counts its pixels
+        if isinstance(said, dict): mask.decode([packed])   # which counts its pixels
+        empty = not mask.area([packed])[0]
     except (ValueError, RuntimeError, TypeError) as e:
         raise BrokenOutline(f"its runs do not fill {h} x {w} pixels ({e})") from None
     if empty: raise BrokenOutline("no pixel of the picture is inside")
