@@ -97,7 +97,7 @@ def test_classifier_norm_in_numbers():
 
 
 def test_a_classifiers_own_is_left_as_it_was():
-    for name in TABLE:
+    for name in POOLS:
         made = []
         for options in ({}, dict(classifier=None)):
             torch.manual_seed(5)
@@ -314,7 +314,7 @@ def test_names_and_options_of_the_command():
     specs = read_specs("digits", asked, "1", "quick", arch="xeca_resnext_tiny")
     assert [s.head for s in specs] == asked.split(",") and len({s.id for s in specs}) == 5 and all(s.recipe.lr > 0 for s in specs)
     specs = read_specs("digits", "avg,slim,gem,classquery", "1", "quick", "classifier=norm", arch="xeca_resnext_tiny")
-    assert {dict(s.options)["classifier"] for s in specs[:3]} == {"norm"}
+    assert {dict(s.options)["classifier"] for s in specs[:3]} == {"norm"} and not specs[3].options   # which has no classifier
     for wrong, words in {"max+avgstrat": "'avgstrat' is unknown. Did you mean 'avgstart'", "avg-fastia": "Did you mean 'avg-fastai'"}.items():
         with pytest.raises(BadInput, match=words): read_specs("digits", wrong, "1", "quick", arch="xeca_resnext_tiny")
 
