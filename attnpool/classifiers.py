@@ -37,8 +37,8 @@ def _linear(width, n_out):
 
 @CLASSIFIERS.register('norm')
 def _norm(width, n_out):
-    "BatchNorm without weights, linear: kaiming_normal_, zero bias."
-    return [nn.BatchNorm1d(width, 1e-6, affine=False), *_linear(width, n_out)]
+    "BatchNorm, linear: kaiming_normal_, zero bias."
+    return [nn.BatchNorm1d(width), *_linear(width, n_out)]
 
 @CLASSIFIERS.register('fastai')
 def fastai_classifier(

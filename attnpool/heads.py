@@ -86,13 +86,14 @@ class ClassQueryPoolHead(PoolHead):
     def __init__(self,
         ni: int, # Channels of the map
         n_out: int, # Outputs, one per class
-        classifier: None = None, # It has none: its pool ends on the logits
+        classifier: None = None, # It has none: its pool ends on the logits; a command does not hand it on
     ):
         if classifier is not None:
             raise BadInput(f"classifier: the pool of classquery is its classifier too, got {classifier!r}. Leave it "
                            "out, or take avgstart, whose queries pool channels.")
         nn.Sequential.__init__(self, ClassQueryPooling2d(ni, check_n_out(n_out)))
         start_linear(self[0].linear, self.start)
+ClassQueryPoolHead.__init__.__signature__ = inspect.signature(ClassQueryPooling2d.__init__)
 
 # %% ../nbs/160_heads.ipynb #h1600002
 @HEADS.register('maxstart')

@@ -13,6 +13,7 @@ from attnpool.layers import TokenBatchNorm
 from attnpool.recipe import get_recipe, recipe_learner
 from attnpool.pooling.attention import (
     AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation, LearnedAggregationSandwich)
+from attnpool.pooling.peers import PEERS
 from attnpool.registry import BadInput
 
 C = 16
@@ -101,9 +102,10 @@ def test_bad_input(make, words):
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_named_ablations(name, tmp_path):
     torch.manual_seed(0)
-    head, base = get_head(name)(C, 4), HEADS[name.split("-")[0]]
-    assert isinstance(head, base)
-    x = torch.randn(3, C, 4, 5)
+    ni, base = 32, {**HEADS, **PEERS}[name.split("-")[0]]   # as many queries as avgstart-32 has
+    head = get_head(name)(ni, 4)
+    assert isinstance(head, base) if isinstance(base, type) else type(head[0]) is type(base(ni, 4)[0])
+    x = torch.randn(3, ni, 4, 5)
     F.cross_entropy(head(x), torch.arange(3)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters() if p.requires_grad)
     assert get_recipe("quick", name).lr == get_recipe("quick", name.split("-")[0]).lr   # its head's rate
@@ -111,13 +113,15 @@ def test_named_ablations(name, tmp_path):
     dls = SimpleNamespace(device=torch.device("cpu"), c=4)
     assert recipe_learner(dls, "xeca_resnext_tiny", ABLATIONS[name], metrics=[]).recipe.lr == get_recipe("quick", name).lr   # by class as by name
     torch.manual_seed(0)
-    plain = base(C, 4)
+    plain = base(ni, 4)
     change = name.split("-")[1]
     norms = {type(m) for m in head.modules()} & {nn.LayerNorm, nn.RMSNorm, TokenBatchNorm}
     expected = dict(rms={nn.RMSNorm}, batch={TokenBatchNorm}).get(change, {nn.LayerNorm} if any(isinstance(m, nn.LayerNorm) for m in plain.modules()) else set())
     assert norms == expected
     count = lambda m: sum(p.numel() for p in m.parameters())
-    if change in ("noffn", "nogamma", "scalar", "1", "rms"): assert count(head) < count(plain)   # RMSNorm has no bias
+    less = "noffn", "nogamma", "scalar", "1", "rms", "linear"   # RMSNorm has no bias
+    if change in less or name == "maxstart-batchnorm": assert count(head) < count(plain)
+    elif change in ("fastai", "batchnorm", "gate", "temperature", "32"): assert count(head) > count(plain)
     else: assert count(head) == count(plain)
 
 

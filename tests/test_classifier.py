@@ -90,14 +90,14 @@ def test_classifier_norm_in_numbers():
     head, x = moved(AvgPoolHead(C, 5, classifier="norm").double()), random_map(7, C, 3, 4)
     z, (weight, bias) = x.mean((2, 3)), head[-1].parameters()
     assert [type(m).__name__ for m in head] == ["AdaptiveAvgPool2d", "Flatten", "BatchNorm1d", "Linear"]
-    at_rest = (z - head[2].running_mean) / (head[2].running_var + 1e-6).sqrt()
+    at_rest = (z - head[2].running_mean) / (head[2].running_var + 1e-5).sqrt() * head[2].weight + head[2].bias
     assert torch.allclose(head.eval()(x), at_rest @ weight.T + bias, atol=1e-12)
-    by_batch = (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-6).sqrt()
+    by_batch = (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() * head[2].weight + head[2].bias
     assert torch.allclose(head.train()(x), by_batch @ weight.T + bias, atol=1e-12)
 
 
 def test_a_classifiers_own_is_left_as_it_was():
-    for name in TABLE:
+    for name in POOLS:
         made = []
         for options in ({}, dict(classifier=None)):
             torch.manual_seed(5)
@@ -314,7 +314,7 @@ def test_names_and_options_of_the_command():
     specs = read_specs("digits", asked, "1", "quick", arch="xeca_resnext_tiny")
     assert [s.head for s in specs] == asked.split(",") and len({s.id for s in specs}) == 5 and all(s.recipe.lr > 0 for s in specs)
     specs = read_specs("digits", "avg,slim,gem,classquery", "1", "quick", "classifier=norm", arch="xeca_resnext_tiny")
-    assert {dict(s.options)["classifier"] for s in specs[:3]} == {"norm"}
+    assert {dict(s.options)["classifier"] for s in specs[:3]} == {"norm"} and not specs[3].options   # which has no classifier
     for wrong, words in {"max+avgstrat": "'avgstrat' is unknown. Did you mean 'avgstart'", "avg-fastia": "Did you mean 'avg-fastai'"}.items():
         with pytest.raises(BadInput, match=words): read_specs("digits", wrong, "1", "quick", arch="xeca_resnext_tiny")
 
