@@ -217,6 +217,14 @@ def counted(self: Distributed,
     "How many of them count: those that fill up the last batch do not."
     return min(n, max(0, _left(self) - n * rank_distrib()))
 
+@patch
+def joined(self: Distributed,
+    its: list, # Something of each picture of this process in a batch of the validation, not a tensor of all
+) -> list: # Of those that count
+    "This process's own where each counts its own pictures, else those of all processes."
+    its = its[:self.counted(len(its))]
+    return its if self.apart else [o for part in gathered(its) for o in part]
+
 # %% ../nbs/460_distributed.ipynb #c0ffee63
 @contextmanager
 def distributed(

@@ -369,9 +369,11 @@ def test_crowds_are_left_out_of_losses():
 def test_masks_can_come_cut_at_a_probability():
     model, x = small().eval(), pictures((64, 90))
     with torch.no_grad(): whole = model(x)[0]["masks"]
+    with torch.no_grad(): once = model(x, mask_at=.5)[0]["masks"]
     model.mask_at = .5
     with torch.no_grad(): cut = model(x)[0]["masks"]
-    assert cut.dtype == torch.bool and len(cut) and torch.equal(cut, whole >= .5)
+    assert torch.equal(once, cut)
+    assert cut.dtype == torch.bool and len(cut) and torch.equal(cut, whole > .5)
 
 
 def test_boxes_follow_the_size_of_the_picture():

@@ -44,7 +44,7 @@ def _whole_masks(masks, boxes, size, at):
     whole = masks.new_zeros(len(masks), 1, *size, dtype=masks.dtype if at is None else torch.bool)
     for out, mask, box in zip(whole, masks, boxes):   # one at a time: a hundred of a large photo are gigabytes
         pasted = paste_masks_in_image(mask[None], box[None], size)[0]
-        out.copy_(pasted if at is None else pasted >= at)
+        out.copy_(pasted if at is None else pasted > at)
     return whole
 
 # %% ../../nbs/266_models.mask_rcnn.ipynb #p2660028
@@ -60,7 +60,7 @@ class Detector(nn.Module):
         longest: int | None = None, # Up to which the longer side may get, in pixels; None: 1333/800 of `size`
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, # Of the channels, 0..1
         std: Sequence[float] = IMAGENET_DEFAULT_STD, # Their standard deviations
-        mask_at: float | None = None, # Probability from which on a pixel is in a mask; None: probabilities themselves
+        mask_at: float | None = None, # Probability above which a pixel is in a mask; None: probabilities themselves
     ):
         super().__init__()
         check_numbers(1, size=size, **{} if longest is None else dict(longest=longest))
@@ -83,7 +83,8 @@ class Detector(nn.Module):
 
     def forward(self,
         images: Sequence[Tensor] | Tensor, # `(n_in, h, w)` of any sizes, or one `(b, n_in, h, w)`; 0..1
-        targets: Sequence[Mapping] | None = None # Of each picture `boxes`, `labels`, `masks`, perhaps `iscrowd`
+        targets: Sequence[Mapping] | None = None, # Of each picture `boxes`, `labels`, `masks`, perhaps `iscrowd`
+        mask_at: float | None = None, # This time, in the place of the detector's own
     ) -> dict | list[dict] | tuple[dict, list[dict]]: # Losses in training; else detections, with targets both
         "Boxes `(k, 4)` are left, top, right, bottom in pixels, labels from 1 on, masks `(k, h, w)`."
         prepare = self.transform
@@ -95,10 +96,12 @@ class Detector(nn.Module):
             batch, resized = prepare(images, targets)
             maps = self.maps(batch.tensors)
             if self.training: return self._losses(batch, maps, resized)
-            found, _ = self.roi_heads(maps, self.rpn(batch, maps)[0], batch.image_sizes)
-            for o, x, own in zip(found, images, batch.image_sizes):
-                o['boxes'] = resize_boxes(o['boxes'], own, size := tuple(x.shape[-2:]))
-                if 'masks' in o: o['masks'] = _whole_masks(o['masks'], o['boxes'], size, self.mask_at)
+            at, found = self.mask_at if mask_at is None else mask_at, []
+            for i, (regions, own) in enumerate(zip(self.rpn(batch, maps)[0], batch.image_sizes)):   # masks take memory
+                (o,), _ = self.roi_heads({name: m[i:i + 1] for name, m in maps.items()}, [regions], [own])
+                o['boxes'] = resize_boxes(o['boxes'], own, size := tuple(images[i].shape[-2:]))
+                if 'masks' in o: o['masks'] = _whole_masks(o['masks'], o['boxes'], size, at)
+                found.append(o)
             if targets is None: return found
             with _as_in_training(self.rpn, self.roi_heads): return self._losses(batch, maps, resized), found
 
