@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'SIZES', 'DETECT_METRICS', 'DETECT_LOSSES', 'check_ap', 'Obj
 
 # %% ../nbs/495_objects.ipynb #r4950004
 import sys
+import warnings
 from ctypes import CDLL
 from importlib.util import find_spec
 from typing import Any, Callable, Sequence
@@ -86,7 +87,10 @@ class Objects:
 
     def result(self) -> dict: # As torchmetrics has it
         "All that is computed, once."
-        if self.found is None: self.found = self.metric.compute()
+        if self.found is None:
+            with warnings.catch_warnings():   # that nothing was added to it, where others had it gathered
+                warnings.filterwarnings('ignore', 'The ``compute`` method')
+                self.found = self.metric.compute()
         return self.found
 
     def _of(self, kind, name): return self.result()[f'{KINDS[kind]}_{name}' if self.masks else name]
@@ -209,17 +213,19 @@ class Detecting(Callback):
     def after_pred(self):
         "Pictures alone again."
         self.learn.xb = self.xb[:1]
-        if not self.yb: self.learn.pred = Found(to_detach(self.pred, gather=False))
+        if not self.yb: self.learn.pred = Found(self._counted(to_detach(self.pred, gather=False)))
 
     def after_loss(self):
         "Losses by name; in validation detections and targets, without what fills up the batches of several processes."
         if not self.yb: return
         self.losses = self.pred if self.training else self.pred[0]
         if self.training: return
-        both, several = [self.pred[1], list(*self.yb)], getattr(self.learn, 'distributed', None)
+        both = self.pred[1], list(*self.yb)
         if hasattr(self.learn, 'gather_preds'): both = to_detach(both, gather=False)   # a GPU's memory would soon be full
-        found, targets = map(several.joined, both) if several else both
-        self.learn.pred, self.learn.yb = Found(found), (Found(targets),)
+        found, targets = map(Found, map(self._counted, both))
+        self.learn.pred, self.learn.yb = found, (targets,)
+
+    def _counted(self, its): return self.distributed.joined(its) if hasattr(self.learn, 'distributed') else its
 
     def after_batch(self):
         "Now and then no memory is kept that is free."

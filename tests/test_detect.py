@@ -12,6 +12,7 @@ from attnpool.detect import detect_learner, objects_found
 from attnpool.maps.learner import pictures_of   # with it come the methods of Learner
 from attnpool.objects import Objects, class_table, curves
 from attnpool.registry import BadInput
+from attnpool.runs.train import RunLog
 
 
 # Average precision
@@ -206,3 +207,12 @@ def test_what_a_detector_in_a_learner_cannot_do_is_told(small):
     small.recorder.train_metrics = True
     with small.no_bar(), pytest.raises(BadInput, match="train_metrics: a detector that trains says losses alone"): small.fit(1)
     small.recorder.train_metrics = False
+
+
+def test_how_far_an_epoch_of_a_detector_is_can_be_told(small, tmp_path):
+    told = []
+    log = RunLog(tmp_path/"history.csv", on_part=lambda *part: told.append(part))
+    with small.no_bar(), small.no_logging():
+        log.every = 0.   # for a long epoch: once a second
+        small.fit(1, 1e-3, cbs=log)
+    assert told == [("trains", .5), ("trains", 1.), ("validates", .5), ("validates", 1.)]

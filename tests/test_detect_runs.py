@@ -156,7 +156,7 @@ def test_what_detect_has_no_use_for_is_told(photos, more, words):
 def test_detect_counts_of_several_processes_are_those_of_one(photos, tmp_path):
     script = tmp_path/"script.py"
     script.write_text(f"""
-import json, os
+import json, os, torch
 from attnpool.distributed import distributed, join_processes
 from attnpool.runs.spec import make_spec
 from attnpool.runs.train import open_run, run
@@ -164,16 +164,17 @@ device = join_processes('cpu')
 result = run(make_spec({str(photos)!r}, **{TINY | dict(bs=2)!r}), {str(tmp_path)!r}, 'cpu')
 learn = open_run(result.folder, 'cpu')
 with learn.no_bar(), learn.no_logging():
-    with distributed(learn): several = learn.validate()
-    alone = learn.validate()
-told = [list(map(float, several)), list(map(float, alone)), result.metrics['box_ap'], len(learn.dls.valid_ds)]
+    with distributed(learn): several, (found, targets) = learn.validate(), learn.get_preds()
+    alone, (said, _) = learn.validate(), learn.get_preds()
+same = all(torch.allclose(a['scores'], b['scores'], atol=1e-5) for a, b in zip(found, said))
+told = [list(map(float, several)), list(map(float, alone)), result.metrics['box_ap'], len(learn.dls.valid_ds), same, [len(t['labels']) for t in targets]]
 with open({str(tmp_path)!r} + '/told' + os.environ['RANK'] + '.json', 'w') as f: json.dump(told, f)
 """)
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
                           capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads((tmp_path/f"told{rank}.json").read_text()) for rank in range(2)]
     assert told[0] == told[1]
-    several, alone, ap, n = told[0]
-    assert n == 5 and np.allclose(several[1:7], alone[1:7], atol=1e-6) and math.isclose(ap, alone[1], abs_tol=1e-6)
+    several, alone, ap, n, same, objects = told[0]
+    assert n == 5 and same and objects == [1, 2, 0, 2, 1] and "UserWarning" not in done.stderr and np.allclose(several[1:7], alone[1:7], atol=1e-6) and math.isclose(ap, alone[1], abs_tol=1e-6)

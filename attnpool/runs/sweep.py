@@ -109,6 +109,10 @@ class _Told:
         left = self.progress.tasks[self.bar].time_remaining
         if not (self.console.is_terminal or short): self.say(text + (f'  {left / 60:.0f} min left' if left else ''))
 
+    def part(self, spec, word, share):   # of an epoch; where nothing can be written over, epochs alone are told
+        done = f'{self.seen[spec] + spec.recipe.epochs - self.share[spec]}/{spec.recipe.epochs} epochs'
+        self._show(spec, f'{self.title(spec)}  {done}, {word} {share:.0%}')
+
     def maps(self, spec, made, total):
         self._show(spec, text := f'maps of the body  {made:,}/{total:,} pictures')
         if not self.console.is_terminal and 4 * made // total not in self.quarters: self.say(text)
@@ -138,7 +142,8 @@ class _Told:
 def _one(tell, spec, out, device, seconds):
     "Make a run; None where another process is making it."
     try: return run(spec, out, device, lambda row: tell('epoch', row), wait=0, checkpoint_seconds=seconds,
-                    on_maps=lambda *made: tell('maps', *made), on_checkpoint=lambda *kept: tell('kept', *kept))
+                    on_maps=lambda *made: tell('maps', *made), on_checkpoint=lambda *kept: tell('kept', *kept),
+                    on_part=lambda *done: tell('part', *done))
     except Timeout: return None
 
 def _one_by_one(todo, told, threads, how):
