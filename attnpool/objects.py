@@ -143,7 +143,7 @@ class EachPicture(L):
     ndim = 2   # without it fastai hands back the only one of one picture, not a list of it
 
 class Found(Sequence):
-    "Something of each picture of a batch. Of lists fastai joins the first of all batches, the second, ...; not of these."
+    "Something of each picture of a batch. Of lists fastai joins the first of all batches, the second; not of these."
     def __init__(self,
         its: Sequence, # Of each picture: itself, or its objects, see `Objects`
     ):
@@ -221,7 +221,7 @@ class Detecting(Callback):
         self.losses = self.pred if self.training else self.pred[0]
         if self.training: return
         both = self.pred[1], list(*self.yb)
-        if hasattr(self.learn, 'gather_preds'): both = to_detach(both, gather=False)   # a GPU's memory would soon be full
+        if hasattr(self.learn, 'gather_preds'): both = to_detach(both, gather=False)   # a GPU would soon be full
         found, targets = map(Found, map(self._counted, both))
         self.learn.pred, self.learn.yb = found, (targets,)
 

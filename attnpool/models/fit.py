@@ -78,7 +78,8 @@ def fit_body(
         its = kept if last is None else kept[:last + 1]
         fitted, wrong = fit_by_name(found, {names[k]: v for k, v in own.items()}, [names[k] for k in its])
         if not wrong:
-            what = 'its body is taken; its pyramid and decoder are not' if cut and not whole else ''
+            left = '' if any(k.startswith('rpn.') for k in state) else '; its pyramid and decoder are not'
+            what = f'its body is taken{left}' if cut and not whole else ''   # a detector takes a detector's rest
             if len(its) < len(kept): what += f'. What comes after {kept[last].rpartition(".")[0]} begins anew'
             return {k: fitted[names[k]] for k in its if names[k] in fitted}, what, []
         faults.append(wrong)

@@ -41,6 +41,9 @@ def _as_in_training(*parts):
 @torch.no_grad()
 def _whole_masks(masks, boxes, size, at):
     "Masks of boxes, each pasted in an empty picture."
+    if torch.jit.is_tracing():   # for ONNX, whatever their number
+        whole = paste_masks_in_image(masks, boxes, size)
+        return whole if at is None else whole > at
     whole = masks.new_zeros(len(masks), 1, *size, dtype=masks.dtype if at is None else torch.bool)
     for out, mask, box in zip(whole, masks, boxes):   # one at a time: a hundred of a large photo are gigabytes
         pasted = paste_masks_in_image(mask[None], box[None], size)[0]
@@ -87,6 +90,9 @@ class Detector(nn.Module):
         mask_at: float | None = None, # This time, in the place of the detector's own
     ) -> dict | list[dict] | tuple[dict, list[dict]]: # Losses in training; else detections, with targets both
         "Boxes `(k, 4)` are left, top, right, bottom in pixels, labels from 1 on, masks `(k, h, w)`."
+        if getattr(torch.compiler, 'is_exporting', bool)():   # not in older versions of torch
+            raise BadInput("model: torch.export cannot follow a detector, for each picture has its own number of "
+                           "objects. Use torch.onnx.export(model, (images,), FILE, dynamo=False), images a list.")
         prepare = self.transform
         images = check_pictures(images, len(prepare.image_mean))
         if not self.training: check_sides(images, prepare.min_size[-1], prepare.max_size)
