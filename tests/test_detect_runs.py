@@ -132,6 +132,22 @@ def test_a_detect_run_begins_from_a_classifier(trained, photos, tmp_path):
         assert mine and all(any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values()) for v in mine)
 
 
+def test_a_detect_run_begins_from_a_detector(trained, photos, capsys):
+    "All goes on in one of the same classes, but what belongs to a class in one of others; the body alone with other options."
+    had = open_run(trained.folder, "cpu", with_data=False).model.state_dict()
+    def new(data, start, **more):
+        spec = make_spec(data, start=start, **TINY | more)
+        its = TASKS["detect"].model(spec, TASKS["detect"].dls(spec, 4, "cpu"))[0].state_dict()
+        return {k for k, v in its.items() if not (v.shape == had[k].shape and torch.equal(v, had[k]))}
+    capsys.readouterr()
+    assert new(photos, trained.folder) == new(photos, trained.folder/"weights.safetensors") == set()
+    assert "its body is taken." in (said := capsys.readouterr().err) and ": so is all else." in said and "left out" not in said
+    assert {k.rpartition(".")[0].rpartition(".")[2] for k in new("scenes", trained.folder)} == {"cls_score", "bbox_pred", "mask_fcn_logits"}
+    assert "so is all else, but what belongs to its classes, which are others." in capsys.readouterr().err
+    other = new(photos, trained.folder, options=SMALL | dict(channels=16))
+    assert other and not any(k.startswith("body.") for k in other) and "its heads have other options and begin anew" in capsys.readouterr().err
+
+
 def test_detect_runs_are_evaluated_on_other_pictures(trained, photos, tmp_path, capsys):
     other = photographed(tmp_path/"other", n=dict(train=1, val=3))
     for data in (photos, other):
