@@ -14,11 +14,13 @@ from typing import Callable, Iterable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastai.callback.mixup import MixHandler
 from fastai.vision.all import L, Learner, to_device
 from fastcore.meta import delegates
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
 
+from .callback.cutmixup import CutMixUp
 from .callback.precision import ChannelsLast
 from .data.scenes import Scenes
 from .distributed import is_first
@@ -127,8 +129,9 @@ def detect_learner(
     "A detector that trains as a recipe says. Size, batch size and augmentation are those of `dls`."
     for name in sorted(overrides.keys() & {'size', 'bs', 'augment'} - ({'bs'} if overrides.get('micro_bs') else set())):
         raise BadInput(f"{name}: the DataLoaders decide it, got {overrides[name]!r}. Make dls with it.")
-    if any(isinstance(cb, ChannelsLast) for cb in L(cbs)):
-        raise BadInput("cbs: ChannelsLast turns batches of pictures of one size, which these are not. Leave it out.")
+    if wrong := next((cb for cb in L(cbs) if isinstance(cb, (ChannelsLast, CutMixUp, MixHandler))), None):
+        raise BadInput(f"cbs: {type(wrong).__name__} is for pictures of one size with a label each, not for these. "
+                       "Leave it out.")
     r = get_recipe(recipe, 'mask_rcnn', '', arch, **overrides)
     check_detect(r)
     if isinstance(arch, str): r.check_start(start)   # a function may load weights of its own

@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'SIZES', 'DETECT_METRICS', 'DETECT_LOSSES', 'check_ap', 'Obj
 # %% ../nbs/495_objects.ipynb #r4950004
 import sys
 import warnings
-from ctypes import CDLL
+from ctypes import CDLL, c_size_t
 from importlib.util import find_spec
 from typing import Any, Callable, Sequence
 
@@ -184,7 +184,8 @@ class DetectLoss(nn.Module):
 
 def trim():
     "Give the system the memory that is free between what is kept: Linux's C library keeps gigabytes of it."
-    if sys.platform == 'linux' and (its := getattr(CDLL(None), 'malloc_trim', None)): its(0)
+    if sys.platform == 'linux' and (its := getattr(CDLL(None), 'malloc_trim', None)):
+        its(c_size_t(1 << 40))   # but not the end of it, of which `keep_memory` has made large pages
 
 def _likely(o):
     its = {k: v[o['scores'] >= .5] for k, v in o.items()}

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from fastai.vision.all import (
-    Callback, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, SaveModelCallback)
+    Callback, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, SaveModelCallback)
 
+from attnpool.callback.cutmixup import CutMixUpAugment
+from attnpool.callback.precision import ChannelsLast
 from attnpool.data.objects import scene_objects_dls
 from attnpool.detect import detect_learner, objects_found
 from attnpool.maps.learner import pictures_of   # with it come the methods of Learner
@@ -207,6 +209,8 @@ def test_what_a_detector_in_a_learner_cannot_do_is_told(small):
     small.recorder.train_metrics = True
     with small.no_bar(), pytest.raises(BadInput, match="train_metrics: a detector that trains says losses alone"): small.fit(1)
     small.recorder.train_metrics = False
+    for cb in (ChannelsLast(), MixUp(), CutMixUpAugment()):
+        with pytest.raises(BadInput, match=f"^cbs: {type(cb).__name__} is for pictures of one size"): detect_learner(small.dls, cbs=[cb])
 
 
 def test_how_far_an_epoch_of_a_detector_is_can_be_told(small, tmp_path):
