@@ -72,7 +72,7 @@ def mask_rcnn(
         if sum(p.numel() for p in body.parameters()) < _LARGE: chosen |= left
     return make(start=start, **chosen)
 
-# %% ../nbs/497_detect.ipynb #r4970009
+# %% ../nbs/497_detect.ipynb #r497000b
 _OF_CLASSES = 'roi_heads.box_predictor.', 'roi_heads.mask_predictor.mask_fcn_logits.'   # weights that belong to one
 
 def _go_on(model, start, vocab):
@@ -87,6 +87,7 @@ def _go_on(model, start, vocab):
     if not said.endswith('anew'): model.load_state_dict(fits, strict=False)
     if is_first(): print(f'attnpool: {start.name}: {said}.', file=sys.stderr)
 
+# %% ../nbs/497_detect.ipynb #r4970009
 def detector_for(
     dls, # fastai `DataLoaders` of pictures and objects, from `objects_dls`
     arch, # Name as for `check_arch`, or function

@@ -67,8 +67,7 @@ def fit_body(
     cut: int | Callable | None = None, # As for `up_to_map`
     whole: bool = False, # Whether what stands behind the map, the classifier, has to fit too
     **options # Of the network
-) -> tuple[dict[str, Tensor], str, list[str]]: # By the network's names; how they were found, if that is to be told;
-    # and what does not fit
+) -> tuple[dict[str, Tensor], str, list[str]]: # By the network's names; how found, if that is news; what does not fit
     "The weights of a network up to its map, or all."
     arch, faults = network_of(arch), []
     own, kept, by_place = _names(arch, cut, options)

@@ -50,6 +50,17 @@ def _whole_masks(masks, boxes, size, at):
         out.copy_(pasted if at is None else pasted > at)
     return whole
 
+def _in_picture(o, own, size, at):
+    "Detections in the pixels of a picture as it came."
+    o['boxes'] = resize_boxes(o['boxes'], own, size := tuple(size))
+    if 'masks' in o: o['masks'] = _whole_masks(o['masks'], o['boxes'], size, at)
+    return o
+
+def _check_followed():
+    if not getattr(torch.compiler, 'is_exporting', bool)(): return   # not in older versions of torch
+    raise BadInput("model: torch.export cannot follow a detector, for each picture has its own number of objects. Use "
+                   "torch.onnx.export(model, (images,), FILE, dynamo=False), images a list.")
+
 # %% ../../nbs/266_models.mask_rcnn.ipynb #p2660028
 class Detector(nn.Module):
     "Objects of pictures: in training a dict of losses, else for each picture boxes, labels, scores and perhaps masks."
@@ -90,9 +101,7 @@ class Detector(nn.Module):
         mask_at: float | None = None, # This time, in the place of the detector's own
     ) -> dict | list[dict] | tuple[dict, list[dict]]: # Losses in training; else detections, with targets both
         "Boxes `(k, 4)` are left, top, right, bottom in pixels, labels from 1 on, masks `(k, h, w)`."
-        if getattr(torch.compiler, 'is_exporting', bool)():   # not in older versions of torch
-            raise BadInput("model: torch.export cannot follow a detector, for each picture has its own number of "
-                           "objects. Use torch.onnx.export(model, (images,), FILE, dynamo=False), images a list.")
+        _check_followed()
         prepare = self.transform
         images = check_pictures(images, len(prepare.image_mean))
         if not self.training: check_sides(images, prepare.min_size[-1], prepare.max_size)
@@ -102,12 +111,10 @@ class Detector(nn.Module):
             batch, resized = prepare(images, targets)
             maps = self.maps(batch.tensors)
             if self.training: return self._losses(batch, maps, resized)
-            at, found = self.mask_at if mask_at is None else mask_at, []
-            for i, (regions, own) in enumerate(zip(self.rpn(batch, maps)[0], batch.image_sizes)):   # masks take memory
-                (o,), _ = self.roi_heads({name: m[i:i + 1] for name, m in maps.items()}, [regions], [own])
-                o['boxes'] = resize_boxes(o['boxes'], own, size := tuple(images[i].shape[-2:]))
-                if 'masks' in o: o['masks'] = _whole_masks(o['masks'], o['boxes'], size, at)
-                found.append(o)
+            found, regions = [], self.rpn(batch, maps)[0]
+            for i, (x, own) in enumerate(zip(images, batch.image_sizes)):   # one by one: masks take memory
+                (o,), _ = self.roi_heads({name: m[i:i + 1] for name, m in maps.items()}, [regions[i]], [own])
+                found.append(_in_picture(o, own, x.shape[-2:], self.mask_at if mask_at is None else mask_at))
             if targets is None: return found
             with _as_in_training(self.rpn, self.roi_heads): return self._losses(batch, maps, resized), found
 

@@ -87,7 +87,6 @@ class _Told:
     def title(self, spec):
         which = f"{self.titles[spec]} {'split' if spec.split == 'seed' else 'seed'} {spec.seed}"
         return f'run {self.numbers[spec]}/{len(self.todo)}  {which}'
-
     def _show(self, spec, text, advance=0):
         own = spec in self.rows
         if own: self.progress.update(self.rows[spec], description=text, advance=advance)
@@ -117,11 +116,9 @@ class _Told:
         self._show(spec, text := f'maps of the body  {made:,}/{total:,} pictures')
         if not self.console.is_terminal and 4 * made // total not in self.quarters: self.say(text)
         self.quarters.add(4 * made // total) if made < total else self.quarters.clear()
-
     def kept(self, spec, text, there):   # epochs that are there are no news for the time that is left
         left = spec.recipe.epochs - there
-        total = self.progress.tasks[self.bar].total - self.share[spec] + left
-        self.progress.update(self.bar, total=total)
+        self.progress.update(self.bar, total=self.progress.tasks[self.bar].total - self.share[spec] + left)
         if spec in self.rows: self.progress.update(self.rows[spec], completed=there)
         self.share[spec] = left
         self.say(f'{self.title(spec)}: {text}')
@@ -133,7 +130,6 @@ class _Told:
         self.progress.update(self.bar, advance=self.share[spec] - self.seen[spec])   # a diverged run has fewer epochs
         self.say(f'{self.title(spec)}: {_ended(result)}')
         self.waits = False
-
     def elsewhere(self, n):
         if not self.waits: self.say(f'{n} runs are being made by another process. Waiting.')
         self.waits = True
