@@ -6,26 +6,32 @@
 __all__ = ['mask_rcnn', 'detector_for', 'check_detect', 'detect_learner', 'objects_found', 'bounds', 'look_at_objects']
 
 # %% ../nbs/497_detect.ipynb #r4970004
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastai.callback.mixup import MixHandler
 from fastai.vision.all import L, Learner, to_device
 from fastcore.meta import delegates
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
 
+from .callback.cutmixup import CutMixUp
 from .callback.precision import ChannelsLast
 from .data.scenes import Scenes
+from .distributed import is_first
 from .layers import evaluating
 from .models.mask_rcnn import build_detector, proposal_network, region_heads
-from .models.start import find_start, is_start
+from .models.start import Start, find_start, is_start
 from .models.surgery import Network
 from .objects import DetectLoss, Detecting, Objects, check_ap, class_table, curves, object_metrics
 from .recipe import Recipe, built, get_recipe, learner_for
 from .registry import BadInput
+from .weights import told_in
 
 # %% ../nbs/497_detect.ipynb #r4970006
 _LARGE = 10_000_000   # weights of a body from which on the heads are the usual ones
@@ -66,17 +72,33 @@ def mask_rcnn(
         if sum(p.numel() for p in body.parameters()) < _LARGE: chosen |= left
     return make(start=start, **chosen)
 
+# %% ../nbs/497_detect.ipynb #r497000b
+_OF_CLASSES = 'roi_heads.box_predictor.', 'roi_heads.mask_predictor.mask_fcn_logits.'   # weights that belong to one
+
+def _go_on(model, start, vocab):
+    "What a trained detector has beside its body goes on in a new one."
+    state, path, own = start.state() if start.path else {}, Path(start.path), model.state_dict()
+    if not any(k.startswith('rpn.') for k in state): return
+    fits = {k: v for k, v in state.items() if k in own and not k.startswith('body.')}
+    same = told_in(path/'weights.safetensors' if path.is_dir() else path).get('vocab') == [*map(str, vocab)]
+    if not same: fits = {k: v for k, v in fits.items() if not k.startswith(_OF_CLASSES)}
+    if any(own[k].shape != v.shape for k, v in fits.items()): said = 'its heads have other options and begin anew'
+    else: said = 'so is all else' + ('' if same else ', but what belongs to its classes, which are others')
+    if not said.endswith('anew'): model.load_state_dict(fits, strict=False)
+    if is_first(): print(f'attnpool: {start.name}: {said}.', file=sys.stderr)
+
 # %% ../nbs/497_detect.ipynb #r4970009
 def detector_for(
     dls, # fastai `DataLoaders` of pictures and objects, from `objects_dls`
     arch, # Name as for `check_arch`, or function
     drop_path: float = 0., # Stochastic depth of the body
-    start=None, # What the body's weights begin as, see `find_start`; None for nothing
+    start=None, # What its weights begin as, see `find_start`: the body's, of a detector all that fits; None for none
     **options # Of `mask_rcnn`, and of the network
 ) -> tuple[nn.Module, dict]: # The network, and options of `learner_for` that go with it
     "A network that finds the objects of the data, with masks where these have some."
     how = {k: dls.about[k] for k in ('masks', 'size', 'mean', 'std')}
     network = built(partial(mask_rcnn, arch, len(dls.vocab), start, **how), arch, drop_path, options)
+    if isinstance(start, Start): _go_on(network.model, start, dls.vocab)
     return network.model, dict(splitter=network.splitter, cbs=[Detecting()], layout=False)
 
 def check_detect(
@@ -98,7 +120,7 @@ def detect_learner(
     dls, # fastai `DataLoaders` of pictures and objects, from `objects_dls`
     arch='xeca_resnext_tiny', # Name as for `check_arch`, or function
     recipe: str | Recipe = 'detect-small', # Name in `RECIPES`, a TOML file, or a recipe, which is used as it is
-    start=None, # What the body's weights begin as, see `find_start`, as which pictures are normalised; None for nothing
+    start=None, # What its weights begin as, as for `detector_for`, for which pictures are normalised; None for nothing
     metrics=None, # fastai metrics; None for `object_metrics`
     cbs=None, # fastai callbacks
     path=None, # Where the Learner saves
@@ -108,8 +130,9 @@ def detect_learner(
     "A detector that trains as a recipe says. Size, batch size and augmentation are those of `dls`."
     for name in sorted(overrides.keys() & {'size', 'bs', 'augment'} - ({'bs'} if overrides.get('micro_bs') else set())):
         raise BadInput(f"{name}: the DataLoaders decide it, got {overrides[name]!r}. Make dls with it.")
-    if any(isinstance(cb, ChannelsLast) for cb in L(cbs)):
-        raise BadInput("cbs: ChannelsLast turns batches of pictures of one size, which these are not. Leave it out.")
+    if wrong := next((cb for cb in L(cbs) if isinstance(cb, (ChannelsLast, CutMixUp, MixHandler))), None):
+        raise BadInput(f"cbs: {type(wrong).__name__} is for pictures of one size with a label each, not for these. "
+                       "Leave it out.")
     r = get_recipe(recipe, 'mask_rcnn', '', arch, **overrides)
     check_detect(r)
     if isinstance(arch, str): r.check_start(start)   # a function may load weights of its own
@@ -131,7 +154,7 @@ def objects_found(
     its = Objects(masks)
     with evaluating(model), torch.no_grad():
         for images, targets in dl:
-            its.add(model(images), targets)
+            its.add(model(images, None, .5), targets)   # masks cut at once take a quarter of the memory
             on_batch(len(images))
     return its
 

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from fastai.data.all import TfmdDL, to_detach
 from fastai.vision.all import (
-    GatherPredsCallback, Learner, ProgressCallback, apply, default_device, is_listy, noop, num_distrib, rank_distrib,
-    patch, set_seed)
-from torch import nn
+    GatherPredsCallback, Learner, ProgressCallback, apply, default_device, noop, num_distrib, rank_distrib, patch,
+    set_seed)
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .callback.ends import PutsBack
@@ -182,7 +182,8 @@ class Distributed(PutsBack):
         for b in self.model.buffers(): dist.broadcast(b, 0)   # running statistics of BatchNorm
 
     def after_pred(self):
-        if self.training or any(map(is_listy, self.yb)): return   # objects of pictures are cut by who reads them
+        objects = isinstance(self.pred, list) or not all(isinstance(y, Tensor) for y in self.yb)
+        if self.training or objects: return   # those of pictures are cut by who reads them
         def whole(t): return _gather(t)[:_left(self)]
         def mine(t): return t[:self.counted(len(t))]
         f = mine if self.apart else whole
@@ -216,6 +217,14 @@ def counted(self: Distributed,
 ) -> int:
     "How many of them count: those that fill up the last batch do not."
     return min(n, max(0, _left(self) - n * rank_distrib()))
+
+@patch
+def joined(self: Distributed,
+    its: list, # Something of each picture of this process in a batch of the validation, not a tensor of all
+) -> list: # Of those that count
+    "This process's own where each counts its own pictures, else those of all processes."
+    its = its[:self.counted(len(its))]
+    return its if self.apart else [o for part in gathered(its) for o in part]
 
 # %% ../nbs/460_distributed.ipynb #c0ffee63
 @contextmanager

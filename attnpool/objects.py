@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SIZES', 'DETECT_METRICS', 'DETECT_LOSSES', 'check_ap', 'Objects', 'class_table', 'curves', 'EachPicture',
-           'Found', 'DetectLoss', 'Detecting', 'PartLoss', 'ObjectMetric', 'object_metrics']
+           'Found', 'DetectLoss', 'trim', 'Detecting', 'PartLoss', 'ObjectMetric', 'object_metrics']
 
 # %% ../nbs/495_objects.ipynb #r4950004
+import sys
+import warnings
+from ctypes import CDLL, c_size_t
 from importlib.util import find_spec
 from typing import Any, Callable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from fastai.vision.all import AvgLoss, Callback, L, Learner, Metric
+from fastai.vision.all import AvgLoss, Callback, L, Learner, Metric, to_detach
 from torch import Tensor, nn
 
 from .distributed import gathered
@@ -67,7 +70,7 @@ class Objects:
         return its
 
     def add(self,
-        said: Sequence[dict], # Of each picture `boxes`, `labels`, `scores`; `masks` `(k, 1, h, w)`, 0..1
+        said: Sequence[dict], # Of each picture `boxes`, `labels`, `scores`; `masks` `(k, 1, h, w)`, 0..1 or cut at .5
         truth: Sequence[dict], # Of each `boxes`, `labels`, `iscrowd`, `area`; `masks` `(k, h, w)`
     ):
         "Take some pictures in."
@@ -84,7 +87,10 @@ class Objects:
 
     def result(self) -> dict: # As torchmetrics has it
         "All that is computed, once."
-        if self.found is None: self.found = self.metric.compute()
+        if self.found is None:
+            with warnings.catch_warnings():   # that nothing was added to it, where others had it gathered
+                warnings.filterwarnings('ignore', 'The ``compute`` method')
+                self.found = self.metric.compute()
         return self.found
 
     def _of(self, kind, name): return self.result()[f'{KINDS[kind]}_{name}' if self.masks else name]
@@ -137,11 +143,12 @@ class EachPicture(L):
     ndim = 2   # without it fastai hands back the only one of one picture, not a list of it
 
 class Found(Sequence):
-    "Objects of the pictures of a batch. Of lists fastai joins the first of all batches, the second, ...; not of these."
+    "Something of each picture of a batch. Of lists fastai joins the first of all batches, the second; not of these."
     def __init__(self,
-        its: Sequence[dict], # Of each picture, see `Objects`
+        its: Sequence, # Of each picture: itself, or its objects, see `Objects`
     ):
         self.its = list(its)
+        self.shape = len(self.its),   # for fastai, which looks at the first thing of a batch how many there are
 
     def __len__(self): return len(self.its)
     def __getitem__(self, i): return Found(self.its[i]) if isinstance(i, slice) else self.its[i]
@@ -153,11 +160,15 @@ class Found(Sequence):
 
 class DetectLoss(nn.Module):
     "The sum of a detector's losses."
+    reduction = 'mean'   # fastai sets 'none' where it wants a number for each picture
     def forward(self,
         out: dict | tuple, # Losses by name; in validation those, and detections
         targets: Any = None, # Unused: the detector has had them
     ) -> Tensor: # A number
         "Add the losses up."
+        if self.reduction == 'none':
+            raise BadInput("with_loss: a detector has losses of a batch, not of each picture. Leave with_loss out; "
+                           "learn.show_results() shows what is missed.")
         losses = out if isinstance(out, dict) else out[0]
         return torch.stack([*losses.values()]).sum()
 
@@ -171,6 +182,11 @@ class DetectLoss(nn.Module):
         "Of each picture the detections with a score of at least .5, and where their masks are likelier than not."
         return EachPicture(map(_likely, out))
 
+def trim():
+    "Give the system the memory that is free between what is kept: Linux's C library keeps gigabytes of it."
+    if sys.platform == 'linux' and (its := getattr(CDLL(None), 'malloc_trim', None)):
+        its(c_size_t(1 << 40))   # but not the end of it, of which `keep_memory` has made large pages
+
 def _likely(o):
     its = {k: v[o['scores'] >= .5] for k, v in o.items()}
     return its | dict(masks=its['masks'][:, 0] > .5) if 'masks' in its else its
@@ -183,25 +199,42 @@ class Detecting(Callback):
 
     def before_fit(self):
         "Let losses be weighted by pictures: fastai takes the first tensor of a target for the batch."
-        if hasattr(self.learn, 'recorder'): vars(self.recorder)['loss'] = PartLoss('loss')   # unwarned of shadows
+        if not hasattr(self.learn, 'recorder'): return
+        vars(self.recorder)['loss'] = PartLoss('loss')   # unwarned of shadows
+        if self.recorder.train_metrics:
+            raise BadInput("train_metrics: a detector that trains says losses alone, not what it finds. Leave it out.")
 
     def before_batch(self):
-        "Targets beside the pictures, where there are any."
-        if len(self.yb): self.learn.xb = (*self.xb, *self.yb)
+        "Targets beside the pictures, where there are any; masks as metrics count them, if nothing else is asked for."
+        asked = getattr(self.learn, 'gather_preds', None)
+        if asked and asked.with_input: asked.inputs[-1] = Found(to_detach(*self.xb, gather=False)),
+        self.learn.yb = tuple(map(Found, self.yb))
+        if self.yb: self.learn.xb = (*self.xb, *self.yb, *[.5] * (not self.training and not asked))
 
     def after_pred(self):
         "Pictures alone again."
         self.learn.xb = self.xb[:1]
-        if not len(self.yb): self.learn.pred = Found(self.pred)
+        if not self.yb: self.learn.pred = Found(self._counted(to_detach(self.pred, gather=False)))
 
     def after_loss(self):
         "Losses by name; in validation detections and targets, without what fills up the batches of several processes."
-        if not len(self.yb): return
+        if not self.yb: return
         self.losses = self.pred if self.training else self.pred[0]
         if self.training: return
-        found, (targets,) = self.pred[1], self.yb
-        n = self.learn.distributed.counted(len(found)) if hasattr(self.learn, 'distributed') else len(found)
-        self.learn.pred, self.learn.yb = Found(found[:n]), (Found(targets[:n]),)
+        both = self.pred[1], list(*self.yb)
+        if hasattr(self.learn, 'gather_preds'): both = to_detach(both, gather=False)   # a GPU would soon be full
+        found, targets = map(Found, map(self._counted, both))
+        self.learn.pred, self.learn.yb = found, (targets,)
+
+    def _counted(self, its): return self.distributed.joined(its) if hasattr(self.learn, 'distributed') else its
+
+    def after_batch(self):
+        "Now and then no memory is kept that is free."
+        if self.iter % 50 == 0: trim()
+
+    def after_validate(self):
+        "No memory is kept that is free."
+        trim()
 
 # %% ../nbs/495_objects.ipynb #r4950017
 class PartLoss(AvgLoss):

@@ -4,11 +4,17 @@ import numpy as np
 import pytest
 import torch
 
+from fastai.vision.all import (
+    Callback, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, SaveModelCallback)
+
+from attnpool.callback.cutmixup import CutMixUpAugment
+from attnpool.callback.precision import ChannelsLast
 from attnpool.data.objects import scene_objects_dls
-from attnpool.detect import detect_learner
+from attnpool.detect import detect_learner, objects_found
 from attnpool.maps.learner import pictures_of   # with it come the methods of Learner
 from attnpool.objects import Objects, class_table, curves
 from attnpool.registry import BadInput
+from attnpool.runs.train import RunLog
 
 
 # Average precision
@@ -148,3 +154,69 @@ def test_detect_learner_trains_shows_and_finds():
     picture = np.full((50, 70, 3), 90, np.uint8)
     with learn.no_bar(): found = learn.predict(picture)[0]
     assert {*found} == {"boxes", "labels", "scores", "masks"} and found["masks"].shape[1:] == (50, 70)
+
+
+SMALL = dict(channels=8, box_channels=16, mask_layers=(8,), rois=8, before_nms=(20, 20), proposals=(20, 20), detections=10)
+
+
+@pytest.fixture(scope="module")
+def small():
+    dls = scene_objects_dls(48, 4, n_train=8, n_valid=6)
+    torch.manual_seed(1)
+    return detect_learner(dls, epochs=1, steps=None, lr=1e-3, options=SMALL)
+
+
+def test_detect_predictions_come_with_their_pictures(small):
+    "Over several batches, the last of them of another length, with and without objects to compare with."
+    dls, photos = small.dls, [np.full((40 + i, 50, 3), 20 * i, np.uint8) for i in range(5)]
+    with small.no_bar():
+        images, found, truth = small.get_preds(with_input=True)
+        own, said, none = small.get_preds(dl=dls.test_dl(photos, bs=2), with_input=True)
+    assert len(images) == len(found) == len(truth) == 6 and none is None and len(said) == 5
+    for i, (x, y) in enumerate((x, y) for b in dls.valid for x, y in zip(*b)):
+        assert torch.equal(images[i], x) and torch.equal(truth[i]["boxes"], y["boxes"])
+        with torch.no_grad(): alone, = small.model.eval()([x])
+        assert torch.allclose(alone["scores"], found[i]["scores"], atol=1e-5) and found[i]["masks"].is_floating_point()
+    for x, photo in zip(own, photos): assert torch.allclose(x, torch.from_numpy(photo).permute(2, 0, 1) / 255)
+
+
+def test_detect_metrics_are_those_of_masks_that_are_not_cut(small):
+    its = Objects()
+    with torch.no_grad():
+        for images, targets in small.dls.valid: its.add(small.model.eval()(images), targets)
+    known, again = its.metrics(), objects_found(small.model, small.dls.valid).metrics()
+    assert known["box_ap"] > 0 and all(again[k] == v or np.isnan([again[k], v]).all() for k, v in known.items())
+    names = [m.name for m in small.metrics]
+    with small.no_bar(), small.no_logging(): values = dict(zip(["loss", *names], small.validate()))
+    assert all(values[k] == known[k] for k in known if k in values)
+
+
+def test_detect_trains_with_callbacks_of_fastai(small, tmp_path):
+    counts = []
+    class Counts(Callback):
+        order, run_valid = 7, False   # after the accumulation, which counts pictures, not boxes
+        def after_loss(self): counts.append(float(self.learn.loss_grad / self.learn.loss))
+    small.path = tmp_path
+    cbs = [SaveModelCallback(monitor="box_ap"), EarlyStoppingCallback(monitor="box_ap", min_delta=1., patience=1), CSVLogger(), GradientClip(1.),
+           GradientAccumulation(8), Counts()]
+    with small.no_bar(), small.no_logging(): small.fit(4, 1e-3, cbs=cbs)
+    assert len(small.recorder.values) == 2 and counts == [.5] * 4   # stopped after the second epoch; four of eight pictures
+    assert (tmp_path/"models"/"model.pth").exists() and len((tmp_path/"history.csv").read_text().splitlines()) == 3
+
+
+def test_what_a_detector_in_a_learner_cannot_do_is_told(small):
+    with small.no_bar(), pytest.raises(BadInput, match="^with_loss: a detector has losses of a batch"): small.get_preds(with_loss=True)
+    small.recorder.train_metrics = True
+    with small.no_bar(), pytest.raises(BadInput, match="train_metrics: a detector that trains says losses alone"): small.fit(1)
+    small.recorder.train_metrics = False
+    for cb in (ChannelsLast(), MixUp(), CutMixUpAugment()):
+        with pytest.raises(BadInput, match=f"^cbs: {type(cb).__name__} is for pictures of one size"): detect_learner(small.dls, cbs=[cb])
+
+
+def test_how_far_an_epoch_of_a_detector_is_can_be_told(small, tmp_path):
+    told = []
+    log = RunLog(tmp_path/"history.csv", on_part=lambda *part: told.append(part))
+    with small.no_bar(), small.no_logging():
+        log.every = 0.   # for a long epoch: once a second
+        small.fit(1, 1e-3, cbs=log)
+    assert told == [("trains", .5), ("trains", 1.), ("validates", .5), ("validates", 1.)]

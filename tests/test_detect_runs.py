@@ -132,6 +132,22 @@ def test_a_detect_run_begins_from_a_classifier(trained, photos, tmp_path):
         assert mine and all(any(v.shape == t.shape and torch.equal(v, t) for t in theirs.values()) for v in mine)
 
 
+def test_a_detect_run_begins_from_a_detector(trained, photos, capsys):
+    "All goes on in one of the same classes, but what belongs to a class in one of others; the body alone with other options."
+    had = open_run(trained.folder, "cpu", with_data=False).model.state_dict()
+    def new(data, start, **more):
+        spec = make_spec(data, start=start, **TINY | more)
+        its = TASKS["detect"].model(spec, TASKS["detect"].dls(spec, 4, "cpu"))[0].state_dict()
+        return {k for k, v in its.items() if not (v.shape == had[k].shape and torch.equal(v, had[k]))}
+    capsys.readouterr()
+    assert new(photos, trained.folder) == new(photos, trained.folder/"weights.safetensors") == set()
+    assert "its body is taken." in (said := capsys.readouterr().err) and ": so is all else." in said and "left out" not in said
+    assert {k.rpartition(".")[0].rpartition(".")[2] for k in new("scenes", trained.folder)} == {"cls_score", "bbox_pred", "mask_fcn_logits"}
+    assert "so is all else, but what belongs to its classes, which are others." in capsys.readouterr().err
+    other = new(photos, trained.folder, options=SMALL | dict(channels=16))
+    assert other and not any(k.startswith("body.") for k in other) and "its heads have other options and begin anew" in capsys.readouterr().err
+
+
 def test_detect_runs_are_evaluated_on_other_pictures(trained, photos, tmp_path, capsys):
     other = photographed(tmp_path/"other", n=dict(train=1, val=3))
     for data in (photos, other):
@@ -156,7 +172,7 @@ def test_what_detect_has_no_use_for_is_told(photos, more, words):
 def test_detect_counts_of_several_processes_are_those_of_one(photos, tmp_path):
     script = tmp_path/"script.py"
     script.write_text(f"""
-import json, os
+import json, os, torch
 from attnpool.distributed import distributed, join_processes
 from attnpool.runs.spec import make_spec
 from attnpool.runs.train import open_run, run
@@ -164,16 +180,17 @@ device = join_processes('cpu')
 result = run(make_spec({str(photos)!r}, **{TINY | dict(bs=2)!r}), {str(tmp_path)!r}, 'cpu')
 learn = open_run(result.folder, 'cpu')
 with learn.no_bar(), learn.no_logging():
-    with distributed(learn): several = learn.validate()
-    alone = learn.validate()
-told = [list(map(float, several)), list(map(float, alone)), result.metrics['box_ap'], len(learn.dls.valid_ds)]
+    with distributed(learn): several, (found, targets) = learn.validate(), learn.get_preds()
+    alone, (said, _) = learn.validate(), learn.get_preds()
+same = all(torch.allclose(a['scores'], b['scores'], atol=1e-5) for a, b in zip(found, said))
+told = [list(map(float, several)), list(map(float, alone)), result.metrics['box_ap'], len(learn.dls.valid_ds), same, [len(t['labels']) for t in targets]]
 with open({str(tmp_path)!r} + '/told' + os.environ['RANK'] + '.json', 'w') as f: json.dump(told, f)
 """)
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
                           capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads((tmp_path/f"told{rank}.json").read_text()) for rank in range(2)]
     assert told[0] == told[1]
-    several, alone, ap, n = told[0]
-    assert n == 5 and np.allclose(several[1:7], alone[1:7], atol=1e-6) and math.isclose(ap, alone[1], abs_tol=1e-6)
+    several, alone, ap, n, same, objects = told[0]
+    assert n == 5 and same and objects == [1, 2, 0, 2, 1] and "UserWarning" not in done.stderr and np.allclose(several[1:7], alone[1:7], atol=1e-6) and math.isclose(ap, alone[1], abs_tol=1e-6)

@@ -67,8 +67,7 @@ def fit_body(
     cut: int | Callable | None = None, # As for `up_to_map`
     whole: bool = False, # Whether what stands behind the map, the classifier, has to fit too
     **options # Of the network
-) -> tuple[dict[str, Tensor], str, list[str]]: # By the network's names; how they were found, if that is to be told;
-    # and what does not fit
+) -> tuple[dict[str, Tensor], str, list[str]]: # By the network's names; how found, if that is news; what does not fit
     "The weights of a network up to its map, or all."
     arch, faults = network_of(arch), []
     own, kept, by_place = _names(arch, cut, options)
@@ -78,7 +77,8 @@ def fit_body(
         its = kept if last is None else kept[:last + 1]
         fitted, wrong = fit_by_name(found, {names[k]: v for k, v in own.items()}, [names[k] for k in its])
         if not wrong:
-            what = 'its body is taken; its pyramid and decoder are not' if cut and not whole else ''
+            left = '' if any(k.startswith('rpn.') for k in state) else '; its pyramid and decoder are not'
+            what = f'its body is taken{left}' if cut and not whole else ''   # a detector takes a detector's rest
             if len(its) < len(kept): what += f'. What comes after {kept[last].rpartition(".")[0]} begins anew'
             return {k: fitted[names[k]] for k in its if names[k] in fitted}, what, []
         faults.append(wrong)

@@ -41,11 +41,25 @@ def _as_in_training(*parts):
 @torch.no_grad()
 def _whole_masks(masks, boxes, size, at):
     "Masks of boxes, each pasted in an empty picture."
+    if torch.jit.is_tracing():   # for ONNX, whatever their number
+        whole = paste_masks_in_image(masks, boxes, size)
+        return whole if at is None else whole > at
     whole = masks.new_zeros(len(masks), 1, *size, dtype=masks.dtype if at is None else torch.bool)
     for out, mask, box in zip(whole, masks, boxes):   # one at a time: a hundred of a large photo are gigabytes
         pasted = paste_masks_in_image(mask[None], box[None], size)[0]
-        out.copy_(pasted if at is None else pasted >= at)
+        out.copy_(pasted if at is None else pasted > at)
     return whole
+
+def _in_picture(o, own, size, at):
+    "Detections in the pixels of a picture as it came."
+    o['boxes'] = resize_boxes(o['boxes'], own, size := tuple(size))
+    if 'masks' in o: o['masks'] = _whole_masks(o['masks'], o['boxes'], size, at)
+    return o
+
+def _check_followed():
+    if not getattr(torch.compiler, 'is_exporting', bool)(): return   # not in older versions of torch
+    raise BadInput("model: torch.export cannot follow a detector, for each picture has its own number of objects. Use "
+                   "torch.onnx.export(model, (images,), FILE, dynamo=False), images a list.")
 
 # %% ../../nbs/266_models.mask_rcnn.ipynb #p2660028
 class Detector(nn.Module):
@@ -60,7 +74,7 @@ class Detector(nn.Module):
         longest: int | None = None, # Up to which the longer side may get, in pixels; None: 1333/800 of `size`
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, # Of the channels, 0..1
         std: Sequence[float] = IMAGENET_DEFAULT_STD, # Their standard deviations
-        mask_at: float | None = None, # Probability from which on a pixel is in a mask; None: probabilities themselves
+        mask_at: float | None = None, # Probability above which a pixel is in a mask; None: probabilities themselves
     ):
         super().__init__()
         check_numbers(1, size=size, **{} if longest is None else dict(longest=longest))
@@ -83,9 +97,11 @@ class Detector(nn.Module):
 
     def forward(self,
         images: Sequence[Tensor] | Tensor, # `(n_in, h, w)` of any sizes, or one `(b, n_in, h, w)`; 0..1
-        targets: Sequence[Mapping] | None = None # Of each picture `boxes`, `labels`, `masks`, perhaps `iscrowd`
+        targets: Sequence[Mapping] | None = None, # Of each picture `boxes`, `labels`, `masks`, perhaps `iscrowd`
+        mask_at: float | None = None, # This time, in the place of the detector's own
     ) -> dict | list[dict] | tuple[dict, list[dict]]: # Losses in training; else detections, with targets both
         "Boxes `(k, 4)` are left, top, right, bottom in pixels, labels from 1 on, masks `(k, h, w)`."
+        _check_followed()
         prepare = self.transform
         images = check_pictures(images, len(prepare.image_mean))
         if not self.training: check_sides(images, prepare.min_size[-1], prepare.max_size)
@@ -95,10 +111,10 @@ class Detector(nn.Module):
             batch, resized = prepare(images, targets)
             maps = self.maps(batch.tensors)
             if self.training: return self._losses(batch, maps, resized)
-            found, _ = self.roi_heads(maps, self.rpn(batch, maps)[0], batch.image_sizes)
-            for o, x, own in zip(found, images, batch.image_sizes):
-                o['boxes'] = resize_boxes(o['boxes'], own, size := tuple(x.shape[-2:]))
-                if 'masks' in o: o['masks'] = _whole_masks(o['masks'], o['boxes'], size, self.mask_at)
+            found, regions = [], self.rpn(batch, maps)[0]
+            for i, (x, own) in enumerate(zip(images, batch.image_sizes)):   # one by one: masks take memory
+                (o,), _ = self.roi_heads({name: m[i:i + 1] for name, m in maps.items()}, [regions[i]], [own])
+                found.append(_in_picture(o, own, x.shape[-2:], self.mask_at if mask_at is None else mask_at))
             if targets is None: return found
             with _as_in_training(self.rpn, self.roi_heads): return self._losses(batch, maps, resized), found
 

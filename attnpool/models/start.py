@@ -138,6 +138,7 @@ class Start:
         arch, taken = getattr(arch, '__name__', arch), {id(v) for v in fitted.values()}
         if told: _tell(f'{self.name}: {told}.')
         last = next((k for k, v in reversed(state.items()) if v.ndim == 2 and id(v) not in taken), None)
+        if any(k.startswith('rpn.') for k in state): last = None   # of a detector
         if last and not Path(self.path).is_dir(): _tell_left(self, arch, f'{last} of {len(state[last]):,} classes')
         return fitted
 

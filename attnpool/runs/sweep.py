@@ -87,7 +87,6 @@ class _Told:
     def title(self, spec):
         which = f"{self.titles[spec]} {'split' if spec.split == 'seed' else 'seed'} {spec.seed}"
         return f'run {self.numbers[spec]}/{len(self.todo)}  {which}'
-
     def _show(self, spec, text, advance=0):
         own = spec in self.rows
         if own: self.progress.update(self.rows[spec], description=text, advance=advance)
@@ -109,15 +108,17 @@ class _Told:
         left = self.progress.tasks[self.bar].time_remaining
         if not (self.console.is_terminal or short): self.say(text + (f'  {left / 60:.0f} min left' if left else ''))
 
+    def part(self, spec, word, share):   # of an epoch; where nothing can be written over, epochs alone are told
+        done = f'{self.seen[spec] + spec.recipe.epochs - self.share[spec]}/{spec.recipe.epochs} epochs'
+        self._show(spec, f'{self.title(spec)}  {done}, {word} {share:.0%}')
+
     def maps(self, spec, made, total):
         self._show(spec, text := f'maps of the body  {made:,}/{total:,} pictures')
         if not self.console.is_terminal and 4 * made // total not in self.quarters: self.say(text)
         self.quarters.add(4 * made // total) if made < total else self.quarters.clear()
-
     def kept(self, spec, text, there):   # epochs that are there are no news for the time that is left
         left = spec.recipe.epochs - there
-        total = self.progress.tasks[self.bar].total - self.share[spec] + left
-        self.progress.update(self.bar, total=total)
+        self.progress.update(self.bar, total=self.progress.tasks[self.bar].total - self.share[spec] + left)
         if spec in self.rows: self.progress.update(self.rows[spec], completed=there)
         self.share[spec] = left
         self.say(f'{self.title(spec)}: {text}')
@@ -129,7 +130,6 @@ class _Told:
         self.progress.update(self.bar, advance=self.share[spec] - self.seen[spec])   # a diverged run has fewer epochs
         self.say(f'{self.title(spec)}: {_ended(result)}')
         self.waits = False
-
     def elsewhere(self, n):
         if not self.waits: self.say(f'{n} runs are being made by another process. Waiting.')
         self.waits = True
@@ -138,7 +138,8 @@ class _Told:
 def _one(tell, spec, out, device, seconds):
     "Make a run; None where another process is making it."
     try: return run(spec, out, device, lambda row: tell('epoch', row), wait=0, checkpoint_seconds=seconds,
-                    on_maps=lambda *made: tell('maps', *made), on_checkpoint=lambda *kept: tell('kept', *kept))
+                    on_maps=lambda *made: tell('maps', *made), on_checkpoint=lambda *kept: tell('kept', *kept),
+                    on_part=lambda *done: tell('part', *done))
     except Timeout: return None
 
 def _one_by_one(todo, told, threads, how):

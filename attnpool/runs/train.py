@@ -42,12 +42,15 @@ from ..tasks import TASKS, head_of, write_looks
 class RunLog(Callback):
     "Writes `history.csv` epoch by epoch, and stops the training when a loss is not finite."
     order = 70   # after the Recorder, and after all that a checkpoint has to find as it was
+    every = 1.   # seconds, at least, from one call of `on_part` to the next
     def __init__(self,
         path: Path | str, # The CSV file
         on_epoch: Callable | None = None, # Called with each row
         checkpoint: Checkpoint | None = None, # Written after the epochs; None for none
+        on_part: Callable | None = None, # Called now and then with a word and a share: how far an epoch is
     ):
         self.path, self.on_epoch, self.checkpoint, self.rows, self.diverged = path, on_epoch, checkpoint, [], None
+        self.on_part, self.told = on_part, 0.   # when it was last called
         self.begun = self.kept = 0   # epochs: of all fits, and of them those that a run goes on from
 
     def go_on(self,
@@ -62,12 +65,16 @@ class RunLog(Callback):
         if self.begun < self.kept <= self.begun + self.n_epoch: self.checkpoint.put(self.learn)
 
     def before_epoch(self):
-        self.start, self.begun = time.perf_counter(), self.begun + 1
+        self.start = self.told = time.perf_counter()
+        self.begun += 1
         if self.begun <= self.kept: raise CancelEpochException()
 
     def after_train(self): self.trained = time.perf_counter()
 
     def after_batch(self):
+        if self.on_part and is_first() and time.perf_counter() - self.told > self.every:   # not of short epochs
+            self.on_part('trains' if self.training else 'validates', (self.iter + 1) / self.n_iter)
+            self.told = time.perf_counter()
         if self.training and not torch.isfinite(self.loss):
             self.diverged = len(self.rows)
             raise CancelFitException()
@@ -148,11 +155,11 @@ def _began(spec, device):
         return open_run(spec.start.path, device, with_data=False)
     except (BadInput, OSError): return None   # a file of weights is no run
 
-def _make(spec, folder, device, on_epoch, on_maps, checkpoint_seconds, on_checkpoint):
+def _make(spec, folder, device, on_epoch, on_maps, checkpoint_seconds, on_checkpoint, on_part):
     "Make a run, with the other processes of a launcher if there are any."
     checkpoint = Checkpoint(folder, spec, device, checkpoint_seconds, on_checkpoint)
     bs, frozen = spec.loaded().recipe.loader_bs(processes()), spec.recipe.train == 'frozen'   # it trains for seconds
-    log = RunLog(folder/'history.csv', on_epoch, None if frozen else checkpoint)
+    log = RunLog(folder/'history.csv', on_epoch, *(None, None) if frozen else (checkpoint, on_part))
     gc.collect()   # the network and the pictures of the run before, which refer to each other
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     if frozen: return _probe(spec, folder, device, log, on_maps)
@@ -237,6 +244,7 @@ def run(
     on_maps: Callable | None = None, # As `progress` of `kept_maps`
     checkpoint_seconds: float = 60., # Least time between two checkpoints; 0: after each epoch
     on_checkpoint: Callable | None = None, # Called with a sentence, and the epochs it goes on from; None prints it
+    on_part: Callable | None = None, # Called within long epochs with a word, what is done, and the share that is done
 ) -> Result:
     """Make a run, go on with it, or return it if it is there already.
 
@@ -251,7 +259,7 @@ def run(
     on_first_process(acquire)
     try:   # another may have made it meanwhile
         return on_first_process(_complete, folder) or _make(
-            spec, folder, device, on_epoch, on_maps, checkpoint_seconds, on_checkpoint)
+            spec, folder, device, on_epoch, on_maps, checkpoint_seconds, on_checkpoint, on_part)
     finally: lock.release()
 
 def _complete(folder):
