@@ -108,15 +108,21 @@ def place_names(
     size: tuple[float, float], # Width and height of the picture
     taken: list | None = None, # Boxes of names that stand already; gets those of these too
 ) -> list[tuple[float, float] | None]: # Left and top of each name, None where none is left
-    "Where names cover no other one: above their boxes, below, or in those that are much larger."
-    taken, out = [] if taken is None else taken, []
+    "Where names cover no other one nor most of another box: above their own, below, or in it if it is much larger."
+    boxes, taken, out = np.asarray(boxes, float).reshape(-1, 4), [] if taken is None else taken, []
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1).clip(min=1e-9)
     def free(x, y, w):
         return y >= 0 and y + height <= size[1] and w <= size[0] and all(
             x + w <= x0 or x1 <= x or y + height <= y0 or y1 <= y for x0, y0, x1, y1 in taken)
-    for (l, t, r, b), w in zip(np.asarray(boxes, float).tolist(), widths):
+    def hidden(i, x, y, w):   # the largest share of another box
+        inside = np.minimum(boxes[:, 2:], (x + w, y + height)) - np.maximum(boxes[:, :2], (x, y))
+        return np.delete(inside.clip(min=0).prod(1) / area, i).max(initial=0)
+    for i, ((l, t, r, b), w) in enumerate(zip(boxes.tolist(), widths)):
         ys = [t - height, b, *((t, b - height) if r - l > 1.4 * w and b - t > 3 * height else ())]
         places = [(max(0, min(x, size[0] - w)), y) for y in ys for x in (l, r - w)]
-        out.append(next((at for at in places if free(*at, w)), None))
+        left = [(hidden(i, *at, w), at) for at in places if free(*at, w)]
+        share, at = min(left, default=(1, None), key=lambda one: one[0])
+        out.append(at if share <= .5 else None)
         if out[-1]: taken.append((*out[-1], out[-1][0] + w, out[-1][1] + height))
     return out
 
@@ -240,12 +246,12 @@ def curves_figure(
         for i, (name, its) in enumerate(tables.items()):
             each = pd.concat(its).groupby(['class', 'recall'], sort=False).precision.mean()   # over runs
             classes = [c for c in each.index.get_level_values(0).unique() if c != '']
-            few = classes if len(tables) == 1 and len(classes) <= _MOST // 2 else []
+            few = classes if len(tables) == 1 and 1 < len(classes) <= _MOST // 2 else []
             for k, c in enumerate(few):
                 ax.plot(100 * each[c].index, 100 * each[c], lw=1, color=PALETTE[k % len(PALETTE)],
                         ls=lines[(k + k // len(PALETTE)) % 4], label=label(c))
             mean = each[''] if '' in each.index.get_level_values(0) else each.groupby('recall').mean()
-            word = name if len(tables) > 1 else 'mean'
+            word = name if len(tables) > 1 else classes[0] if len(classes) == 1 else 'mean'
             ax.plot(100 * mean.index, 100 * mean, lw=2.5, label=label(word), ls=lines[i % 4],
                     color=PALETTE[i % len(PALETTE)] if len(tables) > 1 else '#888888', zorder=1)
         ax.set(xlabel='recall, %: of the objects so many are found', ylabel='precision, %: so many finds are right',

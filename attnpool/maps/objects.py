@@ -94,9 +94,9 @@ _OBJECTS = '''<form class="objects" aria-label="Pictures and the objects in them
 <article class="card{{ ' tiny' if card.w < 200 }}{{ ' few' if card.parts|length < 4 }}"
  style="--photo:url({{ card.src }});--shape:{{ card.w / card.h }}"><h3>{{ card.title }}</h3>
 <div class="kinds">{% for kind, word, told, items in card.parts %}
-<figure class="{{ kind }}"><div class="stage{{ ' many' if items|length > 40 }}">
+<figure class="{{ kind }}"><div class="stage{{ ' many' if items|rejectattr('hidden')|list|length > 40 }}">
 <svg viewBox="0 0 {{ card.w }} {{ card.h }}" role="img" aria-label="{{ card.title }}: {{ word }}">
-{% for o in items %}<g class="k{{ o.k }} {{ o.state }}" data-name="{{ o.text }}" {{ o.rest|safe }}>
+{% for o in items %}<g class="k{{ o.k }} {{ o.state }}" data-name="{{ o.name }}" {{ o.rest|safe }}>
 {% if o.d %}<path fill-rule="evenodd" d="{{ o.d }}"/>{% endif %}
 <rect x="{{ o.x }}" y="{{ o.y }}" width="{{ o.w }}" height="{{ o.h }}"/></g>{% endfor %}</svg>
 {% for o in items if o.at %}
@@ -129,21 +129,24 @@ def _items(look, objects, states, scores, score):
     boxes, order = objects['boxes'], np.argsort(-objects['scores'], kind='stable')
     for i in order.tolist():
         l, t, r, b = boxes[i]
-        name, own = title_text(look.vocab[objects['labels'][i] - 1], 30), scores is not None and states[i] != 'missed'
+        name = title_text(look.vocab[objects['labels'][i] - 1], 30)
+        sure = f'{scores[i]:.2f}' if scores is not None and states[i] != 'missed' else ''
         hidden = scores is not None and (states[i] == 'missed') == bool(scores[i] >= score)
         yield dict(k=int(objects['labels'][i]), state=states[i], hidden=hidden, box=boxes[i],
                    rest='' if scores is None else f'data-score="{scores[i]:.3f}"' + ' hidden' * hidden,
-                   text=f'{name} {scores[i]:.2f}' if own else name,
+                   name=f'{name} {sure}'.strip(),   # over the picture the only class there is has no name
+                   text=' '.join(filter(None, (name * (len(look.vocab) > 1), sure))),
                    d=_path(objects['masks'][i]) if 'masks' in objects and states[i] != 'missed' else '',
                    **dict(zip('xywh', map(_number, (l, t, r - l, b - t)))))
 
 def _placed(items, size):
     "Items with places for names, in percent, as they are in a picture that is 240 pixels wide on the page."
-    items, point = sorted(items, key=lambda o: o['hidden']), size[0] / 240   # what is shown at first has the choice
-    widths = [point * (7 * (len(o['text']) + 2) + 6) for o in items]
-    boxes = np.array([o['box'] for o in items]).reshape(-1, 4)
-    for o, at in zip(items, place_names(boxes, widths, 14 * point, size)):
-        o['at'] = at and [round(100 * v / side, 1) for v, side in zip(at, size)]
+    point, taken = size[0] / 240, []
+    for hidden in (False, True):   # what is shown at first has the choice
+        its = [o for o in items if o['hidden'] == hidden and (o['text'] or o['state'] != 'plain')]
+        widths = [point * (7 * (len(o['text']) + 2) + 6) for o in its]
+        for o, at in zip(its, place_names([o['box'] for o in its], widths, 14 * point, size, taken)):
+            o['at'] = at and [round(100 * v / side, 1) for v, side in zip(at, size)]
     return sorted(items, key=lambda o: -np.prod(o['box'][2:] - o['box'][:2]))
 
 def _parts(looks, i, score):
