@@ -80,7 +80,7 @@ _KINDS = dict(truth='truth', said='prediction', photo='picture')
 _OBJECTS = '''<form class="objects" aria-label="Pictures and the objects in them"><style>
 {% for k, colour, text, _ in classes %}.objects .k{{ k }} { --c: {{ colour }}; --t: {{ text }}; }{% endfor %}</style>
 <div class="bar"><fieldset>
-<label><input type="radio" name="kind" value="all" checked>side by side</label>
+<label><input type="radio" name="kind" value="all" checked>{{ every }}</label>
 {% for kind, word in kinds.items() %}
 <label><input type="radio" name="kind" value="{{ kind }}">{{ word }}</label>
 {% endfor %}{% if masks %}<label><input type="checkbox" name="masks" checked>masks</label>{% endif %}
@@ -100,7 +100,7 @@ _OBJECTS = '''<form class="objects" aria-label="Pictures and the objects in them
 {% if o.d %}<path fill-rule="evenodd" d="{{ o.d }}"/>{% endif %}
 <rect x="{{ o.x }}" y="{{ o.y }}" width="{{ o.w }}" height="{{ o.h }}"/></g>{% endfor %}</svg>
 {% for o in items if o.at %}
-<b class="k{{ o.k }} {{ o.state }}" {{ o.rest|safe }} style="left:{{ o.at[0] }}%;top:{{ o.at[1] }}%">{{ o.text }}</b>
+<b class="k{{ o.k }} {{ o.state }}" {{ o.rest|safe }} style="{{ o.at }}">{{ o.text }}</b>
 {% endfor %}</div><figcaption>{{ word }}{% if told %}: <span>{{ told }}</span>{% endif %}</figcaption></figure>
 {% endfor %}</div></article>
 {% endfor %}</div><script type="application/json">{{ words|safe }}</script></form>'''
@@ -140,13 +140,17 @@ def _items(look, objects, states, scores, score):
                    **dict(zip('xywh', map(_number, (l, t, r - l, b - t)))))
 
 def _placed(items, size):
-    "Items with places for names, in percent, as they are in a picture that is 240 pixels wide on the page."
-    point, taken = size[0] / 240, []
+    "Items with places for names: free in a picture that is 240 pixels wide on the page, at the box in any larger one."
+    point, taken, high = size[0] / 240, [], 14 * size[0] / 240
+    def style(at, w, l, t, r, b):   # which edges stay where they are if the picture grows, and where, in percent
+        x = ('left', at[0], size[0]) if at[0] in (0, l) else ('right', size[0] - at[0] - w, size[0])
+        y = ('top', at[1], size[1]) if at[1] in (t, b) else ('bottom', size[1] - at[1] - high, size[1])
+        return ';'.join(f'{side}:{100 * v / whole:.1f}%' for side, v, whole in (x, y))
     for hidden in (False, True):   # what is shown at first has the choice
         its = [o for o in items if o['hidden'] == hidden and (o['text'] or o['state'] != 'plain')]
         widths = [point * (7 * (len(o['text']) + 2) + 6) for o in its]
-        for o, at in zip(its, place_names([o['box'] for o in its], widths, 14 * point, size, taken)):
-            o['at'] = at and [round(100 * v / side, 1) for v, side in zip(at, size)]
+        for o, w, at in zip(its, widths, place_names([o['box'] for o in its], widths, high, size, taken)):
+            o['at'] = at and style(at, w, *o['box'])
     return sorted(items, key=lambda o: -np.prod(o['box'][2:] - o['box'][:2]))
 
 def _parts(looks, i, score):
@@ -191,9 +195,10 @@ def objects_html(
     def text(c): return 'black' if c @ (.299, .587, .114) > 115 else 'white'
     classes = [(k, '#%02x%02x%02x' % tuple(colours[k - 1]), text(colours[k - 1]), title_text(first.vocab[k - 1], 60))
                for k in sorted({o['k'] for o in items})]
-    kinds = {kind for card in cards for kind, *_ in card['parts']}
+    kinds = {kind: word for kind, word in _KINDS.items() if first.truth or kind != 'truth'}
+    every = 'side by side' if first.truth or len(looks) > 1 else kinds.pop('said')   # nothing stands beside it
     return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_OBJECTS).render(
-        cards=cards, classes=classes, kinds={k: v for k, v in _KINDS.items() if k in kinds},
+        cards=cards, classes=classes, kinds=kinds, every=every,
         masks=any(o['d'] for o in items), signs={k: v for k, v in _SIGNS.items() if k in states}, least=LEAST,
         score=f'{score:.2f}', words=json.dumps(_WORDS))
 
