@@ -267,7 +267,7 @@ def test_detect_page_of_photos_has_no_truth_and_says_nothing_found():
     assert "&lt;i&gt;.jpg" in text and "<i>.jpg" not in text and 'value="truth"' not in text and 'name="masks"' not in text
     assert 'value="said"' not in text and "side by side" not in text   # beside a prediction alone stands nothing
     at = objects_html([Finds(VOCAB, [Image.new("RGB", (240, 160))], [""], [as_objects(dict(boxes=[[60, 40, 90, 80], [200, 0, 240, 30]], labels=[2, 1]), 3)])])
-    assert re.findall(r'<b [^>]*style="(.*?)"', at) == ["right:0.0%;top:18.8%", "left:25.0%;bottom:75.0%"]   # at their boxes at any width
+    assert sorted(re.findall(r'<b [^>]*style="(.*?)"', at)) == ["left:25.0%;bottom:75.0%", "right:0.0%;top:18.8%"]   # at their boxes at any width
     only = objects_html([Finds(["cell"], [Image.new("RGB", (90, 90))], [""], [one | dict(labels=np.array([1, 1]))])])
     assert re.findall(r'data-name="(.*?)"', only) == ["cell 0.90", "cell 0.10"] and "cell" not in "".join(re.findall(r"<b .*?</b>", only, re.S))
     assert 'aria-label="b.jpg: prediction"' in text and text.count(" hidden>\n") >= 1
