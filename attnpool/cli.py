@@ -125,7 +125,7 @@ _RATES = ("Rates to try, separated by commas.  [default: 1e-3,2e-3,4e-3,8e-3,16e
           'that lies outside, six around it]')
 _SPLITS = ('In the place of seeds: how many splits of the pictures, each drawn anew, the same for all heads; where the '
            'data have validation pictures, four fifths of the others train.  [default: with the recipe probe 10]')
-_TEST = 'Ask each run once about the test pictures, in test/CLASS or a split so called; they get a table of their own.'
+_TEST = 'Ask each run once about the test pictures, in test/CLASS; they get a table of their own.'
 _FILE, _RUNS = (dict(parser=path_of, metavar=name) for name in ('PATH', 'RUNS'))
 _TABLES = {'.csv': 'head,lr,parameters,', '.md': ' | n | ', '.runs.csv': 'spec.head'}   # beside a report
 _CHECKPOINT = 'Least time between two checkpoints, from which a stopped run goes on; 0 writes one after each epoch.'

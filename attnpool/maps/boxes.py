@@ -135,20 +135,20 @@ def _draw(ax, objects, states, vocab, size, point, scored, taken):
         name = title_text(vocab[objects['labels'][i] - 1], 20) if len(vocab) > 1 else ''
         words = STATES[states[i]][1], name, f"{objects['scores'][i]:.2f}" if scored and states[i] != 'missed' else ''
         return ' '.join(filter(None, words))
-    for i in order[::-1]:   # the surest lie on top
+    for i in order[::-1]:   # the surest lie on top; limits are known, which add_patch would work out point by point
         colour, (l, t, r, b) = colours[objects['labels'][i] - 1], objects['boxes'][i]
         if 'masks' in objects and (lines := outline(objects['masks'][i])):
             area = Path.make_compound_path(*(Path(line, closed=True) for line in lines))
-            ax.add_patch(PathPatch(area, facecolor=(*colour, .4), edgecolor=colour, lw=.5))
+            ax.add_artist(PathPatch(area, facecolor=(*colour, .4), edgecolor=colour, lw=.5))
         halo = [] if many else [withStroke(linewidth=2.2, foreground=_text_on(colour), alpha=.5)]
-        ax.add_patch(Rectangle((l, t), r - l, b - t, fill=False, edgecolor=colour, lw=.7 if many else 1.3,
+        ax.add_artist(Rectangle((l, t), r - l, b - t, fill=False, edgecolor=colour, lw=.7 if many else 1.3,
                                ls=STATES[states[i]][0], path_effects=halo))
     texts = [] if many else [text_of(i) for i in order]
     widths, high = [(.6 * len(text) + .5) * _FONT * point for text in texts], 1.3 * _FONT * point
     for i, text, w, at in zip(order, texts, widths, place_names(objects['boxes'][order], widths, high, size, taken)):
         if at is None or not text: continue
         colour = colours[objects['labels'][i] - 1]
-        ax.add_patch(Rectangle(at, w, high, facecolor=(*colour, .9), lw=0, zorder=3))
+        ax.add_artist(Rectangle(at, w, high, facecolor=(*colour, .9), lw=0, zorder=3))
         ax.text(at[0] + w / 2, at[1] + high / 2, text, fontsize=_FONT, color=_text_on(colour), ha='center',
                 va='center_baseline', parse_math=False, zorder=4)
 
