@@ -145,6 +145,12 @@ def test_detect_names_cover_no_other_and_stay_inside():
     assert 10 < len(plates) < 60 and places[0]
     assert plates[:, :2].min() >= 0 and plates[:, 2].max() <= 160 and plates[:, 3].max() <= 100
     np.testing.assert_allclose(box_overlap(plates, plates)[~np.eye(len(plates), dtype=bool)], 0, atol=1e-12)
+    hidden = box_overlap(boxes, plates, np.ones(len(plates), bool))   # shares of boxes under names
+    own = [i for i, at in enumerate(places) if at]
+    hidden[own, np.arange(len(own))] = 0
+    assert .3 < hidden.max() <= .5
+    small = [[10, 20, 70, 60], [30, 12, 38, 19]]   # the name of the first would hide the second, above it or in it
+    assert place_names(small, [30, 9], 9, (200, 62))[0] == (40, 11) and place_names(small[:1], [30], 9, (200, 62))[0] == (10, 11)
 
 
 def lines_of(ax):
@@ -196,11 +202,13 @@ def test_detect_show_objects_says_what_is_wrong(asked, words):
 
 
 def test_detect_curves_are_means_over_runs():
-    def table(p): return pd.DataFrame({"class": ["", "", "a", "a"], "recall": [0, 1, 0, 1], "precision": [1, p, 1, p / 2]})
+    def table(p): return pd.DataFrame({"class": ["", "", "a", "a", "b", "b"], "recall": [0, 1] * 3, "precision": [1, p, 1, p / 2, 1, 3 * p / 2]})
     ax = curves_figure({"": [table(.2), table(.4)]}).axes[0]
     lines = {line.get_label().strip("\u200b"): line.get_ydata() for line in ax.lines}
     np.testing.assert_allclose(lines["mean"], [100, 30])
     np.testing.assert_allclose(lines["a"], [100, 15])
+    only = curves_figure({"": [pd.concat([table(.2)[2:4].assign(**{"class": c}) for c in ("", "a")])]}).axes[0]   # the mean of one class is its own
+    assert [line.get_label().strip("\u200b") for line in only.lines] == ["a"]
     ax = curves_figure({"_x": [table(.2)], "$y$": [table(.4)]}).axes[0]   # of several only the means, by colour and dashes
     assert len(ax.lines) == 2 and len({str(line._dash_pattern) for line in ax.lines}) == 2 == len(ax.get_legend().get_texts())
     with pytest.raises(BadInput, match="^tables: there is none"): curves_figure({})
@@ -257,6 +265,11 @@ def test_detect_page_of_photos_has_no_truth_and_says_nothing_found():
     text = objects_html([Finds(VOCAB, [Image.new("RGB", (20, 10))] * 2, ["<i>.jpg", "b.jpg"], [none, one])])
     assert re.findall(r"<figcaption>prediction: <span>(.*?)</span>", text) == ["nothing", "1 object"]
     assert "&lt;i&gt;.jpg" in text and "<i>.jpg" not in text and 'value="truth"' not in text and 'name="masks"' not in text
+    assert 'value="said"' not in text and "side by side" not in text   # beside a prediction alone stands nothing
+    at = objects_html([Finds(VOCAB, [Image.new("RGB", (240, 160))], [""], [as_objects(dict(boxes=[[60, 40, 90, 80], [200, 0, 240, 30]], labels=[2, 1]), 3)])])
+    assert sorted(re.findall(r'<b [^>]*style="(.*?)"', at)) == ["left:25.0%;bottom:75.0%", "right:0.0%;top:18.8%"]   # at their boxes at any width
+    only = objects_html([Finds(["cell"], [Image.new("RGB", (90, 90))], [""], [one | dict(labels=np.array([1, 1]))])])
+    assert re.findall(r'data-name="(.*?)"', only) == ["cell 0.90", "cell 0.10"] and "cell" not in "".join(re.findall(r"<b .*?</b>", only, re.S))
     assert 'aria-label="b.jpg: prediction"' in text and text.count(" hidden>\n") >= 1
 
 
@@ -387,7 +400,7 @@ def test_detect_report_compares_starts_and_has_a_floor(results):
     assert {*table.index} == {"from scratch", "from photos-"} and table.versus.iloc[0] == "from scratch"
     np.testing.assert_allclose(table.box_ap["from scratch"], np.mean([r.metrics["box_ap"] for r in results if not r.spec.start]))
     bounded = [replace(r, metrics=r.metrics | dict(floor=.1)) for r in group]
-    text = format_table(summarize(bounded)).set_index("start")["box_ap %"]
+    text = format_table(summarize(bounded)).set_index("start")["AP of boxes %"]
     assert [v for name, v in text.items() if name.startswith("(floor: a box")] == ["10.0"]
     assert not any("pictures of" in line or "avg" in line for line in remarks(group))
 

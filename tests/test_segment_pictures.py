@@ -319,7 +319,7 @@ def test_segment_report_compares_starts(results):
     np.testing.assert_allclose(table.miou, [np.mean(v) for v in values.values()])
     np.testing.assert_allclose(table.difference[1], np.subtract(values[second], values[first]).mean())
     text = format_table(table)
-    assert list(text.columns[:3]) == ["start", "n", "miou %"] and "points vs from scratch [95%]" in text
+    assert list(text.columns[:3]) == ["start", "n", "mIoU %"] and "points vs from scratch [95%]" in text
     assert not any("avg" in line or "pictures of" in line for line in remarks(group)), remarks(group)
     assert any("Without runs from scratch" in line for line in remarks(rows[second] + [replace(r, spec=replace(
         r.spec, start=replace(r.spec.start, name="b", fingerprint="b"))) for r in rows[second]]))
@@ -327,7 +327,7 @@ def test_segment_report_compares_starts(results):
 
 def test_segment_report_has_floor_and_ceiling_where_they_are_known(results):
     bounded = [replace(r, metrics=r.metrics | dict(floor=.1, ceiling=.9)) for r in results]
-    text = format_table(summarize(bounded)).set_index("start")["miou %"]
+    text = format_table(summarize(bounded)).set_index("start")["mIoU %"]
     assert [v for name, v in text.items() if name.startswith(("(floor", "(ceiling"))] == ["10.0", "90.0"]
 
 

@@ -103,6 +103,8 @@ def complexity(
         attnpool complexity --sizes 224,384 --networks patchconvnet_s60,resnet50,resnet50+learned
 
         attnpool complexity --task segment
+
+        attnpool complexity --task detect --networks resnet50,patchconvnet_s60
     """
     if task not in ('classify', 'segment', 'detect'):
         raise BadInput(f"--task: expected classify, segment or detect, got {task!r}. For example --task segment.")

@@ -108,15 +108,21 @@ def place_names(
     size: tuple[float, float], # Width and height of the picture
     taken: list | None = None, # Boxes of names that stand already; gets those of these too
 ) -> list[tuple[float, float] | None]: # Left and top of each name, None where none is left
-    "Where names cover no other one: above their boxes, below, or in those that are much larger."
-    taken, out = [] if taken is None else taken, []
+    "Where names cover no other one nor most of another box: above their own, below, or in it if it is much larger."
+    boxes, taken, out = np.asarray(boxes, float).reshape(-1, 4), [] if taken is None else taken, []
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1).clip(min=1e-9)
     def free(x, y, w):
         return y >= 0 and y + height <= size[1] and w <= size[0] and all(
             x + w <= x0 or x1 <= x or y + height <= y0 or y1 <= y for x0, y0, x1, y1 in taken)
-    for (l, t, r, b), w in zip(np.asarray(boxes, float).tolist(), widths):
+    def hidden(i, x, y, w):   # the largest share of another box
+        inside = np.minimum(boxes[:, 2:], (x + w, y + height)) - np.maximum(boxes[:, :2], (x, y))
+        return np.delete(inside.clip(min=0).prod(1) / area, i).max(initial=0)
+    for i, ((l, t, r, b), w) in enumerate(zip(boxes.tolist(), widths)):
         ys = [t - height, b, *((t, b - height) if r - l > 1.4 * w and b - t > 3 * height else ())]
         places = [(max(0, min(x, size[0] - w)), y) for y in ys for x in (l, r - w)]
-        out.append(next((at for at in places if free(*at, w)), None))
+        left = [(hidden(i, *at, w), at) for at in places if free(*at, w)]
+        share, at = min(left, default=(1, None), key=lambda one: one[0])
+        out.append(at if share <= .5 else None)
         if out[-1]: taken.append((*out[-1], out[-1][0] + w, out[-1][1] + height))
     return out
 
@@ -129,20 +135,20 @@ def _draw(ax, objects, states, vocab, size, point, scored, taken):
         name = title_text(vocab[objects['labels'][i] - 1], 20) if len(vocab) > 1 else ''
         words = STATES[states[i]][1], name, f"{objects['scores'][i]:.2f}" if scored and states[i] != 'missed' else ''
         return ' '.join(filter(None, words))
-    for i in order[::-1]:   # the surest lie on top
+    for i in order[::-1]:   # the surest lie on top; limits are known, which add_patch would work out point by point
         colour, (l, t, r, b) = colours[objects['labels'][i] - 1], objects['boxes'][i]
         if 'masks' in objects and (lines := outline(objects['masks'][i])):
             area = Path.make_compound_path(*(Path(line, closed=True) for line in lines))
-            ax.add_patch(PathPatch(area, facecolor=(*colour, .4), edgecolor=colour, lw=.5))
+            ax.add_artist(PathPatch(area, facecolor=(*colour, .4), edgecolor=colour, lw=.5))
         halo = [] if many else [withStroke(linewidth=2.2, foreground=_text_on(colour), alpha=.5)]
-        ax.add_patch(Rectangle((l, t), r - l, b - t, fill=False, edgecolor=colour, lw=.7 if many else 1.3,
+        ax.add_artist(Rectangle((l, t), r - l, b - t, fill=False, edgecolor=colour, lw=.7 if many else 1.3,
                                ls=STATES[states[i]][0], path_effects=halo))
     texts = [] if many else [text_of(i) for i in order]
     widths, high = [(.6 * len(text) + .5) * _FONT * point for text in texts], 1.3 * _FONT * point
     for i, text, w, at in zip(order, texts, widths, place_names(objects['boxes'][order], widths, high, size, taken)):
         if at is None or not text: continue
         colour = colours[objects['labels'][i] - 1]
-        ax.add_patch(Rectangle(at, w, high, facecolor=(*colour, .9), lw=0, zorder=3))
+        ax.add_artist(Rectangle(at, w, high, facecolor=(*colour, .9), lw=0, zorder=3))
         ax.text(at[0] + w / 2, at[1] + high / 2, text, fontsize=_FONT, color=_text_on(colour), ha='center',
                 va='center_baseline', parse_math=False, zorder=4)
 
@@ -240,12 +246,12 @@ def curves_figure(
         for i, (name, its) in enumerate(tables.items()):
             each = pd.concat(its).groupby(['class', 'recall'], sort=False).precision.mean()   # over runs
             classes = [c for c in each.index.get_level_values(0).unique() if c != '']
-            few = classes if len(tables) == 1 and len(classes) <= _MOST // 2 else []
+            few = classes if len(tables) == 1 and 1 < len(classes) <= _MOST // 2 else []
             for k, c in enumerate(few):
                 ax.plot(100 * each[c].index, 100 * each[c], lw=1, color=PALETTE[k % len(PALETTE)],
                         ls=lines[(k + k // len(PALETTE)) % 4], label=label(c))
             mean = each[''] if '' in each.index.get_level_values(0) else each.groupby('recall').mean()
-            word = name if len(tables) > 1 else 'mean'
+            word = name if len(tables) > 1 else classes[0] if len(classes) == 1 else 'mean'
             ax.plot(100 * mean.index, 100 * mean, lw=2.5, label=label(word), ls=lines[i % 4],
                     color=PALETTE[i % len(PALETTE)] if len(tables) > 1 else '#888888', zorder=1)
         ax.set(xlabel='recall, %: of the objects so many are found', ylabel='precision, %: so many finds are right',

@@ -17,7 +17,10 @@ for (const objects of document.querySelectorAll('.objects')) {
     choice.querySelector('output').textContent = least.toFixed(2)
     for (const o of objects.querySelectorAll('[data-score]'))
       o.toggleAttribute('hidden', o.classList.contains('missed') === (+o.dataset.score >= least))
-    for (const figure of objects.querySelectorAll('figure.said')) figure.querySelector('span').textContent = told(figure)
+    for (const figure of objects.querySelectorAll('figure.said')) {
+      figure.querySelector('span').textContent = told(figure)
+      figure.querySelector('.stage').classList.toggle('many', figure.querySelectorAll('g:not([hidden])').length > 40)
+    }
   }
   range.addEventListener('input', choose)
   objects.addEventListener('submit', e => e.preventDefault())

@@ -80,7 +80,7 @@ _KINDS = dict(truth='truth', said='prediction', photo='picture')
 _OBJECTS = '''<form class="objects" aria-label="Pictures and the objects in them"><style>
 {% for k, colour, text, _ in classes %}.objects .k{{ k }} { --c: {{ colour }}; --t: {{ text }}; }{% endfor %}</style>
 <div class="bar"><fieldset>
-<label><input type="radio" name="kind" value="all" checked>side by side</label>
+<label><input type="radio" name="kind" value="all" checked>{{ every }}</label>
 {% for kind, word in kinds.items() %}
 <label><input type="radio" name="kind" value="{{ kind }}">{{ word }}</label>
 {% endfor %}{% if masks %}<label><input type="checkbox" name="masks" checked>masks</label>{% endif %}
@@ -94,13 +94,13 @@ _OBJECTS = '''<form class="objects" aria-label="Pictures and the objects in them
 <article class="card{{ ' tiny' if card.w < 200 }}{{ ' few' if card.parts|length < 4 }}"
  style="--photo:url({{ card.src }});--shape:{{ card.w / card.h }}"><h3>{{ card.title }}</h3>
 <div class="kinds">{% for kind, word, told, items in card.parts %}
-<figure class="{{ kind }}"><div class="stage{{ ' many' if items|length > 40 }}">
+<figure class="{{ kind }}"><div class="stage{{ ' many' if items|rejectattr('hidden')|list|length > 40 }}">
 <svg viewBox="0 0 {{ card.w }} {{ card.h }}" role="img" aria-label="{{ card.title }}: {{ word }}">
-{% for o in items %}<g class="k{{ o.k }} {{ o.state }}" data-name="{{ o.text }}" {{ o.rest|safe }}>
+{% for o in items %}<g class="k{{ o.k }} {{ o.state }}" data-name="{{ o.name }}" {{ o.rest|safe }}>
 {% if o.d %}<path fill-rule="evenodd" d="{{ o.d }}"/>{% endif %}
 <rect x="{{ o.x }}" y="{{ o.y }}" width="{{ o.w }}" height="{{ o.h }}"/></g>{% endfor %}</svg>
 {% for o in items if o.at %}
-<b class="k{{ o.k }} {{ o.state }}" {{ o.rest|safe }} style="left:{{ o.at[0] }}%;top:{{ o.at[1] }}%">{{ o.text }}</b>
+<b class="k{{ o.k }} {{ o.state }}" {{ o.rest|safe }} style="{{ o.at }}">{{ o.text }}</b>
 {% endfor %}</div><figcaption>{{ word }}{% if told %}: <span>{{ told }}</span>{% endif %}</figcaption></figure>
 {% endfor %}</div></article>
 {% endfor %}</div><script type="application/json">{{ words|safe }}</script></form>'''
@@ -129,21 +129,28 @@ def _items(look, objects, states, scores, score):
     boxes, order = objects['boxes'], np.argsort(-objects['scores'], kind='stable')
     for i in order.tolist():
         l, t, r, b = boxes[i]
-        name, own = title_text(look.vocab[objects['labels'][i] - 1], 30), scores is not None and states[i] != 'missed'
+        name = title_text(look.vocab[objects['labels'][i] - 1], 30)
+        sure = f'{scores[i]:.2f}' if scores is not None and states[i] != 'missed' else ''
         hidden = scores is not None and (states[i] == 'missed') == bool(scores[i] >= score)
         yield dict(k=int(objects['labels'][i]), state=states[i], hidden=hidden, box=boxes[i],
                    rest='' if scores is None else f'data-score="{scores[i]:.3f}"' + ' hidden' * hidden,
-                   text=f'{name} {scores[i]:.2f}' if own else name,
+                   name=f'{name} {sure}'.strip(),   # over the picture the only class there is has no name
+                   text=' '.join(filter(None, (name * (len(look.vocab) > 1), sure))),
                    d=_path(objects['masks'][i]) if 'masks' in objects and states[i] != 'missed' else '',
                    **dict(zip('xywh', map(_number, (l, t, r - l, b - t)))))
 
 def _placed(items, size):
-    "Items with places for names, in percent, as they are in a picture that is 240 pixels wide on the page."
-    items, point = sorted(items, key=lambda o: o['hidden']), size[0] / 240   # what is shown at first has the choice
-    widths = [point * (7 * (len(o['text']) + 2) + 6) for o in items]
-    boxes = np.array([o['box'] for o in items]).reshape(-1, 4)
-    for o, at in zip(items, place_names(boxes, widths, 14 * point, size)):
-        o['at'] = at and [round(100 * v / side, 1) for v, side in zip(at, size)]
+    "Items with places for names: free in a picture that is 240 pixels wide on the page, at the box in any larger one."
+    point, taken, high = size[0] / 240, [], 14 * size[0] / 240
+    def style(at, w, l, t, r, b):   # which edges stay where they are if the picture grows, and where, in percent
+        x = ('left', at[0], size[0]) if at[0] in (0, l) else ('right', size[0] - at[0] - w, size[0])
+        y = ('top', at[1], size[1]) if at[1] in (t, b) else ('bottom', size[1] - at[1] - high, size[1])
+        return ';'.join(f'{side}:{100 * v / whole:.1f}%' for side, v, whole in (x, y))
+    for hidden in (False, True):   # what is shown at first has the choice
+        its = [o for o in items if o['hidden'] == hidden and (o['text'] or o['state'] != 'plain')]
+        widths = [point * (7 * (len(o['text']) + 2) + 6) for o in its]
+        for o, w, at in zip(its, widths, place_names([o['box'] for o in its], widths, high, size, taken)):
+            o['at'] = at and style(at, w, *o['box'])
     return sorted(items, key=lambda o: -np.prod(o['box'][2:] - o['box'][:2]))
 
 def _parts(looks, i, score):
@@ -188,9 +195,10 @@ def objects_html(
     def text(c): return 'black' if c @ (.299, .587, .114) > 115 else 'white'
     classes = [(k, '#%02x%02x%02x' % tuple(colours[k - 1]), text(colours[k - 1]), title_text(first.vocab[k - 1], 60))
                for k in sorted({o['k'] for o in items})]
-    kinds = {kind for card in cards for kind, *_ in card['parts']}
+    kinds = {kind: word for kind, word in _KINDS.items() if first.truth or kind != 'truth'}
+    every = 'side by side' if first.truth or len(looks) > 1 else kinds.pop('said')   # nothing stands beside it
     return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_OBJECTS).render(
-        cards=cards, classes=classes, kinds={k: v for k, v in _KINDS.items() if k in kinds},
+        cards=cards, classes=classes, kinds=kinds, every=every,
         masks=any(o['d'] for o in items), signs={k: v for k, v in _SIGNS.items() if k in states}, least=LEAST,
         score=f'{score:.2f}', words=json.dumps(_WORDS))
 

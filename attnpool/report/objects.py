@@ -67,7 +67,8 @@ def object_parts(
     tables, courses = class_tables(results), class_tables(results, 'curves')
     courses = {name: its for name, its in courses.items() if len(its[0])}   # without any object there is none
     looks = [read_objects(arrays, row) for row, arrays in kept_pictures(results).items() if 'sizes' in arrays]
-    bars = {kind: {name: its for name, its in tables.items() if f'{kind}_ap' in its[0]} for kind in KINDS}
+    several = {name: its for name, its in tables.items() if len(its[0]) > 1}   # a bar alone compares nothing
+    bars = {kind: {name: its for name, its in several.items() if f'{kind}_ap' in its[0]} for kind in KINDS}
     def drawn(kind, its):
         words = f'average precision of {KINDS[kind]}'
         return f'{words.capitalize()} for each class', data_uri(class_bars(its, f'{kind}_ap', f'{words}, %'), 'svg')

@@ -31,7 +31,7 @@ from .dense import dense_parts
 from .objects import object_parts
 from .plots import cost_plot, learning_curves
 from .published import blog_tables
-from .stats import BOUNDS, GUESS, format_table, guess_of, on_tests, primary_of, remarks, summarize
+from .stats import BOUNDS, GUESS, METRIC_WORDS, format_table, guess_of, on_tests, primary_of, remarks, summarize
 from ..runs.store import Result, read_about
 from ..runs.tested import confused_pairs, confusion, hardest, picture_file
 from ..tasks import TASK_HEADS
@@ -149,17 +149,17 @@ def _worst(results):
     return out
 
 # %% ../../nbs/630_report.page.ipynb #9a2ae254
-def _interval(results):
-    "Of which kind the intervals of its table are, where that stands alone."
+def _interval(results, table):
+    "Of which kind the intervals of its table are, where that stands alone; '' where it has none."
     kind = _kind(results)
+    if not any('[95%]' in c for c in table): return ''
     cut = ' The bounds shown of a mean are cut at 0 and 100%.' if kind in _INTERVALS else ''
     return f"[95%]: {_INTERVALS.get(kind, '')}t interval, paired by {_KINDS[kind]}.{cut}"
 
 # %% ../../nbs/630_report.page.ipynb #ae1434c9
-_WORDS = dict(miou='mIoU', box_ap='AP of boxes')   # in the place of the names of metrics
 _PARTS = dict(segment=dense_parts, detect=object_parts)   # of a task, beside the means
 
-def _word(metric): return _WORDS.get(metric, metric)
+def _word(metric): return METRIC_WORDS.get(metric, metric)
 
 def _first(metric): return metric.capitalize() if _word(metric) == metric else _word(metric)   # of a sentence
 
@@ -179,7 +179,7 @@ def _section(name, results, table):
                 parts=_parts(results, table), **_confused(results), worst=_worst(results),
                 fold='details' if len(by_row(results)) > 4 else 'div',
                 curves=data_uri(learning_curves(results), 'svg'),
-                cost=data_uri(cost_plot(table), 'svg') if table.seconds_per_epoch.notna().any() else None)
+                cost=data_uri(cost_plot(table), 'svg') if table.seconds_per_epoch.count() > 1 else None)
 
 def _html(table):
     with pd.option_context('display.max_colwidth', None): return table.to_html(index=False, border=0)   # escaped, whole
@@ -248,7 +248,8 @@ def write_report(
     csv = pd.concat([t.assign(**{k: plain(v) for k, v in s.items()}) for t, (_, s) in zip(tables, settings)])
     text = [_line(name) + '\n\n' + '\n\n'.join('\n\n'.join(filter(None, (
                 f"{p['title']}: {p['about']}" * bool(p['title']), *map(_line, p['remarks']), markdown(p['table']))))
-                for p in _parts(g, t)) + f'\n\n{_interval(g)}' for g, t, (name, _) in zip(groups, tables, settings)]
+                for p in _parts(g, t)) + f"\n\n{_interval(g, format_table(t))}".rstrip()
+            for g, t, (name, _) in zip(groups, tables, settings)]
     text += [f'Table {t}\n\n{markdown(b)}' for t, b in blog.items()]
     def write(path, text): write_file(path, text.encode(errors='backslashreplace'))   # a folder's name may be no UTF-8
     write(path.with_suffix('.csv'), csv.to_csv(index=False))

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from ..maps.draw import PALETTE, figure, title_text
 from ..registry import BadInput, unknown
 from .collect import by_row
-from .stats import GUESS, guess_of, primary_of, summarize
+from .stats import GUESS, METRIC_WORDS, guess_of, primary_of, summarize
 from ..runs.store import Result
 
 # %% ../../nbs/622_report.plots.ipynb #0f921ecd
@@ -55,7 +55,7 @@ def learning_curves(
             mean = pd.concat([h[metric] for h in histories], axis=1).mean(axis=1)
             dot = 'o' if len(mean) == 1 else None   # no line has one end
             ax.plot(mean.index + 1, mean, color=colour, lw=2, marker=dot, label=_label(name))
-        ax.set(xlabel='epoch', ylabel=_label(metric))
+        ax.set(xlabel='epoch', ylabel=_label(METRIC_WORDS.get(metric, metric)))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _guess_line(ax, guess_of(results) if metric == results[0].primary else np.nan)
         if ax.lines: _legend(ax, len(rows))
@@ -65,13 +65,14 @@ def cost_plot(
     table: pd.DataFrame # From `summarize`
 ) -> plt.Figure:
     "The primary metric against seconds per epoch, one point per head, with the sample standard deviation as its bar."
+    primary = primary_of(table)
     with figure((6, 3.6)) as (fig, ax):
-        values = table['head'], table.seconds_per_epoch, 100 * table[primary_of(table)], 100 * table.sd.fillna(0)
+        values = table['head'], table.seconds_per_epoch, 100 * table[primary], 100 * table.sd.fillna(0)
         marks = [mark for mark in 'os^Dv' * len(table) for _ in PALETTE]   # where colours come again
         for name, x, y, sd, colour, mark in zip(*values, PALETTE * len(table), marks):
             ax.errorbar(x, y, sd, fmt=mark, color=colour, capsize=3, clip_on=False, label=_label(name))
         if (values[2] + values[3]).max() <= 100: ax.set_ylim(top=min(ax.get_ylim()[1], 100))   # no share is above
         _guess_line(ax, 100 * table.guess.mean())
-        ax.set(xlabel='seconds per epoch', ylabel=_label(f'{primary_of(table)}, %'))
+        ax.set(xlabel='seconds per epoch', ylabel=_label(f'{METRIC_WORDS.get(primary, primary)}, %'))
         _legend(ax, len(table))
     return fig
