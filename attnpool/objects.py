@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SIZES', 'DETECT_METRICS', 'DETECT_LOSSES', 'check_ap', 'Objects', 'class_table', 'curves', 'EachPicture',
-           'Found', 'DetectLoss', 'trim', 'Detecting', 'PartLoss', 'ObjectMetric', 'object_metrics']
+           'Found', 'DetectLoss', 'Detecting', 'PartLoss', 'ObjectMetric', 'object_metrics']
 
 # %% ../nbs/495_objects.ipynb #r4950004
-import sys
 import warnings
-from ctypes import CDLL, c_size_t
 from importlib.util import find_spec
 from typing import Any, Callable, Sequence
 
@@ -182,11 +180,6 @@ class DetectLoss(nn.Module):
         "Of each picture the detections with a score of at least .5, and where their masks are likelier than not."
         return EachPicture(map(_likely, out))
 
-def trim():
-    "Give the system the memory that is free between what is kept: Linux's C library keeps gigabytes of it."
-    if sys.platform == 'linux' and (its := getattr(CDLL(None), 'malloc_trim', None)):
-        its(c_size_t(1 << 40))   # but not the end of it, of which `keep_memory` has made large pages
-
 def _likely(o):
     its = {k: v[o['scores'] >= .5] for k, v in o.items()}
     return its | dict(masks=its['masks'][:, 0] > .5) if 'masks' in its else its
@@ -227,14 +220,6 @@ class Detecting(Callback):
         self.learn.pred, self.learn.yb = found, (targets,)
 
     def _counted(self, its): return self.distributed.joined(its) if hasattr(self.learn, 'distributed') else its
-
-    def after_batch(self):
-        "Now and then no memory is kept that is free."
-        if self.iter % 50 == 0: trim()
-
-    def after_validate(self):
-        "No memory is kept that is free."
-        trim()
 
 # %% ../nbs/495_objects.ipynb #r4950017
 class PartLoss(AvgLoss):
