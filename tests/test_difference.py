@@ -5,6 +5,10 @@ from scipy import stats
 
 from attnpool.registry import BadInput
 from attnpool.report.difference import MARGIN, Difference, crossed, forest, holm, over_sets, paired
+from attnpool.report.page import write_report
+from attnpool.report.stats import format_table, summarize
+from attnpool.runs.spec import make_spec
+from attnpool.runs.store import Result
 
 RNG = np.random.default_rng(3)
 
@@ -29,7 +33,7 @@ def test_as_good_as_is_two_one_sided_tests(mean, sd):
         d = paired(as_dict(v), as_dict(0 * v))
         assert ("as good as" in d.verdict()) == (both < .05)
         assert ("better" in d.verdict()) == (stats.ttest_1samp(v, 0).pvalue < .05 and v.mean() > 0)
-        assert (d.verdict() == "cannot tell") == (both >= .05 and d.p >= .05)
+        assert d.verdict().startswith("cannot tell") == (both >= .05 and d.p >= .05)
 
 
 def test_a_wider_variance_where_seeds_share_pictures():
@@ -50,8 +54,9 @@ def test_pairs_are_by_seed_and_one_pair_has_no_interval():
     d = paired({1: .5, 2: .6, 7: 1.}, {2: .5, 1: .3, 9: 0.})
     assert d.mean == pytest.approx(.15) and d.n == 2
     one = paired({1: .5}, {1: .4})
-    assert one.mean == pytest.approx(.1) and np.isnan(one.error) and one.verdict() == "" and np.isnan(one.p)
-    assert paired({1: .5}, {2: .4}).n == 0
+    assert one.mean == pytest.approx(.1) and np.isnan(one.error) and one.verdict() == "cannot tell with 1" and np.isnan(one.p)
+    none = paired({1: .5}, {2: .4})
+    assert none.n == 0 and none.verdict() == ""
 
 
 def answers(part, picture, rest, n=8, pictures=60, true=0.):
@@ -111,3 +116,14 @@ def test_the_picture_has_each_row_where_it_belongs():
     points = [line.get_xydata()[0] for line in ax.lines if line.get_marker() == "o"]
     np.testing.assert_allclose(points, [(1, 0), (-2, 1)])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["one", "two"]
+
+
+def test_a_report_says_as_good_as_and_what_that_is(tmp_path):
+    results = [Result(make_spec("digits", head, seed=s, lr=1e-3), "complete", dict(accuracy=.9 + s / 100 + shift * (s % 3 - 1)), "accuracy")
+               for head, shift in (("avg", 0), ("slim", .001), ("concat", .02)) for s in range(9)]
+    text = format_table(summarize(results)).set_index("head").verdict
+    assert list(text) == ["–", "as good as", "cannot tell with 9"]
+    for some, there in ((results, True), (results[:9] + results[18:], False)):
+        page = write_report(some, tmp_path / "report.html")
+        assert ("As good as: less than half a point apart" in page.with_suffix(".md").read_text()) == there
+        assert "two one-sided tests" in page.read_text() and ("<td>as good as</td>" in page.read_text()) == there

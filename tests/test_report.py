@@ -169,7 +169,7 @@ def test_the_published_tables_of_this_repository(pytestconfig):
     assert len(results) == 48 and not problems
     np.testing.assert_allclose(table.accuracy, ends.mean(), rtol=1e-12)
     np.testing.assert_allclose(table.sd, ends.std(), rtol=1e-12)
-    assert list(table.columns) == ["lr", "parameters", "n", "diverged", "accuracy", "sd", "difference", "low", "high", "n_pairs", "seconds_per_epoch",
+    assert list(table.columns) == ["lr", "parameters", "n", "diverged", "accuracy", "sd", "difference", "low", "high", "n_pairs", "verdict", "seconds_per_epoch",
                                    "peak_in_box", "balanced_accuracy", "balanced_accuracy_sd", "f1", "f1_sd", "mcc", "mcc_sd", "train_loss",
                                    "train_loss_sd", "valid_loss", "valid_loss_sd", "failed", "mean_low", "mean_high", "ratio", "lr_low", "lr_high",
                                    "wd", "run_seconds", "wd_low", "wd_high", "guess", "versus"]

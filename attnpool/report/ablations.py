@@ -20,7 +20,8 @@ from ..maps.page import html_page
 from ..registry import BadInput
 from .collect import setting_of, write_runs
 from .page import markdown
-from .stats import guess_of, paired_difference
+from .difference import paired
+from .stats import guess_of
 from ..runs.ablations import SWEEPS
 from ..runs.store import Result
 
@@ -36,7 +37,8 @@ def ablation_table(
     def one(name, rs):
         row, spec, mine = rows[name], rs[0].spec, pd.Series(values[name], dtype=float)
         other, printed = (row.versus, dict(row.settings)) if row.versus != name else (None, dict(row.settings))
-        diff, half, pairs = paired_difference(values[name], values.get(other, {}))
+        d = paired(values[name], values.get(other, {}))
+        low, high = d.interval()
         theirs = rows[other].top1 if other else None
         known = row.top1 is not None and theirs is not None
         seconds = [r.seconds_per_epoch for r in rs if r.seconds_per_epoch is not None]
@@ -44,7 +46,7 @@ def ablation_table(
                 'printed_lr': printed.get('lr', np.nan), 'lr': spec.recipe.lr, 'wd': spec.recipe.wd,
                 'drop_path': spec.recipe.drop_path, 'parameters': max((r.parameters or 0 for r in rs)) or None,
                 'n': len(mine), rs[0].primary: mean_of(mine), 'sd': mine.std(), 'versus': other or '',
-                'difference': diff, 'low': diff - half, 'high': diff + half, 'n_pairs': pairs,
+                'difference': d.mean, 'low': low, 'high': high, 'n_pairs': d.n, 'verdict': d.verdict(),
                 'diverged': ' '.join(str(r.diverged_epoch + 1) for r in rs if r.status == 'diverged'),
                 'failed': sum(r.status == 'failed' for r in rs), 'epochs': spec.recipe.epochs,
                 'seconds_per_epoch': np.median(seconds or [np.nan]), 'paper_model': row.model,
@@ -76,9 +78,6 @@ def format_ablation(
     def points(r):
         if pd.isna(r.difference): return '–'
         return f'{100 * r.difference:+.1f}' + ('' if pd.isna(r.low) else f' [{100 * r.low:+.1f}, {100 * r.high:+.1f}]')
-    def verdict(r):
-        if pd.isna(r.difference): return '–'
-        return 'better' if r.low > 0 else 'worse' if r.high < 0 else f'cannot tell with {r.n_pairs}'
     digits = 2 if (10 * 100 * table.paper_top1 % 1).round(6).mod(1).any() else 1   # as printed
     def paper(r):
         if not pd.isna(r.paper_failed_epoch): return f'failed at epoch {r.paper_failed_epoch:.0f}'
@@ -89,7 +88,7 @@ def format_ablation(
     text = pd.DataFrame({
         'row': table.row, **({'lr (printed)': each(rate)} if table.printed_lr.notna().any() else {}),
         'n': table.n.map(str), f'{_primary(table)} %': each(value), **({'vs': table.versus} if len(others) > 1 else {}),
-        f"points{f' vs {others.pop()}' if len(others) == 1 else ''} [95%]": each(points), 'verdict': each(verdict),
+        f"points{f' vs {others.pop()}' if len(others) == 1 else ''} [95%]": each(points), 'verdict': table.verdict.replace('', '–'),
         'parameters': table.parameters.map(lambda n: '–' if pd.isna(n) else f'{n / 1e6:.2f} M'),
         's/epoch': table.seconds_per_epoch.map(lambda s: '–' if pd.isna(s) else f'{s:.1f}'),
         f'{_paper(table)}: top-1 %': each(paper),

@@ -46,13 +46,13 @@ class Difference:
 
     def verdict(self,
         margin: float = MARGIN, # The smallest difference that matters, a share
-    ) -> str: # '' without an error
+    ) -> str: # '' of no difference at all
         "What may be said."
-        if not self.error >= 0: return ''
+        if not self.n: return ''
         (low, high), (lowest, highest) = self.interval(), self.interval(.9)
         words = ['better'] * (low > 0) + ['worse'] * (high < 0)
         words += ['as good as'] * (-margin < lowest and highest < margin)
-        return ', '.join(words) or 'cannot tell'
+        return ', '.join(words) or f'cannot tell with {self.n}'
 
 # %% ../../nbs/605_report.difference.ipynb #60500009
 def paired(

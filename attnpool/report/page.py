@@ -154,7 +154,9 @@ def _interval(results, table):
     kind = _kind(results)
     if not any('[95%]' in c for c in table): return ''
     cut = ' The bounds shown of a mean are cut at 0 and 100%.' if kind in _INTERVALS else ''
-    return f"[95%]: {_INTERVALS.get(kind, '')}t interval, paired by {_KINDS[kind]}.{cut}"
+    equal = 'verdict' in table and table.verdict.str.contains('as good').any()
+    good = ' As good as: less than half a point apart, by two one-sided tests at 5%.' if equal else ''
+    return f"[95%]: {_INTERVALS.get(kind, '')}t interval, paired by {_KINDS[kind]}.{cut}{good}"
 
 # %% ../../nbs/630_report.page.ipynb #ae1434c9
 _PARTS = dict(segment=dense_parts, detect=object_parts)   # of a task, beside the means

@@ -16,12 +16,12 @@ import pandas as pd
 from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
 
 from ..data.splits import SHARE
 from ..pooling.paper import PAPER_HEADS
 from ..registry import BadInput
 from .collect import by_row
+from .difference import paired
 from .rows import SCRATCH, is_baseline
 from ..runs.store import Result
 from ..tasks import TASK_HEADS
@@ -34,11 +34,8 @@ def paired_difference(
     ratio: float = 0., # Where seeds share pictures: validating by training ones, or kept by left out of those
 ) -> tuple[float, float, int]: # Mean of `a - b` over common seeds, half width of its interval, number of these seeds
     "Mean paired difference with its Student t interval, wider where seeds share pictures; NaN without any spread."
-    d = np.array([a[s] - b[s] for s in sorted(a.keys() & b.keys())])
-    if len(d) == 0: return np.nan, np.nan, 0
-    if np.ptp(d) < 1e-9: return float(d.mean()), np.nan, len(d)   # one seed, or few that agree by chance
-    variance = d.var(ddof=1) * (1 / len(d) + ratio)   # Nadeau and Bengio, 2003; kept by left out: the jackknife's
-    return float(d.mean()), float(stats.t.ppf((1 + level) / 2, len(d) - 1) * variance**.5), len(d)
+    d = paired(a, b, ratio)
+    return d.mean, d.interval(level)[1] - d.mean, d.n
 
 # %% ../../nbs/610_report.stats.ipynb #f417b795
 METRICS = {   # as fastai calls them: as our tables do
@@ -76,8 +73,9 @@ def summarize(
         mean, sd = table.mean(), table.std()
         parts = (1 - SHARE) / SHARE if rs[0].spec.split == 'seed' else 0.   # of training pictures, kept by left out
         ratio = next((r.pictures[1] / r.pictures[0] for r in done if r.redrawn), parts)
-        diff, half, n_pairs = paired_difference(values[name], values.get(best, {}) if name != best else {}, ratio=ratio)
-        _, spread, _ = paired_difference(values[name], dict.fromkeys(values[name], 0.), ratio=ratio)
+        d = paired(values[name], values.get(best, {}) if name != best else {}, ratio)
+        low, high = d.interval()
+        mean_low, mean_high = paired(values[name], dict.fromkeys(values[name], 0.), ratio).interval()
         seconds = [r.seconds_per_epoch for r in done if r.seconds_per_epoch is not None]
         rates, decays = ([r.found[k] for r in done if k in r.found] for k in ('lr', 'wd'))
         whole = [r.run_seconds for r in done if r.found and r.run_seconds]
@@ -87,10 +85,10 @@ def summarize(
                 'parameters': next((r.parameters for r in done), rs[0].parameters), 'n': len(values[name]),
                 'diverged': sum(r.status == 'diverged' for r in rs), METRICS.get(primary, primary): mean[primary],
                 'sd': sd[primary],
-                'difference': diff, 'low': diff - half, 'high': diff + half, 'n_pairs': n_pairs,
+                'difference': d.mean, 'low': low, 'high': high, 'n_pairs': d.n, 'verdict': d.verdict(),
                 'seconds_per_epoch': np.median(seconds or [np.nan]), 'peak_in_box': mean.peak_in_box, **others,
-                'failed': sum(r.status == 'failed' for r in rs), 'mean_low': mean[primary] - spread,
-                'mean_high': mean[primary] + spread, 'ratio': ratio, 'lr_low': min(rates, default=np.nan),
+                'failed': sum(r.status == 'failed' for r in rs), 'mean_low': mean_low,
+                'mean_high': mean_high, 'ratio': ratio, 'lr_low': min(rates, default=np.nan),
                 'lr_high': max(rates, default=np.nan), 'wd': commonest(decays) if decays else np.nan,
                 'run_seconds': np.median(whole or [np.nan]),
                 'wd_low': min(decays, default=np.nan), 'wd_high': max(decays, default=np.nan), 'guess': guess,
@@ -127,9 +125,6 @@ def format_table(
     def difference(d, low, high):
         if pd.isna(d): return '–'
         return f'{100 * d:+.1f}' + ('' if pd.isna(low) else f' [{100 * low:+.1f}, {100 * high:+.1f}]')
-    def verdict(d, low, high, n):
-        if pd.isna(d): return '–'
-        return 'better' if low > 0 else 'worse' if high < 0 else f'cannot tell with {n}'
     def each(text, *names): return [text(*values) for values in zip(*(table[n] for n in names))]
     primary, drawn, versus = primary_of(table), (table.ratio > 0).any(), table.versus.iloc[0]
     shown = f'{METRIC_WORDS.get(primary, primary)} %'
@@ -140,7 +135,7 @@ def format_table(
         shown: each(value, primary, 'sd', 'diverged', 'failed'),
         **({'[95%]': each(mean, 'mean_low', 'mean_high')} if drawn else {}),
         f'points vs {versus} [95%]': each(difference, 'difference', 'low', 'high'),
-        'verdict': each(verdict, 'difference', 'low', 'high', 'n_pairs'),
+        'verdict': table.verdict.replace('', '–'),
         'parameters': table.parameters.map(lambda n: '–' if pd.isna(n) else f'{n / 1e6:.2f} M'),
         'lr': each(rate, 'lr', 'lr_low', 'lr_high'), 'wd': each(rate, 'wd', 'wd_low', 'wd_high'),
         **{name: seconds.map(optional('{:.1f}')) for name, seconds in time.items()},
