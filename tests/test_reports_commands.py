@@ -313,6 +313,13 @@ def test_out_inside_the_data_is_said_and_works_twice(tmp_path, capsys, monkeypat
     assert run('report', 'results', capsys=capsys)[0] == 0 and run('data', '.', '--size', '20', capsys=capsys)[0] == 0
 
 
+def test_a_folder_for_results_that_is_called_as_made_data_is_not_inside_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'digits').mkdir()
+    code, out, err = run('bench', 'digits', *FAST, '--out', 'digits', capsys=capsys)
+    assert code == 0 and 'inside the data' not in out + err
+
+
 # Logs
 
 def log(path, text):

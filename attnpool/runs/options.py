@@ -262,13 +262,14 @@ def make_runs(
     **cluster # Arguments of `submit`; none to make them here
 ) -> list: # Of `Result`
     "Make what is not there yet, here or on a cluster."
+    from attnpool.data.find import is_path
     from attnpool.runs.jobs import check_jobs
     from attnpool.runs.sweep import sweep
     from attnpool.runs.workers import keep_memory
     check_jobs(jobs, bool(cluster))
     keep_memory()
     path = specs[0].data.path
-    if os.path.isdir(path) and is_inside(out, path):
+    if is_path(path) and os.path.isdir(path) and is_inside(out, path):   # a name of made data means no folder
         console.print(f'{out} lies inside the data, {path}. What is written there is not taken for data.', markup=False,
                       highlight=False, soft_wrap=True)
     try:
