@@ -7,15 +7,15 @@ __all__ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPo
            'AvgAttnPoolSlimHead', 'AvgAttnPooling2d', 'AvgAttnPooling2dS', 'AvgPoolHead', 'AvgStartAttnPoolHead',
            'AvgStartAttnPooling2d', 'BadInput', 'ChannelsLast', 'ClassQueryPoolHead', 'ClassQueryPooling2d', 'CutMixUp',
            'CutMixUpAugment', 'DATASETS', 'HEADS', 'LearnedAggregation', 'LearnedAggregationHead',
-           'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'Mish', 'MixedPrecision', 'PEERS', 'RECIPES',
-           'Recipe', 'TokenBatchNorm', 'agreement', 'ask', 'attention_maps', 'attention_pool', 'attention_pool_plain',
-           'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix',
-           'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'evaluate',
-           'find_pools', 'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish',
-           'mixup', 'open_model', 'open_pictures', 'picture_dls', 'plot_sizes', 'pointing_game', 'recipe_learner',
-           'restore_pool', 'scale_up', 'show_heads', 'show_maps', 'sizes_table', 'small_data_metrics', 'swap_pool',
-           'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny',
-           'xresnext50', 'xresnext50s']
+           'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'MaxStartPoolHead', 'Mish', 'MixedPrecision',
+           'PEERS', 'RECIPES', 'Recipe', 'TokenBatchNorm', 'agreement', 'ask', 'attention_maps', 'attention_pool',
+           'attention_pool_plain', 'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps',
+           'cluttered_digits', 'cutmix', 'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed',
+           'energy_in_box', 'evaluate', 'find_pools', 'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes',
+           'maps_of', 'maps_page', 'mish', 'mixup', 'open_model', 'open_pictures', 'picture_dls', 'plot_sizes',
+           'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up', 'show_heads', 'show_maps', 'sizes_table',
+           'small_data_metrics', 'swap_pool', 'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50',
+           'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']
 
 # %% ../nbs/710_all.ipynb #f18ea5f4
 from .data import get_dls
@@ -28,7 +28,8 @@ from .functional import attention_pool, attention_pool_plain, attention_scores
 from .layers import mish
 from .heads import (
     AvgAttnConcatPoolHead, AvgAttnPoolHead, AvgAttnPoolSlimHead, AvgPoolHead, AvgStartAttnPoolHead,
-    ClassQueryPoolHead, fold, HEADS, LearnedAggregationHead, LearnedAggregationSandwichHead, PEERS)
+    ClassQueryPoolHead, fold, HEADS, LearnedAggregationHead, LearnedAggregationSandwichHead,
+    MaxStartPoolHead, PEERS)
 from .maps.compute import (
     attention_maps, class_activation_map, class_token_maps, find_pools, grad_cam, maps_of)
 from .maps.draw import show_heads, show_maps
@@ -55,12 +56,12 @@ _all_ = ['ARCHS', 'AttentionPool2d', 'AvgAttnConcatPoolHead', 'AvgAttnConcatPool
          'AvgAttnPoolSlimHead', 'AvgAttnPooling2d', 'AvgAttnPooling2dS', 'AvgPoolHead', 'AvgStartAttnPoolHead',
          'AvgStartAttnPooling2d', 'BadInput', 'ChannelsLast', 'ClassQueryPoolHead', 'ClassQueryPooling2d', 'CutMixUp',
          'CutMixUpAugment', 'DATASETS', 'HEADS', 'LearnedAggregation', 'LearnedAggregationHead',
-         'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'Mish', 'MixedPrecision', 'PEERS', 'RECIPES',
-         'Recipe', 'TokenBatchNorm', 'agreement', 'ask', 'attention_maps', 'attention_pool', 'attention_pool_plain',
-         'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps', 'cluttered_digits', 'cutmix',
-         'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed', 'energy_in_box', 'evaluate',
-         'find_pools', 'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes', 'maps_of', 'maps_page', 'mish',
-         'mixup', 'open_model', 'open_pictures', 'picture_dls', 'plot_sizes', 'pointing_game', 'recipe_learner',
-         'restore_pool', 'scale_up', 'show_heads', 'show_maps', 'sizes_table', 'small_data_metrics', 'swap_pool',
-         'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50', 'xeca_resnext50s', 'xeca_resnext_tiny',
-         'xresnext50', 'xresnext50s']
+         'LearnedAggregationSandwich', 'LearnedAggregationSandwichHead', 'MaxStartPoolHead', 'Mish', 'MixedPrecision',
+         'PEERS', 'RECIPES', 'Recipe', 'TokenBatchNorm', 'agreement', 'ask', 'attention_maps', 'attention_pool',
+         'attention_pool_plain', 'attention_scores', 'best_amp', 'class_activation_map', 'class_token_maps',
+         'cluttered_digits', 'cutmix', 'cutmix_box', 'cutmixup', 'deletion_insertion', 'digits_dls', 'distributed',
+         'energy_in_box', 'evaluate', 'find_pools', 'fold', 'get_dls', 'get_recipe', 'grad_cam', 'join_processes',
+         'maps_of', 'maps_page', 'mish', 'mixup', 'open_model', 'open_pictures', 'picture_dls', 'plot_sizes',
+         'pointing_game', 'recipe_learner', 'restore_pool', 'scale_up', 'show_heads', 'show_maps', 'sizes_table',
+         'small_data_metrics', 'swap_pool', 'valid_dl', 'vision_learner', 'with_head', 'xeca_resnext50',
+         'xeca_resnext50s', 'xeca_resnext_tiny', 'xresnext50', 'xresnext50s']

@@ -100,7 +100,8 @@ def _tell_blog(spec):
 # %% ../nbs/700_cli.ipynb #d3c54877
 _DATA = 'Data set: `DATASETS` (digits are made here, nothing to download); or a folder, archive or CSV of pictures.'
 _HEADS = ("Heads, separated by commas: `HEADS`; or 'all'. Those of others: `PEERS`; or 'peers'. "
-          "The paper's: `PAPER_HEADS`. Also ablations, such as slim-rms (heads.ABLATIONS); installed from other "
+          "The paper's: `PAPER_HEADS`. Also ablations, such as slim-rms (heads.ABLATIONS); pools side by side, such as "
+          'max+avgstart-fastai, with the classifier behind them; installed from other '
           'packages: `OTHER_HEADS`; and your own, my_heads:Mine, the Mine in a my_heads.py of this folder.  '
           '[default: avg,concat,slim,learned; with --start RUNS theirs]')
 _ARCH = ('Network: `ARCHS`, any timm name, or one of torchvision, such as torchvision.resnet18; installed from other '

@@ -23,6 +23,7 @@ from torch import nn
 
 from .callback.order import Order, batches_in_step
 from .callback.precision import ChannelsLast, quickest
+from .callback.queries import LateQueries
 from .choices import LOSSES, MIXES, NAMES, OPTIMIZERS, PRECISIONS, SCHEDULES, TRAINS, decided
 from .data.batches import normalise
 from .data.cache import write_file
@@ -174,6 +175,7 @@ def learner_for(
         whole = r.bs if r.micro_bs else None
         if dls.train.n != 0: batches_in_step(dls.train, whole)   # told now; a run may be opened without its data
         cbs.append(Order(r.repeats, whole, r.steps and r.steps // r.epochs))
+    if r.late: cbs.append(LateQueries(r.late))
     opt = OPTIMIZERS[r.opt]
     if getattr(opt, 'func', None) is SparingWrapper: opt = partial(opt, weights=decaying(model))
     learn = Learner(dls, model, loss, opt, r.lr, wd=r.wd, metrics=metrics, cbs=cbs, **kwargs)

@@ -22,7 +22,7 @@ from .registry import BadInput, bare_name
 # %% ../nbs/445_settings.ipynb #54f08e90
 def _number(name, value, kind):
     "A number as `kind` (numpy's too), or the error for one that cannot be meant."
-    share = name in ('warmup', 'label_smoothing', 'drop_path')
+    share = name in ('warmup', 'label_smoothing', 'drop_path', 'late')
     none = name in ('wd', 'freeze_epochs')
     expected = 'a share in [0, 1)' if share else 'a number of 0 or more' if none else 'a number above 0'
     good = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < (1 if share else float('inf'))
@@ -40,6 +40,9 @@ def _check_together(r):
         raise BadInput(f"steps: they are done in {r.epochs} equal parts, each of which ends with a validation, got "
                        f"{r.steps}. Use {f'{near} or ' * bool(near)}{near + r.epochs}, or other epochs beside them.")
     tuned = r.train == 'finetune'
+    if tuned and r.late:
+        raise BadInput(f"late: train finetune is two trainings, each with an end of its own, got {r.late}. Use another "
+                       "train, or leave late out.")
     if tuned and r.schedule != 'one_cycle':
         raise BadInput(f"schedule: train finetune is one_cycle twice, got {r.schedule}. Use one_cycle, or "
                        "another train.")
@@ -101,6 +104,7 @@ class Recipe:
     repeats: int = 1 # Copies of each picture in a row, each augmented anew; an epoch then sees 1 / repeats of them
     micro_bs: int | None = None # Pictures at a time on one device, where the batch does not fit; they add up to bs
     steps: int | None = None # Steps of the optimizer in all, whatever the number of pictures; epochs overrides it
+    late: float = 0. # Share of the training, its last part, in which queries learn; avgstart is average pooling before
     name: str = field(default='', compare=False) # Row of `RECIPES` that it began as; no setting, not compared
 
     def __post_init__(self):

@@ -896,6 +896,26 @@ def test_data_without_labels_or_without_pictures_to_look_at():
 
 # Digits
 
+@pytest.mark.parametrize("n", [3, 4, 6, 8])
+def test_small_digits_have_their_size_and_their_clutter_its_density(n):
+    dls = get_dls(f"digits-{n}", 64, 16, "cpu", n_train=60, n_valid=40)
+    assert identify(f"digits-{n}").family == dls.family == "digits"
+    left, top, right, bottom = dls.boxes.T
+    assert torch.equal(right - left, bottom - top) and dls.boxes.min() >= 0 and dls.boxes.max() <= 64
+    assert round(.85 * 64 / n) <= (right - left).min() < 64 / n < (right - left).max() <= round(1.15 * 64 / n)
+    d = cluttered_digits(64, 60, 40, share=1 / n)
+    for image, (l, t, r, b) in zip(d.images, d.boxes.tolist()): image[t:b, l:r] = 0
+    usual = cluttered_digits(64, 60, 40)
+    for image, (l, t, r, b) in zip(usual.images, usual.boxes.tolist()): image[t:b, l:r] = 0
+    def outside(d): return (d.images > 0).sum() / (64**2 - ((d.boxes[:, 2] - d.boxes[:, 0])**2).float().mean()) / 100
+    assert .6 < outside(d) / outside(usual) < 1.4
+
+
+@pytest.mark.parametrize("share", [1 / 20, 0, -1, .9, 2])
+def test_digits_that_do_not_fit_are_told(share):
+    with pytest.raises(BadInput, match="^share: digits of .* do not fit a canvas of 40"): cluttered_digits(40, 4, 4, share=share)
+
+
 def test_digits_are_pasted_whole_and_split_by_original():
     from sklearn.datasets import load_digits
     d, originals = cluttered_digits(size=40, n_train=300, n_valid=100), load_digits()

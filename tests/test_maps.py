@@ -34,9 +34,10 @@ def test_maps_of_every_head_at_odd_sizes(name):
     x = torch.randn(3, 3, 51, 38)
     maps = attention_maps(model, x)
     with torch.no_grad(): fmap = model.eval()[:-1](x)
-    k = len(model[-1][0].query)
+    pool, = find_pools(model).values()
+    k = len(pool.query)
     assert maps.shape == (3, k, *fmap.shape[2:]) and not maps.requires_grad
-    assert torch.allclose(maps, model[-1][0].attention_map(fmap), atol=1e-6)
+    assert torch.allclose(maps, pool.attention_map(fmap), atol=1e-6)
     assert torch.allclose(maps.sum((2, 3)), torch.ones(3, k))
 
 

@@ -179,8 +179,8 @@ def test_the_newer_onnx_exporter(name, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*HEADS, *(n for n in ABLATIONS if not n.endswith("-rms"))])   # the older exporter knows no RMSNorm
 def test_heads_on_a_body_trace_and_export_the_older_way(name, tmp_path):
-    head = (HEADS[name] if name in HEADS else ABLATIONS[name])(16, 5)
-    net, x = stirred(nn.Sequential(nn.Conv2d(3, 16, 3, 2), Mish(), head)), pictures(2, 20, 18)
+    head = (HEADS[name] if name in HEADS else ABLATIONS[name])(32, 5)
+    net, x = stirred(nn.Sequential(nn.Conv2d(3, 32, 3, 2), Mish(), head)), pictures(2, 20, 18)
     sizes = (1, 9, 9), (5, 20, 33), (3, 40, 21)
     agrees(torch.jit.trace(net, (x,)), net, sizes)
     agrees(onnx_session(net, x, tmp_path / "h.onnx", False), net, sizes)
@@ -358,7 +358,7 @@ def test_a_replaced_aggregation_is_gone(dls, name):
 
 @pytest.mark.parametrize("head", [*HEADS, *ABLATIONS])
 def test_every_parameter_of_a_head_is_trained(head):
-    body = build_network("xeca_resnext_tiny", 10, head).model if head in HEADS else nn.Sequential(nn.Conv2d(3, 16, 3, 2), ABLATIONS[head](16, 10))
+    body = build_network("xeca_resnext_tiny", 10, head).model if head in HEADS else nn.Sequential(nn.Conv2d(3, 32, 3, 2), ABLATIONS[head](32, 10))
     assert not untrained(body, pictures(4, 32, 32))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from attnpool.heads import AvgPoolHead, fold, HEADS, LearnedAggregationHead
 from attnpool.maps.compute import attention_maps
 from attnpool.models.surgery import body_of, build_network, restore_pool, swap_pool, SwappedPool
+from attnpool.pooling.peers import PEERS
 
 FITTING = [n for n in HEADS if n not in ("avg", "classquery")]
 
@@ -61,18 +62,20 @@ def test_every_pool_starts_at_the_mean_and_trains(head, build):
     weight, before = model.fc.weight.detach().clone(), model(x).detach()
     swap_pool(model, head)
     assert (model(x) - before).abs().max() <= 1e-5
-    assert torch.equal(model.fc.weight[:, :512], weight)
+    pool, swapped = next((n, m) for n, m in model.named_modules() if isinstance(m, SwappedPool))
+    mean = slice(512 * (swapped.at or 0), 512 * (swapped.at or 0) + 512)
+    assert torch.equal(model.fc.weight[:, mean], weight) and model.fc.weight.count_nonzero() == weight.count_nonzero()
+    query = next(n for n, _ in swapped.pool.named_parameters() if n.endswith("query"))
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
     old = {n: p.detach().clone() for n, p in model.named_parameters()}
     for _ in range(2):   # gamma moves first, what stands behind it then
         opt.zero_grad()
         nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 3])).backward()
         opt.step()
-    pool = next(n for n, m in model.named_modules() if isinstance(m, SwappedPool))
-    assert not torch.equal(model.get_submodule(pool).pool.query, old[f"{pool}.pool.query"])
+    assert not torch.equal(swapped.pool.get_parameter(query), old[f"{pool}.pool.{query}"])
     learned = model.fc.weight.detach().clone()
     restored = restore_pool(model)
-    assert torch.equal(restored.fc.weight, learned[:, :512]) and restored.fc.weight.shape == (7, 512)
+    assert torch.equal(restored.fc.weight, learned[:, mean]) and restored.fc.weight.shape == (7, 512)
     assert restored(x).shape == (4, 7)
 
 
@@ -85,6 +88,24 @@ def test_swapped_networks_are_saved_folded_and_keep_dtype(tmp_path):
     assert torch.equal(other(x), model(x))
     torch.testing.assert_close(fold(model)(x), model(x))
     assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+@pytest.mark.parametrize("head", ["avgstart", "slim"])
+def test_in_fastais_own_head_the_average_alone_is_replaced(head):
+    from fastai.vision.learner import create_head
+    torch.manual_seed(3)
+    x = torch.randn(4, 3, 20, 20)
+    for theirs in (create_head(32, 5), PEERS["fastai"](32, 5)):
+        model = trained(nn.Sequential(nn.Conv2d(3, 32, 3, 2), theirs))
+        before, pooled = model(x), model[1][0](model[0](x)).flatten(1)
+        swap_pool(model, head)
+        assert (model(x) - before).abs().max() <= 1e-5 * before.abs().max()
+        swapped, = (m for m in model.modules() if isinstance(m, SwappedPool))
+        if head == "avgstart": nn.init.normal_(swapped.pool.query)
+        else: nn.init.ones_(swapped.gamma)
+        now = model[1][0](model[0](x)).flatten(1)
+        assert torch.equal(now[:, :32], pooled[:, :32]) and (now[:, 32:] - pooled[:, 32:]).abs().max() > .01
+        assert torch.equal(restore_pool(model)(x), before)
 
 
 def test_random_queries_do_not_change_the_outputs_either():
@@ -168,6 +189,9 @@ def test_importing_surgery_loads_no_fastai():
     (lambda: body_of("resnet_18"), ValueError, "arch: 'resnet_18' is unknown. Did you mean 'resnet18'"),
     (lambda: body_of(torchvision.models.shufflenet_v2_x0_5), ValueError, "of its 56 convolutions"),
     (lambda: swap_pool(swap_pool(timm_net("resnet18"))), ValueError, "model: its pool 'global_pool' is swapped already. Use restore_pool"),
+    (lambda: swap_pool(build_network("resnet18", 3, "maxstart").model), ValueError, "model: its pool 1.0.pools.1 (AvgStartAttnPooling2d) has attention already. swap_pool is for"),
+    (lambda: swap_pool(timm_net("resnet18"), "max+slim"), ValueError, "head: 'max+slim' has no attention pool that gives a vector of 512 channels: its SideBySide gives 1024"),
+    (lambda: swap_pool(timm_net("convnext_atto"), "max+avgstart"), ValueError, "head: the max+avgstart pool gives 640 channels"),
     (lambda: restore_pool(timm_net("resnet18")), ValueError, "model: no pool in it is swapped"),
     (lambda: swap_pool(timm.create_model("deit_tiny_patch16_224")), ValueError, "model: the average pooling of this VisionTransformer cannot be found"),
     (lambda: swap_pool(torchvision.models.densenet121()), ValueError, "cannot be found"),   # it calls a function
@@ -176,7 +200,7 @@ def test_importing_surgery_loads_no_fastai():
     (lambda: swap_pool(timm_net("resnet18"), "avgstrat"), ValueError, "Did you mean 'avgstart'"),
     (lambda: swap_pool(timm_net("resnet18"), "classquery"), ValueError, "head: 'classquery' has no attention pool that gives a vector of 512"),
     (lambda: swap_pool(timm_net("resnet18"), "avg"), ValueError, "head: 'avg' has no attention pool"),
-    (lambda: swap_pool(timm_net("convnext_atto"), "concat"), ValueError, "head: the concat pool doubles the channels"),
+    (lambda: swap_pool(timm_net("convnext_atto"), "concat"), ValueError, "head: the concat pool gives 640 channels"),
     (lambda: swap_pool(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1))), ValueError, "ni: the layer after the pool"),
     (lambda: swap_pool(timm_net("resnet18"), 3), TypeError, "head: expected a name"),
     (lambda: swap_pool("resnet18"), TypeError, "model: expected an nn.Module, got str"),

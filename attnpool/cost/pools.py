@@ -71,7 +71,7 @@ def multiply_adds(
 ) -> int: # Of the matrix products, for one picture
     "What torch's counter sees of a forward pass on one picture."
     x = torch.randn(1, *shape).contiguous(memory_format=torch.channels_last)   # matrix products throughout
-    layer = deepcopy(layer).to('cpu', torch.float32).requires_grad_(False)
+    layer = deepcopy(layer).to('cpu', torch.float32).requires_grad_(False).eval()   # a BatchNorm too takes one picture
     with form('folded'), FlopCounterMode(display=False) as count: layer(x)   # as it is for many pictures
     return count.get_total_flops() // 2
 

@@ -55,19 +55,25 @@ def cluttered_digits(
     n_pieces: int = 4, # Distracting pieces per picture
     seed: int = 0, # Of the split, the places and the pieces; not the seed of a run
     part: tuple[float, float] = (0., 1.), # Which originals are used, as for `split_originals`
+    share: float | None = None, # Side of a digit in sides of the canvas, 15% more or less; None for those of `size`
 ) -> Pictures:
     "Digits among pieces of others. Three quarters of the originals train, the rest validate: no original is in both."
     if size < 20: raise BadInput(f"size: a canvas needs at least 20 pixels, got {size}. The default is 40.")
     for name, n in (('n_train', n_train), ('n_valid', n_valid)):
         if n < 1: raise BadInput(f"{name}: expected at least 1 picture, got {n}. The defaults are 1500 and 1000.")
+    least, most = (.4, .55) if share is None else (.85 * share, 1.15 * share)
+    if not 4 <= round(size * least) <= round(size * most) <= size:
+        raise BadInput(f"share: digits of {size * least:.1f} to {size * most:.1f} pixels do not fit a canvas of "
+                       f"{size}. They need 4 pixels and at most the canvas: use a share such as 1/4, or another size.")
     rng = np.random.default_rng(seed)
     small, targets, halves = split_originals(rng, part)
     n, piece = n_train + n_valid, size // 5
+    if share: piece, n_pieces = max(2, round(size * share * .42)), round(n_pieces * (.475 / share)**2)
     images, boxes = torch.zeros(n, size, size), torch.zeros(n, 4, dtype=torch.int64)
     sources = np.concatenate([np.resize(half, m) for half, m in zip(halves, (n_train, n_valid))])
 
     def enlarge(i):
-        side = int(rng.integers(round(size * .4), round(size * .55) + 1))
+        side = int(rng.integers(round(size * least), round(size * most) + 1))
         return F.interpolate(small[i][None, None], size=(side, side), mode='bilinear')[0, 0]
 
     def paste(canvas, patch):
@@ -103,6 +109,7 @@ def digits_dls(
     augment: str = 'own', # 'own' or 'none', which are the same here: the places are random as it is
     stats: Sequence | None = None, # Means and standard deviations of the channels, 0..1, to normalise by; None: own
     part: tuple[float, float] = (0., 1.), # Which originals are used, as for `split_originals`
+    share: float | None = None, # Side of a digit, as for `cluttered_digits`
 ) -> DataLoaders: # With `boxes`, the true boxes of the validation pictures `(n_valid, 4)`, and `family`, 'digits'
     "`DataLoaders` of cluttered digits."
     if not 1 <= bs <= n_train: raise BadInput(f"bs: expected 1 to {n_train}, the training pictures, got {bs}.")
@@ -110,7 +117,7 @@ def digits_dls(
         raise BadInput(f"augment: digits are at random places as it is, and a flipped one may be another; "
                        f"got {augment!r}. Type 'own' or 'none'.")
     device = default_device() if device is None else torch.device(device)
-    data = cluttered_digits(size, n_train, n_valid, part=part)
+    data = cluttered_digits(size, n_train, n_valid, part=part, share=share)
     n = len(data.images)
     train = data.images[:n_train].float() / 255
     read = Transform(partial(_picture, data))

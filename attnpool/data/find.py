@@ -26,7 +26,8 @@ from ..registry import BadInput, Registry, unknown
 
 # %% ../../nbs/365_data.find.ipynb #f3a2a988
 DATASETS = Registry('data')   # functions of size, bs and device that make DataLoaders
-MADE = dict(digits='digits', scenes='scenes', nuclei='nuclei') | {'other-digits': 'digits'}   # without files: families
+MADE = dict(scenes='scenes', nuclei='nuclei') | dict.fromkeys(   # without files: families
+    ['digits', 'other-digits', *(f'digits-{n}' for n in (3, 4, 6, 8))], 'digits')
 MASKED = 'scenes', 'nuclei'   # those with masks, and with boxes
 
 # %% ../../nbs/365_data.find.ipynb #220bcfed

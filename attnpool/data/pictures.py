@@ -179,6 +179,7 @@ def picture_dls(
 
 DATASETS['digits'] = digits_dls
 DATASETS['other-digits'] = partial(digits_dls, part=(.5, 1.))   # those that no scene shows
+for _n in (3, 4, 6, 8): DATASETS[f'digits-{_n}'] = partial(digits_dls, share=1/_n)   # ever smaller, in as dense clutter
 for _name in (n for n in SOURCES if n not in DATASETS): DATASETS[_name] = partial(picture_dls, _name)
 
 # %% ../../nbs/370_data.pictures.ipynb #9b2d2daf

@@ -13,11 +13,13 @@ from typing import Callable, NamedTuple
 import torch
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..forms import readable
 from ..heads import build_head, get_head, HEADS
 from ..layers import evaluating
-from ..pooling import check_head
+from ..maps.compute import find_pools
+from ..pooling import check_head, SideBySide
 from .body import check_arch, map_width, network_of, timm_net, TimmMap, up_to_map, whole_network
 from .patchconvnet import PatchConvNet
 from .start import expected, find_start, is_start, Start
@@ -149,6 +151,13 @@ def _is_mean(pool, ni):
     with evaluating(pool): out = pool(x)
     return out.shape == (2, ni) and torch.allclose(out, x.mean((2, 3)), rtol=0, atol=torch.finfo(x.dtype).eps**.9)
 
+def _mean_among(pool, ni):
+    "Which `ni` channels of a wider pool stand, or start, in the place of the mean: how many parts are before. Or None."
+    if isinstance(pool, AvgAttnConcatPooling2d): return 0
+    if not isinstance(pool, SideBySide) or any(part.c_out % ni for part in pool.pools): return None
+    widths = [part.c_out // ni for part in pool.pools]
+    return next((sum(widths[:i]) for i, part in enumerate(pool.pools) if _is_mean(part, ni)), None)
+
 class SwappedPool(nn.Module):
     "What `swap_pool` puts in the place of average pooling: the mean, and how far our pool has taken over."
     def __init__(self,
@@ -159,13 +168,16 @@ class SwappedPool(nn.Module):
     ):
         super().__init__()
         self.mean, self.pool, self.ni, self.channels_last = mean, pool, ni, channels_last
-        self.beside = isinstance(pool, AvgAttnConcatPooling2d)
-        self.gamma = None if self.beside or _is_mean(pool, ni) else nn.Parameter(torch.zeros(ni))
+        self.at = _mean_among(pool, ni)
+        self.gamma = None if self.at is not None or _is_mean(pool, ni) else nn.Parameter(torch.zeros(ni))
 
     def forward(self, x: Tensor) -> Tensor:
-        "The shape of the average pooling; twice the channels with the concat pool."
+        "The shape of the average pooling; more channels with pools side by side."
         mean, pooled = self.mean(x), self.pool(x.permute(0, 3, 1, 2) if self.channels_last else x)
-        if self.beside: return torch.cat([mean, pooled[:, self.ni:].view_as(mean)], -1 if self.channels_last else 1)
+        if self.at is not None:
+            parts = [part.reshape(mean.shape) for part in pooled.split(self.ni, 1)]
+            if isinstance(self.pool, AvgAttnConcatPooling2d): parts[self.at] = mean   # its own is normed
+            return torch.cat(parts, -1 if self.channels_last else 1)
         if self.gamma is None: return pooled.view_as(mean)
         flat = mean.reshape(mean.shape[0], self.ni)
         return (flat + self.gamma * (pooled - flat)).view_as(mean)
@@ -190,6 +202,12 @@ def _find_average(model):
                        "nn.AdaptiveAvgPool2d(1). For a new head use with_head.")
     weighty = (pair for pair in after if next(pair[1].parameters(recurse=False), None) is not None)
     return named[at][0], next(weighty, (None, None))
+
+def _side_by_side(model, name):
+    "How many pools stand side by side where the average is, as in fastai's head."
+    parts = [*model.get_submodule(name.rpartition('.')[0]).children()]
+    other = any(isinstance(m, nn.AdaptiveMaxPool2d) for m in parts)
+    return len(parts) if other and len(parts) == 2 else 1
 
 def _put(model, name, module):
     parent, _, child = name.rpartition('.')
@@ -223,43 +241,47 @@ def swap_pool(
     if there := list(_swapped(model)):
         raise BadInput(f"model: its pool {there[0]!r} is swapped already. Use restore_pool(model) first.")
     build = _head_of(head)
+    if ours := next((f'{n} ({type(m).__name__})' for n, m in find_pools(model).items()), None):
+        raise BadInput(f"model: its pool {ours} has attention already. swap_pool is for networks that end on average "
+                       "pooling; for another head build a new one, with_head(arch, 'avgstart').")
     name, (after, layer) = _find_average(model)
     if ni is None: ni = _width(layer)
     if ni is None:
         raise BadInput(f"ni: the layer after the pool of this {type(model).__name__} does not tell the map's channels. "
                        "Pass ni=...")
+    ni //= _side_by_side(model, name)
     made = nn.Identity() if isinstance(build, nn.Module) else build_head(partial(build, **kwargs), ni, 1)
-    pool = next((m for m in [made, *made.children()] if hasattr(m, 'attention_map')), None)
+    pool = next((m for m in [made, *made.children()] if hasattr(m, 'attention_map') or isinstance(m, SideBySide)), None)
     if pool is not None: check_head(made, ni, 1, f'{head}')
-    concat, c_out = isinstance(pool, AvgAttnConcatPooling2d), getattr(pool, 'c_out', None)
-    if c_out != ni and not concat:
+    c_out, at = getattr(pool, 'c_out', None), _mean_among(pool, ni)
+    if c_out != ni and at is None:
         fits = [n for n, its in HEADS.items() if hasattr(getattr(its, 'pool', None), 'attention_map')]
         its = '' if c_out is None else f': its {type(pool).__name__} gives {c_out}'
         raise BadInput(f"head: {head!r} has no attention pool that gives a vector of {ni} channels{its}. "
                        f"Use one of {', '.join(fits)}.")
-    if concat and not (readable(layer, nn.Linear) and layer.in_features == ni):
-        raise BadInput("head: the concat pool doubles the channels and needs the classifier's linear layer, a plain "
+    if at is not None and not (readable(layer, nn.Linear) and layer.in_features == ni):
+        raise BadInput(f"head: the {head} pool gives {c_out} channels and needs the classifier's linear layer, a plain "
                        f"one, right after it, not this {type(layer).__name__}. Use head='avgstart' or another that "
                        "keeps them.")
     like, old = next(p for p in model.parameters() if p.is_floating_point()), model.get_submodule(name)
     channels_last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
     _put(model, name, SwappedPool(old, pool, ni, channels_last).to(like).train(old.training))
-    if concat: _put(model, after, _relinear(layer, torch.cat([layer.weight, torch.zeros_like(layer.weight)], 1)))
+    if at is not None: _put(model, after, _relinear(layer, pad(layer.weight, (at * ni, c_out - (at + 1) * ni))))
     return model
 
 def restore_pool(
     model: nn.Module # A network that `swap_pool` has changed; it is changed back in place
 ) -> nn.Module: # The same model with average pooling
-    "Average pooling again. The classifier keeps what it learned, but for the columns of a concat pool's attention."
+    "Average pooling again. The classifier keeps what it learned, but for the columns of what stood beside the mean."
     pools = _swapped(model)
     if not pools: raise BadInput("model: no pool in it is swapped. Give it a model that swap_pool returned.")
     for name, swapped in pools.items():
         _put(model, name, swapped.mean)
-        if swapped.beside:
+        if swapped.at is not None:
             _, (after, layer) = _find_average(model)
             if not readable(layer, nn.Linear):
                 _put(model, name, swapped)   # as it was
                 raise BadInput(f"model: its classifier {after!r} has a hook or a forward of its own, so that its "
                                "columns cannot be cut. Make it a plain nn.Linear first.")
-            _put(model, after, _relinear(layer, layer.weight[:, :swapped.ni]))
+            _put(model, after, _relinear(layer, layer.weight[:, swapped.at * swapped.ni:][:, :swapped.ni]))
     return model

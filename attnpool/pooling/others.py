@@ -19,9 +19,13 @@ from ..registry import BadInput
 # %% ../../nbs/090_pooling.others.ipynb #b2c30006
 class AvgMax(nn.Module):
     "Maximum and average of each channel, as fastai's `AdaptiveConcatPool2d` has them."
+    def __init__(self):
+        super().__init__()
+        self.ap, self.mp = nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1)   # modules, so that one can be replaced
+
     def forward(self, x: Tensor) -> Tensor:
         "`(b, c, h, w)` to `(b, 2*c)`: the maximum first."
-        return torch.cat([F.adaptive_max_pool2d(x, 1), F.adaptive_avg_pool2d(x, 1)], 1).flatten(1)
+        return torch.cat([self.mp(x), self.ap(x)], 1).flatten(1)
 
 class GeM(nn.Module):
     "Generalised mean of each channel: the mean of its powers, to the power 1/p; from average (p = 1) to maximum."
@@ -93,9 +97,10 @@ class EfficientProbing(nn.Module):
     def __init__(self,
         ni: int, # Channels of the map, and of the result
         n_queries: int = 32, # Queries, a divisor of `ni`
+        zero: bool = False, # Queries start at zero, and so with uniform weights, instead of at random
     ):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(n_queries, ni) * .02)
+        self.query = nn.Parameter(torch.randn(n_queries, ni) * (0. if zero else .02))
         self.v = nn.Linear(ni, ni, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ __all__ = ['PEERS', 'Peer', 'AttentionPeer']
 
 # %% ../../nbs/140_pooling.peers.ipynb #4e03a517
 from functools import wraps
+from inspect import Parameter, signature
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..classifiers import fastai_classifier, make_classifier
 from ..forms import wide
 from ..functional import check_divides, check_map
 from ..layers import check_channels, check_n_out, check_rate
@@ -96,9 +98,14 @@ def _peer(name):
     "Decorator: a function of `(ni, n_out)` and options that makes a pool, or a head, becomes the row of that name."
     def add(build):
         @wraps(build)
-        def head(ni, n_out, **options):
+        def head(ni, n_out, classifier=None, **options):   # `make_classifier` knows those; None for the row's own
             made = build(check_channels(ni), check_n_out(n_out), **options)
-            return made if isinstance(made, nn.Sequential) else nn.Sequential(made, nn.Linear(made.c_out, n_out))
+            pool, own = (made[0], made) if isinstance(made, nn.Sequential) else (made, None)
+            if classifier is not None: return nn.Sequential(pool, *make_classifier(classifier, pool, n_out))
+            return own or nn.Sequential(pool, nn.Linear(pool.c_out, n_out))
+        its = signature(build)
+        more = Parameter('classifier', Parameter.KEYWORD_ONLY, default=None)
+        head.__signature__ = its.replace(parameters=[*its.parameters.values(), more])
         PEERS[name] = head
         return head
     return add
@@ -145,13 +152,7 @@ def _fastai(ni, n_out,
     ps: float = .5, # Dropout before the last layer; half of it before the first
 ):
     "fastai's own: maximum and average, twice BatchNorm, dropout, linear, a ReLU between. Linear: kaiming_normal_."
-    def block(width, out, p):
-        norm, linear = nn.BatchNorm1d(width), nn.Linear(width, out, bias=False)
-        nn.init.constant_(norm.bias, 1e-3)
-        nn.init.kaiming_normal_(linear.weight)
-        return norm, nn.Dropout(p), linear
-    first = block(2 * ni, _whole('lin_ftrs', lin_ftrs), check_rate('ps', ps) / 2)
-    return nn.Sequential(Peer(AvgMax(), 2 * ni, ni=ni), *first, nn.ReLU(inplace=True), *block(lin_ftrs, n_out, ps))
+    return nn.Sequential(Peer(AvgMax(), 2 * ni, ni=ni), *fastai_classifier(2 * ni, n_out, lin_ftrs, ps))
 
 @_peer('gem')
 def _gem(ni, n_out,
@@ -244,9 +245,10 @@ def _abmil(ni, n_out,
 @_peer('ep')
 def _efficient_probing(ni, n_out,
     n_queries: int | None = None, # Queries, a divisor of `ni`; None for 32 or the next smaller
+    zero: bool = False, # Queries start at zero, and so with uniform weights, instead of at random
 ):
     "Efficient Probing, BatchNorm without weights, linear (arXiv 2506.10178)."
-    pool = EfficientProbing(ni, _parts('n_queries', n_queries, ni, 32))
+    pool = EfficientProbing(ni, _parts('n_queries', n_queries, ni, 32), zero)
     return nn.Sequential(AttentionPeer(pool, ni, positions=True), nn.BatchNorm1d(ni, 1e-6, affine=False),
                          nn.Linear(ni, n_out))
 
