@@ -179,7 +179,7 @@ def _section(name, results, table):
                 parts=_parts(results, table), **_confused(results), worst=_worst(results),
                 fold='details' if len(by_row(results)) > 4 else 'div',
                 curves=data_uri(learning_curves(results), 'svg'),
-                cost=data_uri(cost_plot(table), 'svg') if table.seconds_per_epoch.count() > 1 else None)
+                cost=data_uri(cost_plot(table), 'svg') if table.seconds_per_epoch.count() > (rows == 'start') else None)
 
 def _html(table):
     with pd.option_context('display.max_colwidth', None): return table.to_html(index=False, border=0)   # escaped, whole
