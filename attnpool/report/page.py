@@ -31,7 +31,8 @@ from .dense import dense_parts
 from .objects import object_parts
 from .plots import cost_plot, learning_curves
 from .published import blog_tables
-from .stats import BOUNDS, GUESS, METRIC_WORDS, format_table, guess_of, on_tests, primary_of, remarks, summarize
+from .stats import BOUNDS, GUESS, METRIC_WORDS
+from .stats import format_table, guess_of, on_tests, primary_of, remarks, summarize
 from ..runs.store import Result, read_about
 from ..runs.tested import confused_pairs, confusion, hardest, picture_file
 from ..tasks import TASK_HEADS
