@@ -110,9 +110,7 @@ _ARCH = ('Network: `ARCHS`, any timm name, or one of torchvision, such as torchv
 _START = ("What the body's weights begin as: pretrained (timm's or torchvision's, downloaded once), a file of weights "
           '(.safetensors, .pth, .pt), or the folder of a run, whose head goes on too if it is asked for alone. Of a '
           'folder of RUNS each goes on by itself: with its head, network, options, seed and split; so does a run with '
-          'the recipe fixres or finetune-21k. To segment or detect, several are compared: none,RUN.  '
-          '[default: from scratch]')
-_TASK = 'Task: `TASKS`; segment is for pictures with masks, detect for boxes, or masks of single objects.'
+          'the recipe fixres or finetune-21k. To segment or detect, several: none,RUN.  [default: from scratch]')
 _RECIPE = 'Recipe: `RECIPES`; or a TOML file. The options after it replace single values.'
 _RECIPE_OF = f'{_RECIPE}  [default: quick; to segment segment-small, to detect detect-small]'
 _SAVED = 'Write the recipe, with the values replaced, to a TOML file for --recipe; then go on.'
@@ -139,7 +137,7 @@ def bench(
     heads: Annotated[str | None, typer.Option(help=_HEADS)] = None,
     seeds: Annotated[str | None, typer.Option(help=_SEEDS)] = None,
     splits: Annotated[int | None, typer.Option(help=_SPLITS, min=2)] = None,
-    task: Annotated[str, typer.Option(help=_TASK)] = 'classify',
+    task: Annotated[str, typer.Option(help='Task: `TASKS`; segment is for masks, detect for objects.')] = 'classify',
     arch: Annotated[str | None, typer.Option(help=_ARCH)] = None,
     start: Annotated[str, typer.Option(help=_START, metavar='pretrained|FILE|RUN|RUNS')] = '',
     options: Annotated[str, typer.Option(help='Options of heads and network: num_heads=2,ffn_expand=1.')] = '',
@@ -160,7 +158,7 @@ def bench(
     checkpoint_seconds: Annotated[float, typer.Option(help=_CHECKPOINT, min=0)] = 60,
     **overrides
 ):
-    """Compare heads on the same network, data and seeds. To segment or detect: starts, --start none,RUN.
+    """Compare heads on the same network, data and seeds. With --task segment or detect: starts.
 
     Shows a table (accuracy, paired difference to average pooling with a 95% interval, time) and writes it to OUT as
     report.html, for any browser. Each run is a folder in OUT. Stop whenever you like: the same command goes on.
@@ -170,7 +168,6 @@ def bench(
       attnpool bench digits --heads avg,learned,my_heads:Mine --options num_heads=4 --drop-path 0.1
       attnpool bench photos/ --arch torchvision.resnet18 --start pretrained --recipe probe --heads all --test
       attnpool bench photos/ --recipe fixres --start runs/ --size 128    (each run goes on, at a higher resolution)
-      attnpool bench photos/ --task detect --start none,runs/photos-slim-1-0123456789
       attnpool bench imagenette --recipe blog --arch xeca_resnext50s --cluster slurm --gpus 1
       torchrun --nproc_per_node 2 -m -- attnpool.cli bench digits    (twice the batch, the rate times 1.4)
     """
@@ -287,7 +284,6 @@ def data(
 
     \b
     Examples:
-      attnpool data digits
       attnpool data photos/    (with photos/train/CLASS/*.jpg and photos/val/CLASS/*.jpg, or only photos/CLASS/*.jpg)
       attnpool data photos/ --task detect    (with COCO's JSON, VOC's XML or a CSV of boxes)
       attnpool data imagenet/  (train/ and val/ of WordNet ids; val/ alone and ImageNet-V2 are for attnpool evaluate)

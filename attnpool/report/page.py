@@ -31,7 +31,8 @@ from .dense import dense_parts
 from .objects import object_parts
 from .plots import cost_plot, learning_curves
 from .published import blog_tables
-from .stats import BOUNDS, GUESS, METRIC_WORDS, format_table, guess_of, on_tests, primary_of, remarks, summarize
+from .stats import BOUNDS, GUESS, METRIC_WORDS
+from .stats import format_table, guess_of, on_tests, primary_of, remarks, summarize
 from ..runs.store import Result, read_about
 from ..runs.tested import confused_pairs, confusion, hardest, picture_file
 from ..tasks import TASK_HEADS
@@ -181,7 +182,7 @@ def _section(name, results, table):
                 parts=_parts(results, table), **_confused(results), worst=_worst(results),
                 fold='details' if len(by_row(results)) > 4 else 'div',
                 curves=data_uri(learning_curves(results), 'svg'),
-                cost=data_uri(cost_plot(table), 'svg') if table.seconds_per_epoch.count() > 1 else None)
+                cost=data_uri(cost_plot(table), 'svg') if table.seconds_per_epoch.count() > (rows == 'start') else None)
 
 def _html(table):
     with pd.option_context('display.max_colwidth', None): return table.to_html(index=False, border=0)   # escaped, whole
