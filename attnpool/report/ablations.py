@@ -88,7 +88,8 @@ def format_ablation(
     text = pd.DataFrame({
         'row': table.row, **({'lr (printed)': each(rate)} if table.printed_lr.notna().any() else {}),
         'n': table.n.map(str), f'{_primary(table)} %': each(value), **({'vs': table.versus} if len(others) > 1 else {}),
-        f"points{f' vs {others.pop()}' if len(others) == 1 else ''} [95%]": each(points), 'verdict': table.verdict.replace('', '–'),
+        f"points{f' vs {others.pop()}' if len(others) == 1 else ''} [95%]": each(points),
+        'verdict': table.verdict.replace('', '–'),
         'parameters': table.parameters.map(lambda n: '–' if pd.isna(n) else f'{n / 1e6:.2f} M'),
         's/epoch': table.seconds_per_epoch.map(lambda s: '–' if pd.isna(s) else f'{s:.1f}'),
         f'{_paper(table)}: top-1 %': each(paper),
