@@ -114,6 +114,7 @@ def check_detect(
     for name, plain in dict(loss='cross_entropy', label_smoothing=0.).items():
         if (value := getattr(r, name)) == plain: continue
         raise BadInput(f"{name}: a detector has losses of its own, got {value!r}. Leave {name} out.")
+    if r.late: raise BadInput(f"late: Mask R-CNN has no queries that could wait, got {r.late}. Leave late out.")
     check_ap()
 
 def detect_learner(

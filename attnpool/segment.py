@@ -145,6 +145,7 @@ def check_dense(
         raise BadInput(f"train: {r.train} is for classifiers. Use all; or finetune, whose body stands still at first.")
     if r.loss not in DENSE_LOSSES:
         raise BadInput(f"loss: masks are learned by {' or '.join(DENSE_LOSSES)}, got {r.loss!r}. Leave loss out.")
+    if r.late: raise BadInput(f"late: UPerNet has no queries that could wait, got {r.late}. Leave late out.")
 
 def dense_loss(
     recipe: Recipe, # Of a training on masks

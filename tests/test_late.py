@@ -106,3 +106,8 @@ def test_what_cannot_be_meant_is_told(settings, words):
 @pytest.mark.parametrize("late", [0, 1, -.1])
 def test_the_callback_tells_as_well(late):
     with pytest.raises(BadInput, match="late: expected a share between 0 and 1"): LateQueries(late)
+
+
+@pytest.mark.parametrize("task, words", [("segment", "UPerNet has no queries"), ("detect", "Mask R-CNN has no queries")])
+def test_where_a_task_has_no_queries_it_is_told(task, words):
+    with pytest.raises(BadInput, match=f"late: {words}"): make_spec("scenes", task=task, arch="xeca_resnext_tiny", late=.1)
