@@ -75,8 +75,7 @@ def read_log(
         names = ' or '.join(t.primary for t in TASKS.values())
         where = f"the last fit in {path}" if len(fits) > 1 else path
         raise BadInput(f"runs: expected a CSVLogger file with epochs and a column {names} in {where}, "
-                       f"found columns {', '.join(map(str, fits[-1])) or 'none'}. Of this library's, give a folder of "
-                       "runs or a file that ends in .runs.csv.")
+                       f"found columns {', '.join(map(str, fits[-1])) or 'none'}. Or give runs/ or a .runs.csv.")
     if len(fits) > 1:
         each = ' and '.join(str(len(fit)) for fit in fits)
         sys.stderr.write(f'attnpool: {path} holds {len(fits)} fits, of {each} epochs: joined to one training of '
