@@ -5,6 +5,7 @@ import os
 import pickle
 import tarfile
 import threading
+import urllib.request
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -283,6 +284,7 @@ def server(tmp_path, monkeypatch):
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *a): pass
     for k in ("http_proxy", "HTTP_PROXY"): monkeypatch.delenv(k, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)   # which keeps the proxies that it was made with
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as s:
         threading.Thread(target=s.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{s.server_port}"

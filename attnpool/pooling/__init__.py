@@ -19,6 +19,7 @@ from ..layers import check_channels, check_n_out
 from .attention import (
     AttentionPool2d, AvgAttnConcatPooling2d, AvgAttnPooling2d, AvgAttnPooling2dS, LearnedAggregation,
     LearnedAggregationSandwich)
+from .others import Maximum
 from .paper import PaperAggregation
 from .peers import Peer
 from .start import AvgStartAttnPooling2d, ClassQueryPooling2d
@@ -32,7 +33,7 @@ def max_pool(
     ni: int, # Channels of the map, and of the result
 ) -> Peer:
     "The maximum of each channel, as a pool."
-    return Peer(nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()), check_channels(ni))
+    return Peer(Maximum(), check_channels(ni))
 
 class SideBySide(nn.Module):
     "Pools of one map, side by side in one vector."

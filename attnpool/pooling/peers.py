@@ -18,8 +18,9 @@ from ..classifiers import fastai_classifier, make_classifier
 from ..forms import wide
 from ..functional import check_divides, check_map
 from ..layers import check_channels, check_n_out, check_rate
-from .others import (
-    AvgMax, BlogAttention, ClipAttention, EfficientProbing, GatedAttention, GeM, GroupLinear, OneQuery, QueryDecoder)
+from attnpool.pooling.others import (
+    AvgMax, BlogAttention, ClipAttention, EfficientProbing, GatedAttention, GeM, GroupLinear, Maximum, OneQuery,
+    QueryDecoder)
 from .paper import PerClassLinear
 from ..registry import BadInput, Registry
 
@@ -139,7 +140,7 @@ def _average_and_norm(ni, n_out):
 @_peer('max')
 def _maximum(ni, n_out):
     "Maximum, linear."
-    return Peer(nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()), ni)
+    return Peer(Maximum(), ni)
 
 @_peer('avgmax')
 def _average_and_maximum(ni, n_out):
