@@ -27,7 +27,7 @@ from .cache import printable
 from .check import check_pictures, decoded_gb, make_pixels, without_broken
 from .digits import digits_dls
 from .find import (
-    DATASETS, LARGER_FROM, blog_version, check_kind, data_name, find_pictures, is_path, larger_version)
+    DATASETS, LARGER_FROM, MADE, blog_version, check_kind, data_name, find_pictures, is_path, larger_version)
 from .listing import READABLE, Listing, first_few
 from .reader import BrokenPicture, load_picture, open_picture
 from .transfer import SOURCES
@@ -179,7 +179,8 @@ def picture_dls(
 
 DATASETS['digits'] = digits_dls
 DATASETS['other-digits'] = partial(digits_dls, part=(.5, 1.))   # those that no scene shows
-for _n in (3, 4, 6, 8): DATASETS[f'digits-{_n}'] = partial(digits_dls, share=1/_n)   # ever smaller, in as dense clutter
+for _name in (n for n in MADE if n.startswith('digits-')):   # ever smaller, in as dense clutter
+    DATASETS[_name] = partial(digits_dls, share=1/int(_name.removeprefix('digits-')))
 for _name in (n for n in SOURCES if n not in DATASETS): DATASETS[_name] = partial(picture_dls, _name)
 
 # %% ../../nbs/370_data.pictures.ipynb #9b2d2daf
