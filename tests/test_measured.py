@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from attnpool import measured as room
-from attnpool.measured import cores, machine, measured, measured_file
+from attnpool.data.pictures import loading_on
+from attnpool.measured import cores, machine, measured, measured_file, share_cores
+from attnpool.runs.workers import Workers
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,3 +119,21 @@ def test_what_another_process_has_kept_counts(fresh, monkeypatch):
     assert measured("q", lambda: (subprocess.run([sys.executable, "-c", code], check=True, env=env), "ours")[1]) == "theirs"
     again(monkeypatch)
     assert measured("q", never) == "theirs" and measured("more", never) == 1
+
+
+def loaders(tell): return loading_on("cuda", None)[1]
+
+
+def test_processes_side_by_side_share_the_cores(monkeypatch):
+    alone = cores()
+    assert loading_on("cuda", None)[1] == min(16, alone) and loading_on("cpu", None)[1] == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * alone))   # torchrun's
+    assert cores() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with Workers() as workers: assert workers.together(2, 1, loaders) == [1, 1] and workers.together(1, 3, loaders) == [3]
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(room, "_share", None)
+    try:
+        share_cores(5)
+        assert cores() == torch.get_num_threads() == 5
+    finally: torch.set_num_threads(threads)

@@ -31,6 +31,7 @@ from .find import (
 from .listing import READABLE, Listing, first_few
 from .reader import BrokenPicture, load_picture, open_picture
 from .transfer import SOURCES
+from ..measured import cores
 from ..registry import BadInput
 
 # %% ../../nbs/370_data.pictures.ipynb #98a75cd6
@@ -111,7 +112,7 @@ def loading_on(
 ) -> tuple[torch.device, int]:
     "Where batches go, and how many processes load them."
     device = default_device() if device is None else torch.device(device)
-    if num_workers is None: num_workers = 0 if device.type == 'cpu' else min(16, os.cpu_count())
+    if num_workers is None: num_workers = 0 if device.type == 'cpu' else min(16, cores())
     return device, num_workers
 
 def fitting_bs(

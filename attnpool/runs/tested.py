@@ -58,7 +58,7 @@ def confusion(
     "How often each class was taken for each, counted over the runs."
     tables = [t for r in results if (t := read_predictions(r, test)) is not None]
     if not tables: return None
-    every = pd.concat(tables)
+    every = pd.concat(tables, ignore_index=True)
     names = _in_order(results[0], {*every.label, *every.said})
     return pd.crosstab(every.label, every.said).reindex(index=names, columns=names, fill_value=0)
 
@@ -81,7 +81,7 @@ def hardest(
     tables = [t.assign(key=np.where(t.path == '', [f'picture {i + 1}' for i in range(len(t))], t.path))
               for r in results if (t := read_predictions(r)) is not None]
     if not tables: return pd.DataFrame(columns=['path', 'label', 'loss', 'runs', 'wrong', 'said', 'p'])
-    every = pd.concat(tables)
+    every = pd.concat(tables, ignore_index=True)
     every = every.assign(wrong=every.label != every.said).groupby('key', sort=False)
     table = every.agg(label=('label', 'first'), loss=('loss', 'mean'), runs=('loss', 'size'), wrong=('wrong', 'sum'))
     table = table[table.wrong > 0].sort_values('loss', ascending=False, kind='stable').head(n)

@@ -66,7 +66,7 @@ class _Printed(io.TextIOBase):
 
 def _work(line):
     "One call after the other, until whoever asks is gone."
-    import torch
+    from attnpool.measured import share_cores
     calls, lock = SimpleQueue(), threading.Lock()
     def listen():
         try:
@@ -80,7 +80,7 @@ def _work(line):
     while True:
         try:
             threads, f, args = pickle.loads(calls.get())
-            torch.set_num_threads(threads)
+            share_cores(threads)
             try: answer = f(tell, *args)
             finally:
                 for stream in printed: stream.end()
