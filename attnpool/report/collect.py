@@ -245,17 +245,24 @@ def _of_head(spec, of_arch=()):
 def group_by_setting(
     results: Sequence[Result] # Of any settings
 ) -> list[list[Result]]: # Groups of one setting each, in order of appearance
-    "Results by all but head, options of it, seed and rate. Of a task with one head, starts are compared instead."
+    "Results by all but head, options of it, seed, rate, and decay if each head has one. Of one head, by start instead."
     groups, of_arch = {}, _of_arch(results)
     for r in results:
         others = tuple(o for o in r.spec.options if o not in _of_head(r.spec, of_arch))
         start = r.spec.start if not r.spec.start.after else Start(fingerprint=r.spec.start.after)   # each has its own
         if r.spec.head in TASK_HEADS: start = Start()
         r_, whole = r.spec.recipe, (r.spec.recipe.micro_bs or 0) >= (r.spec.recipe.bs or 1)
-        decided = replace(r_, lr=None, micro_bs=None if whole else r_.micro_bs)
+        decided = replace(r_, lr=None, wd=None, micro_bs=None if whole else r_.micro_bs)
         setting = replace(r.spec, head='', seed=0, options=others, start=start, recipe=decided)
         groups.setdefault((setting, str(r.pictures)), []).append(r)
-    return list(groups.values())
+    return [part for rs in groups.values() for part in _by_decay(rs)]
+
+def _by_decay(results):
+    "As they are where each head has one weight decay, its own; apart where decays are compared."
+    heads, parts = {(r.spec.head, r.spec.options) for r in results}, {}
+    own = len({(r.spec.head, r.spec.options, r.spec.recipe.wd) for r in results}) == len(heads)
+    for r in results: parts.setdefault(None if own else r.spec.recipe.wd, []).append(r)
+    return parts.values()
 
 def by_row(
     results: Sequence[Result] # Of one setting
@@ -302,6 +309,8 @@ def tell_apart(
     "A title for each setting: data, network, recipe, size, epochs, and what else differs between the groups."
     first = 'data', 'arch', 'start', 'recipe', 'size', 'steps', 'epochs'
     every = [setting_of(g[0]) for g in groups]
+    for s, g in zip(every, groups):
+        if len({r.spec.recipe.wd for r in g}) > 1: s.pop('wd', None)   # each head's own
     names = dict.fromkeys(k for s in every for k in s if k not in first)
     others = [k for k in names if len({str(s.get(k)) for s in every if 'arch' in s}) > 1]   # not of logs
     chosen = [{k: s[k] for k in (*first, *others) if k in s} for s in every]

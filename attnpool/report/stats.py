@@ -63,7 +63,7 @@ def summarize(
     values = {name: {r.spec.seed: r.value for r in rs if r.value is not None} for name, rs in rows.items()}
     best = max((name for name in rows if is_baseline(rows[name][0].spec, baseline)), default=None,
                key=lambda name: np.mean(list(values[name].values()) or [0]))
-    guess = guess_of(results)
+    guess, own = guess_of(results), len({r.spec.recipe.wd for r in results}) > 1   # decays, each head's own
     metrics = dict.fromkeys(m for r in results for m in r.metrics if m not in (primary, 'peak_in_box'))
     metrics = sorted(metrics, key=lambda m: m.endswith('loss'))
 
@@ -89,7 +89,7 @@ def summarize(
                 'seconds_per_epoch': np.median(seconds or [np.nan]), 'peak_in_box': mean.peak_in_box, **others,
                 'failed': sum(r.status == 'failed' for r in rs), 'mean_low': mean_low,
                 'mean_high': mean_high, 'ratio': ratio, 'lr_low': min(rates, default=np.nan),
-                'lr_high': max(rates, default=np.nan), 'wd': commonest(decays) if decays else np.nan,
+                'lr_high': max(rates, default=np.nan), 'wd': commonest(decays) if decays else own and rs[0].spec.recipe.wd or np.nan,
                 'run_seconds': np.median(whole or [np.nan]),
                 'wd_low': min(decays, default=np.nan), 'wd_high': max(decays, default=np.nan), 'guess': guess,
                 'versus': SCRATCH if rs[0].spec.head in TASK_HEADS else baseline}
