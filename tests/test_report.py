@@ -225,6 +225,17 @@ def test_settings_are_not_mixed_and_rates_become_rows():
     assert len(group_by_setting([result(), result(seed=2, data=replace(DIGITS, path="elsewhere"))])) == 1
 
 
+def test_a_decay_of_the_heads_own_is_no_setting_but_decays_that_are_compared_are():
+    own = [result("avg", 1, .9, wd=.1), result("avg", 2, .9, wd=.1), result("slim", 1, .7), result("slim", 2, .8)]
+    [group] = group_by_setting(own)
+    text = format_table(summarize(group)).set_index("head")
+    assert summarize(group).set_index("head").loc["slim", "difference"] == pytest.approx(-.15) and list(text.wd) == ["0.1", "–"]
+    assert not any("wd" in title for title, _ in tell_apart([group, [result(name="other", epochs=1)]]))
+    apart = group_by_setting([*own, result("slim", 1, .75, wd=.1)])
+    assert [len(g) for g in apart] == [3, 2] and [t[-6:] for t, _ in tell_apart(apart)][0] == "wd 0.1"
+    assert "wd" not in format_table(summarize([result("avg", 1, wd=.1), result("slim", 1, wd=.1)]))   # a title's
+
+
 def test_a_heads_own_options_are_in_its_row_and_keep_it_beside_the_others():
     def one(head, seed, accuracy, **options):
         r = result(head, seed, accuracy)

@@ -66,6 +66,7 @@ def main():
     parser.add_argument('--heads', help='only these, separated by commas')
     parser.add_argument('--maps', action='store_true', help='measure maps instead, which takes minutes')
     parser.add_argument('--data', help='with --maps: where the pictures are now')
+    parser.add_argument('--no-check', action='store_true', help='with --maps: take these pictures as they are')
     asked = parser.parse_args()
     results, problems = collect(asked.runs)
     for line in problems: print(line)
@@ -73,7 +74,7 @@ def main():
     done = [r for r in results if r.status in ('complete', 'diverged') and (not heads or r.spec.head in heads)]
     done.sort(key=lambda r: (r.spec.data.name, r.spec.head, r.spec.seed, str(r.spec.recipe)))
     if asked.maps:
-        where = dict(data=asked.data) if asked.data else {}
+        where = (dict(data=asked.data) if asked.data else {}) | (dict(check=False) if asked.no_check else {})
         rows = []
         for r in done:
             [row] = measure_maps([r], **where).to_dict('records')
