@@ -27,7 +27,7 @@ from ..models.start import Start
 from ..models.xresnet import ARCHS
 from ..recipe import Recipe
 from ..registry import BadInput, bare_name
-from .rows import named_start
+from .rows import by_decay, named_start
 from ..runs.spec import Spec
 from ..runs.store import Result, load_run, read_result
 from ..runs.tested import with_test
@@ -255,14 +255,7 @@ def group_by_setting(
         decided = replace(r_, lr=None, wd=None, micro_bs=None if whole else r_.micro_bs)
         setting = replace(r.spec, head='', seed=0, options=others, start=start, recipe=decided)
         groups.setdefault((setting, str(r.pictures)), []).append(r)
-    return [part for rs in groups.values() for part in _by_decay(rs)]
-
-def _by_decay(results):
-    "As they are where each head has one weight decay, its own; apart where decays are compared."
-    heads, parts = {(r.spec.head, r.spec.options) for r in results}, {}
-    own = len({(r.spec.head, r.spec.options, r.spec.recipe.wd) for r in results}) == len(heads)
-    for r in results: parts.setdefault(None if own else r.spec.recipe.wd, []).append(r)
-    return parts.values()
+    return [part for rs in groups.values() for part in by_decay(rs)]
 
 def by_row(
     results: Sequence[Result] # Of one setting
@@ -309,8 +302,7 @@ def tell_apart(
     "A title for each setting: data, network, recipe, size, epochs, and what else differs between the groups."
     first = 'data', 'arch', 'start', 'recipe', 'size', 'steps', 'epochs'
     every = [setting_of(g[0]) for g in groups]
-    for s, g in zip(every, groups):
-        if len({r.spec.recipe.wd for r in g}) > 1: s.pop('wd', None)   # each head's own
+    for s, g in zip(every, groups): s.pop('wd' if len({r.spec.recipe.wd for r in g}) > 1 else '', None)   # heads' own
     names = dict.fromkeys(k for s in every for k in s if k not in first)
     others = [k for k in names if len({str(s.get(k)) for s in every if 'arch' in s}) > 1]   # not of logs
     chosen = [{k: s[k] for k in (*first, *others) if k in s} for s in every]

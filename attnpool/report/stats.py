@@ -78,6 +78,7 @@ def summarize(
         mean_low, mean_high = paired(values[name], dict.fromkeys(values[name], 0.), ratio).interval()
         seconds = [r.seconds_per_epoch for r in done if r.seconds_per_epoch is not None]
         rates, decays = ([r.found[k] for r in done if k in r.found] for k in ('lr', 'wd'))
+        decay = own and rs[0].spec.recipe.wd or np.nan
         whole = [r.run_seconds for r in done if r.found and r.run_seconds]
         others = {f'{METRICS.get(m, m)}{end}': of[m] for m in metrics for end, of in (('', mean), ('_sd', sd))}
         def commonest(values): return pd.Series(values).mode()[0]   # one that was used; of several the least
@@ -89,7 +90,7 @@ def summarize(
                 'seconds_per_epoch': np.median(seconds or [np.nan]), 'peak_in_box': mean.peak_in_box, **others,
                 'failed': sum(r.status == 'failed' for r in rs), 'mean_low': mean_low,
                 'mean_high': mean_high, 'ratio': ratio, 'lr_low': min(rates, default=np.nan),
-                'lr_high': max(rates, default=np.nan), 'wd': commonest(decays) if decays else own and rs[0].spec.recipe.wd or np.nan,
+                'lr_high': max(rates, default=np.nan), 'wd': commonest(decays) if decays else decay,
                 'run_seconds': np.median(whole or [np.nan]),
                 'wd_low': min(decays, default=np.nan), 'wd_high': max(decays, default=np.nan), 'guess': guess,
                 'versus': SCRATCH if rs[0].spec.head in TASK_HEADS else baseline}
