@@ -2,6 +2,7 @@
 
     python sets.py cifar10 cifar10-8000.tar sets     # 500 training and 300 test files a class, as CLASS/NUMBER.jpg
     python sets.py clutter cifar10-8000.tar sets     # the same at a third of the side, among tiles of other pictures
+    python sets.py clutter-imagenette imagenette-128 sets     # and these, at a third of the side
     python sets.py cells BCCD_Dataset/BCCD sets      # or an archive of it; smears are kept apart
     python sets.py roads camvid-240.tar sets         # patches around the middle of an object; the test drive is apart
     python sets.py scans sets                        # the 1,797 digits that come with scikit-learn
@@ -45,19 +46,32 @@ def cifar10(source):
                 yield None if part == 'val' else i * PARTS // len(files), folder.name, file.stem, picture(file)
 
 
-def clutter(source, side=96, tile=16):
-    "A picture of 32 px at a random place of a canvas whose tiles are cut from training pictures of any class."
-    rng, found = np.random.default_rng(0), [*cifar10(source)]
+def scattered(found, side, tile, width):
+    "Each picture at a random place of a canvas whose tiles are cut from training pictures of any class."
+    rng, found = np.random.default_rng(0), [*found]
     cut = [np.asarray(image) for part, *_, image in found if part is not None]
     for part, kind, name, image in found:
         canvas = np.empty((side, side, 3), np.uint8)
         for y in range(0, side, tile):
             for x in range(0, side, tile):
-                other, (v, u) = cut[rng.integers(len(cut))], rng.integers(0, 32 - tile + 1, 2)
+                other, (v, u) = cut[rng.integers(len(cut))], rng.integers(0, width - tile + 1, 2)
                 canvas[y:y+tile, x:x+tile] = other[v:v+tile, u:u+tile]
-        y, x = rng.integers(0, side - 32 + 1, 2)
-        canvas[y:y+32, x:x+32] = np.asarray(image)
+        y, x = rng.integers(0, side - width + 1, 2)
+        canvas[y:y+width, x:x+width] = np.asarray(image)
         yield part, kind, name, Image.fromarray(canvas)
+
+
+def clutter(source):
+    "Pictures of 32 px at a third of the side."
+    return scattered(cifar10(source), 96, 16, 32)
+
+
+def clutter_imagenette(source, each=250, tests=150):
+    "The first files of each class, shrunk to 64 px, at a third of the side."
+    def pictures():
+        for part, kind, name, image in imagenette(source, each, tests):
+            yield None if part is None else part * PARTS // each, kind, name, image.resize((64, 64), Image.BICUBIC)
+    return scattered(pictures(), 192, 32, 64)
 
 
 def cells(source, train=600, val=200, side=128):
@@ -115,7 +129,7 @@ def scans():
             yield None if i < half else (i - half) * PARTS // (len(mine) - half), str(k), f'{at:04}', image
 
 
-def imagenette(source, each=250):
+def imagenette(source, each=250, tests=None):
     "The first files of each class; a second set, to find rates on, has four fifths of them, and the others to validate."
     root = unpacked(source)
     def picture(file):
@@ -123,10 +137,10 @@ def imagenette(source, each=250):
     for folder in sorted((root/'train').iterdir()):
         for i, file in enumerate(sorted(folder.iterdir())[:each]): yield i, folder.name, file.stem, picture(file)
     for folder in sorted((root/'val').iterdir()):
-        for file in sorted(folder.iterdir()): yield None, folder.name, file.stem, picture(file)
+        for file in sorted(folder.iterdir())[:tests]: yield None, folder.name, file.stem, picture(file)
 
 
-SETS = dict(imagenette=imagenette, cifar10=cifar10, clutter=clutter, cells=cells, roads=roads, scans=scans)
+SETS = dict(imagenette=imagenette, cifar10=cifar10, clutter=clutter, **{'clutter-imagenette': clutter_imagenette}, cells=cells, roads=roads, scans=scans)
 
 
 def main():
