@@ -75,7 +75,7 @@ def finetuned(a, b):
     return paired(every(a), every(b))
 
 
-def late(): return paired(values('late', 'avgstart'), values('scratch', 'avg'))
+def late(size=None): return paired(values('late', 'avgstart', size=size), values('scratch', 'avg', size=size))
 
 
 def better_baseline(name, data=None):
