@@ -1,0 +1,132 @@
+"The second comparison: its runs as they are published, and what its page computes of them."
+import gzip
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy import stats
+
+from attnpool.cli import main
+from attnpool.report.collect import collect
+from attnpool.runs.tested import read_predictions
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "docs/results/verdict2"
+
+
+def module(name, file):
+    spec = importlib.util.spec_from_file_location(name, file)
+    it = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(it)
+    return it
+
+
+@pytest.fixture(scope="module")
+def compare(): return module("compare", DATA / "compare.py")
+
+
+@pytest.fixture(scope="module")
+def gathered(tmp_path_factory):
+    "Two parts of a set, two heads, real runs of seconds, gathered twice."
+    out, rng = tmp_path_factory.mktemp("verdict"), np.random.default_rng(0)
+    pictures = [(i % 2, rng.integers(0, 156, (20, 20, 3)) + 40 * (i % 2)) for i in range(40)]
+    for part in (1, 2):
+        for i, (label, x) in enumerate(pictures):
+            if i < 24 and i // 2 % 2 != part % 2: continue   # of the other part
+            folder = out / f"few-{part:02}" / ("train" if i < 24 else "val") / "ab"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x.astype(np.uint8)).save(folder / f"{i:03}.png")
+    for part in (1, 2):
+        with pytest.raises(SystemExit) as e:
+            main(["bench", str(out / f"few-{part:02}"), "--heads", "avg,avgstart", "--seeds", str(part), "--epochs", "1", "--size", "20", "--bs", "4", "--jobs", "1",
+                  "--out", str(out / "runs")])
+        assert e.value.code == 0
+    here = out / "published"
+    here.mkdir()
+    (here / "gather.py").write_text((DATA / "gather.py").read_text())
+    seen = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, str(here / "gather.py"), "probes", str(out / "runs")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        seen.append([f.read_bytes() for f in (here / "probes.runs.csv", here / "pictures/probes.csv.gz")])
+    assert seen[0] == seen[1]
+    return out
+
+
+def test_parts_are_seeds_of_one_set(gathered):
+    results, _ = collect([gathered / "published/probes.runs.csv"])
+    assert {r.spec.data.name for r in results} == {"few"} and sorted((r.spec.head, r.spec.seed) for r in results) == [(h, s) for h in ("avg", "avgstart") for s in (1, 2)]
+    there, _ = collect([gathered / "runs"])
+    assert sorted(r.value for r in results) == sorted(r.value for r in there)
+
+
+def test_answers_are_those_of_the_runs(gathered):
+    compare = module("compare_few", DATA / "compare.py")
+    compare.HERE = gathered / "published"
+    runs, _ = collect([gathered / "runs"])
+    for r in runs:
+        table = read_predictions(r)
+        table = table.assign(name=table.path.map(lambda p: "/".join(Path(p).parts[-2:]))).sort_values("name")
+        its = compare.answers("probes")["few", r.spec.head][r.spec.seed]
+        assert list(its) == [int(a == b) for a, b in zip(table.label, table.said)] and its.mean() == pytest.approx(r.value)
+    text = gzip.decompress((gathered / "published/pictures/probes.csv.gz").read_bytes()).decode()
+    assert len(text.splitlines()) == 5
+    a, b = (np.array([compare.answers("probes")["few", h][s] for s in (1, 2)], float) for h in ("avgstart", "avg"))
+    assert compare.with_pictures("probes", "avgstart", "avg", "few").mean == pytest.approx((a - b).mean())
+
+
+def test_other_test_pictures_are_refused(gathered):
+    broken = gathered / "broken"
+    for folder in (gathered / "runs").glob("few-*-avg-*"):
+        to = broken / folder.name
+        to.mkdir(parents=True)
+        for f in folder.iterdir(): (to / f.name).write_bytes(f.read_bytes())
+    file = sorted(broken.glob("*/predictions.csv"))[0]
+    text = file.read_text().replace(".png", ".bmp")
+    file.write_text(text)
+    done = subprocess.run([sys.executable, str(gathered / "published/gather.py"), "screen", str(broken)], capture_output=True, text=True)
+    assert done.returncode == 1 and "not the validation pictures of the runs before it" in done.stderr
+
+
+def test_differences_are_those_of_scipy(compare):
+    "From the published table itself, read with pandas."
+    table = pd.read_csv(DATA / "scratch.runs.csv", keep_default_na=False)
+    last = table.groupby(["spec.head", "spec.seed"]).tail(1)
+    wide = last.pivot(index="spec.seed", columns="spec.head", values="accuracy").astype(float)
+    d, test = compare.against("scratch", "avgstart", "avg"), stats.ttest_rel(wide.avgstart, wide.avg)
+    low, high = test.confidence_interval(.95)
+    assert len(wide) == 10 and d.n == 10 and d.mean == pytest.approx((wide.avgstart - wide.avg).mean()) and d.p == pytest.approx(test.pvalue)
+    assert d.interval() == pytest.approx((low, high))
+    sizes = compare.against("scratch", "avgstart", "avg", size=128)
+    assert sizes.mean != d.mean and compare.against("scratch", "avgstart", "avg", size=64).mean == pytest.approx(d.mean)
+
+
+def test_a_table_of_verdicts(compare):
+    rows = {"a": compare.Difference(.02, .005, 9, 10), "b": compare.Difference(0., .001, 9, 10), "c": compare.Difference(.01, .02, 3, 4)}
+    table = compare.verdicts(rows)
+    assert list(table.verdict) == ["better", "as good as", "cannot tell with 4"] and list(table.points) == ["+2.00", "+0.00", "+1.00"]
+    p = [2 * stats.t.sf(4, 9), 1., 2 * stats.t.sf(.5, 3)]
+    assert table["Holm's p"].astype(float).tolist() == pytest.approx([3 * p[0], 1, 1], rel=.05)
+    assert "Holm's p" not in compare.verdicts(rows, correct=False)
+
+
+def test_the_protocol_is_older_than_its_results():
+    def when(*files):
+        log = subprocess.run(["git", "log", "--format=%ct", "--reverse", "--", *files], cwd=ROOT, capture_output=True, text=True)
+        return [int(t) for t in log.stdout.split()]
+    protocol, results = when("docs/results/verdict2/protocol.md"), when(*[str(f.relative_to(ROOT)) for f in DATA.glob("*.runs.csv")])
+    if not protocol: pytest.skip("not a clone with its history")
+    assert protocol[0] < min(results)
+
+
+def test_all_published_runs_make_one_report(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e: main(["report", *map(str, sorted(DATA.glob("*.csv"))), "--out", str(tmp_path / "report.html")])
+    said = capsys.readouterr().out
+    assert e.value.code == 0 and "as good as" in said and (tmp_path / "report.html").is_file()
+    table = pd.read_csv(tmp_path / "report.csv", comment="#")
+    assert (table.groupby([c for c in table if c == "setting"] or ["head"]).size() > 0).all()
