@@ -1,0 +1,40 @@
+"""Networks that were trained on made digits of 64 px, asked about digits of the same share of larger pictures.
+
+    python digit_sizes.py runs-small        # digit_sizes/small.csv: accuracy at 96 and 128 px, without training
+"""
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from attnpool.data.digits import digits_dls
+from attnpool.report.collect import collect
+from attnpool.runs.train import open_run
+
+HEADS = 'avg', 'avgstart', 'maxstart'
+
+
+@torch.inference_mode()
+def accuracy(model, dl):
+    return float(torch.cat([model(x).argmax(1) == y for x, y in dl]).float().mean())
+
+
+def main():
+    rows = []
+    for r in collect(sys.argv[1:])[0]:
+        if r.spec.head not in HEADS: continue
+        learn = open_run(r.folder, 'cpu', with_data=True)
+        norm = learn.dls.after_batch[-1]
+        stats = [t.flatten().tolist() for t in (norm.mean, norm.std)]
+        for size in (96, 128):
+            dls = digits_dls(size, share=1 / int(r.spec.data.name.split('-')[1]), stats=stats, device='cpu')
+            rows.append((r.spec.data.name, r.spec.head, r.spec.seed, size, accuracy(learn.model.eval(), dls.valid)))
+            print(*rows[-1], flush=True)
+    out = Path(__file__).parent/'digit_sizes'/'small.csv'
+    out.parent.mkdir(exist_ok=True)
+    table = pd.DataFrame(rows, columns=['data', 'head', 'seed', 'size', 'accuracy'])
+    table.sort_values(['data', 'head', 'seed', 'size']).to_csv(out, index=False)
+
+
+if __name__ == '__main__': main()
