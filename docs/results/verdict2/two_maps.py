@@ -12,10 +12,10 @@ from attnpool.models.surgery import body_of
 
 
 class TwoMaps(nn.Module):
-    "Pictures `(b, 3, H, W)` to `(b, c + c', H / 32, W / 32)`."
+    "Pictures `(b, 3, H, W)` to `(b, 128 + 256, H / 8, W / 8)`."
     def __init__(self, arch):
         super().__init__()
-        self.maps, levels = build_pyramid(body_of(arch).model, 'stages', levels=(16, 32))
+        self.maps, levels = build_pyramid(body_of(arch).model, 'stages', levels=(4, 8))
         self.norms = nn.ModuleList(nn.LayerNorm(m.channels) for m in levels.maps)
 
     def forward(self, x):
