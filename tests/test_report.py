@@ -231,6 +231,7 @@ def test_a_decay_of_the_heads_own_is_no_setting_but_decays_that_are_compared_are
     text = format_table(summarize(group)).set_index("head")
     assert summarize(group).set_index("head").loc["slim", "difference"] == pytest.approx(-.15) and list(text.wd) == ["0.1", "–"]
     assert not any("wd" in title for title, _ in tell_apart([group, [result(name="other", epochs=1)]]))
+    assert list(format_table(summarize([result("avg", 1, wd=.1), result("slim", 1, wd=0.)])).wd) == ["0.1", "0"]
     apart = group_by_setting([*own, result("slim", 1, .75, wd=.1)])
     assert [len(g) for g in apart] == [3, 2] and [t[-6:] for t, _ in tell_apart(apart)][0] == "wd 0.1"
     assert "wd" not in format_table(summarize([result("avg", 1, wd=.1), result("slim", 1, wd=.1)]))   # a title's

@@ -128,6 +128,7 @@ def test_the_protocol_is_older_than_its_results():
 def test_all_published_runs_make_one_report(tmp_path, capsys):
     with pytest.raises(SystemExit) as e: main(["report", *map(str, sorted(DATA.glob("*.csv"))), "--out", str(tmp_path / "report.html")])
     said = capsys.readouterr().out
-    assert e.value.code == 0 and "as good as" in said and (tmp_path / "report.html").is_file()
-    table = pd.read_csv(tmp_path / "report.csv", comment="#")
-    assert (table.groupby([c for c in table if c == "setting"] or ["head"]).size() > 0).all()
+    assert e.value.code == 0 and (tmp_path / "report.html").is_file()
+    assert {"imagenette-2500", "digits-8", "clutter", "clutter-imagenette", "roads"} <= {line.split(",")[0] for line in said.splitlines()}
+    row, = [line.split() for line in said.splitlines() if "avgstart" in line and "as good as" in line and "70.6" in line]
+    assert row[:4] == ["avgstart", "10", "70.6", "±"]   # paired with avg, though each has its own decay

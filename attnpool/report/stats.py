@@ -78,7 +78,7 @@ def summarize(
         mean_low, mean_high = paired(values[name], dict.fromkeys(values[name], 0.), ratio).interval()
         seconds = [r.seconds_per_epoch for r in done if r.seconds_per_epoch is not None]
         rates, decays = ([r.found[k] for r in done if k in r.found] for k in ('lr', 'wd'))
-        decay = own and rs[0].spec.recipe.wd or np.nan
+        decay = rs[0].spec.recipe.wd if own else np.nan
         whole = [r.run_seconds for r in done if r.found and r.run_seconds]
         others = {f'{METRICS.get(m, m)}{end}': of[m] for m in metrics for end, of in (('', mean), ('_sd', sd))}
         def commonest(values): return pd.Series(values).mode()[0]   # one that was used; of several the least

@@ -12,7 +12,7 @@ from attnpool.report.stats import guess_of
 HERE = Path(__file__).parent
 REAL = 'cifar10', 'cells', 'roads', 'scans'   # not ImageNet's classes
 DIGITS = 'digits-3', 'digits-6', 'digits-8'
-SAME = dict(avgstart='avg', maxstart='fastai') | {'avgstart-fastai': 'avg-fastai'}   # a pool, and the one behind the same classifier
+SAME = {'avgstart': 'avg', 'maxstart': 'fastai', 'avgstart-fastai': 'avg-fastai'}   # behind the same classifier
 
 
 @cache

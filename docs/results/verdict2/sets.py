@@ -140,7 +140,8 @@ def imagenette(source, each=250, tests=None):
         for file in sorted(folder.iterdir())[:tests]: yield None, folder.name, file.stem, picture(file)
 
 
-SETS = dict(imagenette=imagenette, cifar10=cifar10, clutter=clutter, **{'clutter-imagenette': clutter_imagenette}, cells=cells, roads=roads, scans=scans)
+SETS = dict(imagenette=imagenette, cifar10=cifar10, clutter=clutter, cells=cells, roads=roads, scans=scans) | {
+    'clutter-imagenette': clutter_imagenette}
 
 
 def main():
