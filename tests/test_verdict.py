@@ -93,6 +93,52 @@ def test_other_test_pictures_are_refused(gathered):
     assert done.returncode == 1 and "not the validation pictures of the runs before it" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def few_pictures(tmp_path_factory):
+    "Two classes, 50 training and two test pictures each, no two alike."
+    root, rng = tmp_path_factory.mktemp("cifar") / "few", np.random.default_rng(0)
+    for which, n in (("train", 50), ("val", 2)):
+        for kind in "ab":
+            (folder := root / which / kind).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i:02}.png")
+    return root
+
+
+def made(name, source, out):
+    done = subprocess.run([sys.executable, str(DATA / "sets.py"), name, str(source), str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.rglob("*.png"))}
+
+
+def test_parts_share_their_test_pictures_alone(few_pictures, tmp_path):
+    files = made("cifar10", few_pictures, tmp_path / "a")
+    assert files == made("cifar10", few_pictures, tmp_path / "b")
+    of = lambda start: {v for k, v in files.items() if k.startswith(start)}
+    parts = [of(f"cifar10-{i:02}/train") for i in range(1, 11)]
+    assert [len(p) for p in parts] == [10] * 10 and len(set.union(*parts)) == 100
+    tests = of("cifar10-01/val")
+    assert len(tests) == 4 and all(of(f"cifar10-{i:02}/val") == tests for i in range(1, 11))
+    train, val = of("cifar10-03-inner/train"), of("cifar10-03-inner/val")
+    assert train | val == parts[2] and not train & val and len(val) == 2
+    assert sorted(k.split("/")[2] for k in files if k.startswith("cifar10-03-inner/val")) == ["a", "b"]
+
+
+def test_clutter_holds_its_picture_and_no_test_picture_else(few_pictures, tmp_path):
+    "Where the picture lies no tile is left; elsewhere there are tiles of training pictures."
+    files = made("clutter", few_pictures, tmp_path)
+    assert files and all(f.startswith("clutter-") for f in files)
+    tests = {(f.parent.name, f.stem): np.asarray(Image.open(f)) for f in (few_pictures / "val").rglob("*.png")}
+    train = [np.asarray(Image.open(f)) for f in (few_pictures / "train").rglob("*.png")]
+    def at(small, big): return np.argwhere((np.lib.stride_tricks.sliding_window_view(big, small.shape) == small).all((3, 4, 5)))
+    for (kind, name), picture in tests.items():
+        canvas = np.asarray(Image.open(tmp_path / "clutter-01/val" / kind / f"{name}.png"))
+        assert canvas.shape == (96, 96, 3)
+        [(top, left, _)] = at(picture, canvas)
+        corner = canvas[:8, :8] if top >= 8 or left >= 8 else canvas[-8:, -8:]
+        assert sum(len(at(corner, t)) for t in train) == 1
+        assert not any(len(at(corner, t)) for t in tests.values())
+
+
 def test_differences_are_those_of_scipy(compare):
     "From the published table itself, read with pandas."
     table = pd.read_csv(DATA / "scratch.runs.csv", keep_default_na=False)

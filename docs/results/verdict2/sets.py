@@ -9,7 +9,8 @@
     python sets.py imagenette imagenette-128 sets    # 250 training files a class and the official validation, no parts
 
 Each but the last writes `sets/NAME-PART/train/CLASS/*.png` and `sets/NAME-PART/val/CLASS/*.png`, PART from 01 to 10,
-the same bytes each time. All parts have the same test pictures. Then: `attnpool bench sets/cifar10-01 --recipe probe --heads ...`
+the same bytes each time. All parts have the same test pictures. Part 3 comes as `sets/NAME-03-inner` too, to find rates
+on: of its training pictures every fifth of a class validates. Then: `attnpool bench sets/cifar10-01 --recipe probe --heads ...`
 """
 import argparse
 import random
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 PARTS = 10
+TUNED = 2   # the part that finds rates, from 0
 CELLS = {'RBC': 'red cell', 'WBC': 'white cell', 'Platelets': 'platelet'}
 
 
@@ -150,7 +152,7 @@ def main():
     parser.add_argument('source', nargs='?', help='folder or archive; none for scans')
     parser.add_argument('out', type=Path, help='folder to write to')
     asked = parser.parse_args()
-    counts = {}
+    counts = {}   # of each class, by part; the test pictures are the last
     for part, kind, name, image in SETS[asked.name](*[asked.source] * (asked.source is not None)):
         if asked.name == 'imagenette':
             inner = [] if part is None else [('imagenette-2500-inner', 'val' if part % 5 == 4 else 'train')]
@@ -158,6 +160,9 @@ def main():
         else:
             places = [(f'{asked.name}-{at + 1:02}', 'val' if part is None else 'train')
                       for at in (range(PARTS) if part is None else [part])]
+            if part == TUNED:
+                fifth = counts.get(kind, [0] * PARTS)[part] % 5 == 4
+                places.append((f'{asked.name}-{part + 1:02}-inner', 'val' if fifth else 'train'))
         for folder, which in places:
             (folder := asked.out/folder/which/kind).mkdir(parents=True, exist_ok=True)
             image.save(folder/f'{name}.png')
