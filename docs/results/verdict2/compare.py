@@ -78,6 +78,14 @@ def finetuned(a, b):
 def late(size=None): return paired(values('late', 'avgstart', size=size), values('scratch', 'avg', size=size))
 
 
+def chosen(*data):
+    "The rate and decay with which each head had the lowest loss at the end, the mean over the sets; 0 is the optimizer's own."
+    its = pd.DataFrame([dict(head=r.spec.head, lr=r.spec.recipe.lr, wd=r.spec.recipe.wd or 0., data=r.spec.data.name,
+                             loss=r.metrics['valid_loss']) for r in runs('rates') if r.spec.data.name in data])
+    loss = its.pivot(index=['head', 'lr', 'wd'], columns='data', values='loss').mean(axis=1, skipna=False)
+    return {head: loss[head].idxmin() for head in dict.fromkeys(its['head'])}
+
+
 def better_baseline(name, data=None):
     "The one of `avg` and `fastai` with the higher mean."
     return max(('avg', 'fastai'), key=lambda head: np.mean([*values(name, head, data).values()]))

@@ -24,7 +24,7 @@ from attnpool.runs.tested import read_predictions
 
 HERE = Path(__file__).parent
 PART = re.compile(r'-\d\d$')
-NAMES = 'scratch', 'late', 'small', 'probes', 'finetune', 'sizes', 'screen', 'rates'
+NAMES = 'scratch', 'late', 'small', 'probes', 'finetune', 'sizes', 'screen', 'two-maps', 'rates'
 
 
 def joined(results):
