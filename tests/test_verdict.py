@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 
@@ -191,3 +192,30 @@ def test_all_published_runs_make_one_report(tmp_path, capsys):
     assert {"imagenette-2500", "digits-8", "clutter", "clutter-imagenette", "roads"} <= {line.split(",")[0] for line in said.splitlines()}
     row, = [line.split() for line in said.splitlines() if "avgstart" in line and "as good as" in line and "70.6" in line]
     assert row[:4] == ["avgstart", "10", "70.6", "±"]   # paired with avg, though each has its own decay
+
+
+def test_two_maps_side_by_side(monkeypatch):
+    "The last map and the one before, averaged to its sides, each normed over its channels."
+    monkeypatch.syspath_prepend(str(DATA))
+    body = module("two_maps", DATA / "two_maps.py").net().eval()
+    x = torch.randn(2, 3, 64, 64)
+    out = body(x)
+    assert out.shape == (2, 384, 8, 8)
+    wide, last = body.maps(x)
+    assert wide.shape == (2, 128, 16, 16) and last.shape == (2, 256, 8, 8)
+    for ours, plain in ((out[:, :128], wide.unflatten(3, (8, 2)).unflatten(2, (8, 2)).mean((3, 5))), (out[:, 128:], last)):
+        expected = (plain - plain.mean(1, keepdim=True)) / (plain.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_digits_at_other_sizes_are_those_of_the_run(tmp_path):
+    "At the size of its training a network answers as often as its run says."
+    with pytest.raises(SystemExit) as e:
+        main(["bench", "digits-3", "--heads", "avg", "--seeds", "1", "--steps", "20", "--epochs", "1", "--size", "64", "--jobs", "1", "--device", "cpu", "--out", str(tmp_path / "runs")])
+    assert e.value.code == 0
+    (tmp_path / "digit_sizes.py").write_text((DATA / "digit_sizes.py").read_text())
+    done = subprocess.run([sys.executable, str(tmp_path / "digit_sizes.py"), str(tmp_path / "runs"), "--sizes", "64"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = pd.read_csv(tmp_path / "digit_sizes/small.csv")
+    [run], _ = collect([tmp_path / "runs"])
+    assert table[["data", "head", "seed", "size"]].values.tolist() == [["digits-3", "avg", 1, 64]] and table.accuracy[0] == pytest.approx(run.value)

@@ -1,8 +1,8 @@
 """Networks that were trained on made digits of 64 px, asked about digits of the same share of larger pictures.
 
-    python digit_sizes.py runs-small        # digit_sizes/small.csv: accuracy at 96 and 128 px, without training
+    python digit_sizes.py runs-small        # digit_sizes/small.csv: accuracy at 64, 96 and 128 px, without training
 """
-import sys
+import argparse
 from pathlib import Path
 
 import pandas as pd
@@ -21,13 +21,16 @@ def accuracy(model, dl):
 
 
 def main():
-    rows = []
-    for r in collect(sys.argv[1:])[0]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', nargs='+', help='folders of runs')
+    parser.add_argument('--sizes', type=int, nargs='+', default=[64, 96, 128], help='sides of the pictures, in px')
+    asked, rows = parser.parse_args(), []
+    for r in collect(asked.runs)[0]:
         if r.spec.head not in HEADS: continue
         learn = open_run(r.folder, 'cpu', with_data=True)
         norm = learn.dls.after_batch[-1]
         stats = [t.flatten().tolist() for t in (norm.mean, norm.std)]
-        for size in (96, 128):
+        for size in asked.sizes:
             dls = digits_dls(size, share=1 / int(r.spec.data.name.split('-')[1]), stats=stats, device='cpu')
             rows.append((r.spec.data.name, r.spec.head, r.spec.seed, size, accuracy(learn.model.eval(), dls.valid)))
             print(*rows[-1], flush=True)
