@@ -116,16 +116,7 @@ _CHANGES = [   # name of the change, heads, options
     ('noffn', 'learned sandwich avgattn concat', dict(ffn_expand=None)),   # no feed-forward part
     ('act', 'learned sandwich avgattn', dict(final_act=nn.GELU)),   # an activation before the linear layer
     ('1', 'avgstart', dict(n_queries=1)),
-    ('32', 'avgstart', dict(n_queries=32)),
     ('mix', 'avgstart', dict(mix=.5)),
-    ('gate', 'avgstart', dict(gate=.5)),   # the uniform share learned, for each query
-    ('temperature', 'avgstart', dict(learn_temperature=True)),
-    ('slow', 'avgstart', dict(temperature=10.)),   # the queries at a tenth of the rate, with Adam
-    ('fast', 'avgstart', dict(temperature=.1)),   # at ten times the rate
-    ('drop', 'avgstart', dict(drop=.25)),   # the most attended quarter hidden, in half of the pictures
-    ('droprandom', 'avgstart', dict(drop=.25, drop_random=True)),   # any quarter
-    ('average', 'avgstart', dict(drop=.25, drop_random=True, mix=1.)),   # averages of the positions that are left
-    ('zero', 'ep', dict(zero=True)),   # queries from zero
     ('uniform', 'learned slim concat', dict(scale=0.)),   # weights that stay uniform
     ('uniform', 'avgstart', dict(mix=1.)),
     ('linear', 'maxstart', dict(classifier='linear')),   # the same classifier for every pool

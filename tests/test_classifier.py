@@ -1,4 +1,4 @@
-"The same classifier behind every pool, pools side by side, and the options of the pool that starts as the average."
+"The same classifier behind every pool, and pools side by side."
 import copy
 import inspect
 import re
@@ -189,128 +189,16 @@ def test_folded_saved_and_in_other_precisions(name, tmp_path):
 
 
 def test_pools_keep_the_contract():
-    for pool in (MaxStartPooling2d(C), MaxStartPooling2d(C, n_queries=1, gate=.3), SideBySide(max_pool(C), AvgAttnConcatPooling2d(C)),
-                 AvgStartAttnPooling2d(C, gate=.2, learn_temperature=True, temperature=.5)): check_pool(moved(pool), C)
+    for pool in (MaxStartPooling2d(C), MaxStartPooling2d(C, n_queries=1), SideBySide(max_pool(C), AvgAttnConcatPooling2d(C))): check_pool(moved(pool), C)
     for name in ABLATIONS: check_head(get_head(name), 64, 3, name)
     for head in HEADS:
         if head != "classquery": check_head(get_head(f"max+{head}-norm"), 64, 3)
 
 
-# Options of avgstart
-
-def weights(pool, x, gate=None, factor=1.):
-    t = F.layer_norm(x.flatten(2).mT, (x.shape[1],))
-    a = (t @ (pool.query * factor).mT).softmax(1).mT   # (b, k, n)
-    return a if gate is None else (1 - gate) * a + gate / a.shape[2]
-
-
-def pooled(a, x): return torch.einsum("bkn,bkdn->bkd", a, x.flatten(2).unflatten(1, (a.shape[1], -1))).flatten(1)
-
-
-@pytest.mark.parametrize("mix", [0., .25])
-@pytest.mark.parametrize("b", [3, 40])
-def test_gate_in_numbers(b, mix):
-    pool = AvgStartAttnPooling2d(C, 4, gate=.3, mix=mix).double().eval()
-    nn.init.normal_(pool.query), nn.init.normal_(pool.gate)
-    x, gate = random_map(b, C, 5, 7).requires_grad_(), pool.gate.sigmoid()
-    a = (1 - gate) * ((1 - mix) * weights(pool, x) + mix / 35) + gate / 35
-    expected, out, target = pooled(a, x), pool(x), random_map(b, C)
-    assert torch.allclose(out, expected, atol=1e-12) and torch.allclose(pool.attention_map(x).flatten(2), a, atol=1e-12)
-    inputs = (x, pool.query, pool.gate)
-    for ours, literal in zip(*(torch.autograd.grad((y * target).sum(), inputs, retain_graph=True) for y in (out, expected))):
-        assert torch.allclose(ours, literal, atol=1e-11)
-
-
-@pytest.mark.parametrize("options", [dict(gate=.5), dict(gate=.01, n_queries=1), dict(learn_temperature=True), dict(temperature=.1), dict(gate=.9, mix=.5)])
-def test_gate_and_temperature_start_as_the_average(options):
-    x, means = random_map(4, C, 5, 3).requires_grad_(), []
-    pool = AvgStartAttnPooling2d(C, **options).double()
-    for y in (pool(x), x.mean((2, 3))): means.append((y, torch.autograd.grad((y**3).sum(), x, retain_graph=True)[0]))
-    for ours, theirs in zip(*means): assert torch.allclose(ours, theirs, atol=1e-13)
-    (pool(x)**3).sum().backward()
-    assert pool.query.grad.abs().max() > 0   # it is no saddle: the queries move first, gate and temperature then
-    if pool.gate is not None: assert pool.gate.grad.abs().max() < 1e-12 and pool.gate.sigmoid().mean().item() == pytest.approx(options["gate"])
-    torch.optim.SGD(pool.parameters(), 1.).step()
-    pool.zero_grad()
-    (pool(x)**3).sum().backward()
-    assert all(p.grad.abs().max() > 1e-9 for p in pool.parameters())
-
-
-def test_temperature_is_a_rate_of_the_queries():
-    "With Adam, queries at temperature 1/10 move as those at a rate ten times as high."
-    x, target, asked = random_map(8, C, 4, 4), random_map(8, C), []
-    for temperature, rate in ((.1, 1e-3), (1., 1e-2)):
-        pool = AvgStartAttnPooling2d(C, temperature=temperature).double()
-        opt = torch.optim.Adam(pool.parameters(), rate, eps=0)
-        for _ in range(5):
-            opt.zero_grad()
-            (pool(x) - target).square().sum().backward()
-            opt.step()
-        asked.append(pool.queries().detach())
-        assert torch.allclose(pool(x), pooled(weights(pool, x, factor=1 / temperature), x), atol=1e-12)
-    assert torch.allclose(*asked, rtol=1e-6) and asked[0].abs().max() > 1e-3
-    pool = AvgStartAttnPooling2d(C, temperature=2., learn_temperature=True).double()
-    nn.init.normal_(pool.query), nn.init.normal_(pool.sharpness)
-    assert torch.allclose(pool(x), pooled(weights(pool, x, factor=pool.sharpness.exp() / 2), x), atol=1e-12)
-
-
-def seen(pool, b=2000):
-    "The weights of the only query, for `b` pictures: position `i` of the map holds 1 in channel `i`."
-    torch.manual_seed(0)
-    return pool(torch.eye(12, dtype=torch.float64).view(1, 12, 3, 4).expand(b, -1, -1, -1)).detach()
-
-
-@pytest.mark.parametrize("at_random", [False, True])
-def test_hidden_positions(at_random):
-    pool = AvgStartAttnPooling2d(12, 1, drop=.25, drop_random=at_random).double()
-    nn.init.normal_(pool.query, generator=torch.Generator().manual_seed(1))
-    plain, a = seen(pool.eval(), 1), seen(pool.train())
-    hidden = a == 0
-    some = hidden.any(1)
-    assert some.double().mean().item() == pytest.approx(.5, abs=.05) and (hidden[some].sum(1) == 3).all()
-    assert torch.allclose(a[~some], plain.expand(int((~some).sum()), -1), atol=1e-14)
-    left = plain * ~hidden
-    assert torch.allclose(a, left / left.sum(1, keepdim=True), atol=1e-14)   # the others share the weight
-    often = hidden[some].double().mean(0)
-    if at_random: assert (often - .25).abs().max() < .06
-    else: assert set(often.topk(3).indices.tolist()) == set(plain[0].topk(3).indices.tolist()) and often.topk(3).values.min() == 1
-    assert (pool.attention_map(torch.eye(12).double().view(1, 12, 3, 4)).flatten(1) - plain).abs().max() < 1e-14
-
-
-def test_at_the_start_any_position_is_hidden_and_controls_are_averages_of_the_others():
-    for options in (dict(), dict(drop_random=True), dict(gate=.5), dict(mix=1., drop_random=True)):
-        pool = AvgStartAttnPooling2d(12, 1, drop=.5, **options).double()
-        for start in (True, False):
-            a = seen(pool)
-            often = (a == 0).double().mean(0)
-            assert (often - .25).abs().max() < .05, options   # half of them in half of the pictures
-            assert torch.allclose(a[a > 0], torch.where((a == 0).any(1, keepdim=True), 1 / 6, 1 / 12).double().expand_as(a)[a > 0])
-            if "mix" not in options: break
-            nn.init.normal_(pool.query)   # the control stays an average
-    assert AvgStartAttnPooling2d(12, 1, drop=.5)(torch.randn(2, 12, 1, 1)).isfinite().all()   # nothing to hide in one position
-
-
-def test_hidden_positions_have_the_gradients_of_autograd():
-    pool, x = moved(AvgStartAttnPooling2d(12, 3, drop=.4, gate=.3, mix=.5, learn_temperature=True).double()), random_map(3, 12, 2, 3).requires_grad_()
-    def f(x, *params):
-        torch.manual_seed(7)
-        return torch.func.functional_call(pool, dict(zip(dict(pool.named_parameters()), params)), (x,))
-    assert torch.autograd.gradcheck(f, (x, *pool.parameters()))
-
-
-def test_efficient_probing_from_zero():
-    head, x = get_head("ep-zero")(64, 5).double(), random_map(2, 64, 3, 5)
-    assert not head[0].layer.query.any() and head[0].layer.query.requires_grad
-    assert torch.allclose(head[0](x), head[0].layer.v(x.mean((2, 3))), atol=1e-13)
-    assert torch.allclose(head[0].attention_map(x), torch.full((2, 32, 3, 5), 1 / 15).double())
-    (head(x)**2).sum().backward()
-    assert head[0].layer.query.grad.any()
-
-
 # In use
 
 def test_names_and_options_of_the_command():
-    asked = "avg-fastai,avgstart-gate,max-fastai,max+avgstart-fastai,avg-norm"
+    asked = "avg-fastai,avgstart-mix,max-fastai,max+avgstart-fastai,avg-norm"
     specs = read_specs("digits", asked, "1", "quick", arch="xeca_resnext_tiny")
     assert [s.head for s in specs] == asked.split(",") and len({s.id for s in specs}) == 5 and all(s.recipe.lr > 0 for s in specs)
     specs = read_specs("digits", "avg,slim,gem,classquery", "1", "quick", "classifier=norm", arch="xeca_resnext_tiny")
@@ -347,11 +235,8 @@ class NoWidth(PoolHead): pool = nn.AdaptiveAvgPool2d
     (lambda: NoWidth(1, 5, classifier="norm"), "classifier: it needs the number of channels that come out of the pool, and the c_out of AdaptiveAvgPool2d is None"),
     (lambda: get_head("max+classquery")(C, 5), "head: 'classquery' has no pool of its own"),
     (lambda: get_head("max+"), "head: '' is unknown"),
-    (lambda: AvgStartAttnPooling2d(C, gate=0.), "gate: expected a share between 0 and 1, got 0.0. Use .5"),
-    (lambda: AvgStartAttnPooling2d(C, temperature=0), "temperature: expected a number above 0, got 0"),
-    (lambda: AvgStartAttnPooling2d(C, drop=1.), "drop: expected a rate in [0, 1), got 1.0"),
     (lambda: MaxStartPoolHead(C, 5, n_queries=7), "n_queries: 7 does not divide the 48 channels"),
 ])
-def test_bad_input_of_classifiers_and_gates(make, words):
+def test_bad_input_of_classifiers(make, words):
     with pytest.raises(BadInput) as e: make()
     assert words in str(e.value)

@@ -14,15 +14,13 @@ from ..maps.compute import find_pools, uncompiled
 from ..registry import BadInput
 
 # %% ../../nbs/428_callback.queries.ipynb #42800006
-_LOOKS = 'query', 'gate', 'sharpness'
-
 def queries_of(
     model: nn.Module # A network or a head
 ) -> dict[str, Parameter]: # By name; empty where no attention pool is
     "The weights of a network's attention pools that decide where these look."
     pools = find_pools(uncompiled(model))
     return {f'{name}.{key}'.lstrip('.'): p for name, pool in pools.items()
-            for key, p in getattr(pool, 'pool', pool).named_parameters(recurse=False) if key in _LOOKS}
+            for key, p in getattr(pool, 'pool', pool).named_parameters(recurse=False) if key == 'query'}
 
 # %% ../../nbs/428_callback.queries.ipynb #42800009
 class LateQueries(PutsBack):

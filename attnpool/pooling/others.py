@@ -103,10 +103,9 @@ class EfficientProbing(nn.Module):
     def __init__(self,
         ni: int, # Channels of the map, and of the result
         n_queries: int = 32, # Queries, a divisor of `ni`
-        zero: bool = False, # Queries start at zero, and so with uniform weights, instead of at random
     ):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(n_queries, ni) * (0. if zero else .02))
+        self.query = nn.Parameter(torch.randn(n_queries, ni) * .02)
         self.v = nn.Linear(ni, ni, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

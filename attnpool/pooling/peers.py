@@ -246,10 +246,9 @@ def _abmil(ni, n_out,
 @_peer('ep')
 def _efficient_probing(ni, n_out,
     n_queries: int | None = None, # Queries, a divisor of `ni`; None for 32 or the next smaller
-    zero: bool = False, # Queries start at zero, and so with uniform weights, instead of at random
 ):
     "Efficient Probing, BatchNorm without weights, linear (arXiv 2506.10178)."
-    pool = EfficientProbing(ni, _parts('n_queries', n_queries, ni, 32), zero)
+    pool = EfficientProbing(ni, _parts('n_queries', n_queries, ni, 32))
     return nn.Sequential(AttentionPeer(pool, ni, positions=True), nn.BatchNorm1d(ni, 1e-6, affine=False),
                          nn.Linear(ni, n_out))
 

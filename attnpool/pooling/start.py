@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..fold import gather_own, mixture, scores
 from ..forms import affine, no_autocast, note_form, wide
 from ..functional import check_divides, check_map
-from ..layers import check_channels, check_rate
+from ..layers import check_channels
 from ..registry import BadInput
 
 # %% ../../nbs/120_pooling.start.ipynb #4600a41b
@@ -25,23 +25,6 @@ def _look(x, query, share=None):
     with no_autocast(x): s = scores(x.flatten(2).to(dtype), query.to(dtype), centre=True, eps=_EPS).scores
     return mixture(s.softmax(-1), share).unflatten(-1, x.shape[2:])
 
-def _most(scores, part, at_random):
-    "For half of the pictures the positions with the highest scores, or as many at random: `part` of them, as a mask."
-    n, rank = scores.shape[-1], torch.rand_like(scores)
-    if not at_random: rank = scores.detach() + 1e-6 * rank   # all are equal at the start: none before the others
-    which = torch.zeros_like(rank).scatter_(-1, rank.topk(int(part * n), -1).indices, 1.)
-    return which.bool() & (torch.rand(len(rank), 1, 1, device=rank.device) < .5)
-
-def _of_the_rest(m, u, part, at_random, *shares):
-    "What the queries pool when `_most` hides positions; all weights are among the others. By plain operations."
-    note_form('plain')
-    with no_autocast(m):
-        s = scores(m, u, centre=True, eps=_EPS).scores
-        hidden = _most(s, part, at_random)
-        a, even = (t.masked_fill(hidden, -torch.inf).softmax(-1) for t in (s, torch.zeros_like(s)))
-        for share in shares: a = a + share * (even - a)
-        return (m.unflatten(1, (len(u), -1)) * a[:, :, None]).sum(-1).flatten(1)
-
 # %% ../../nbs/120_pooling.start.ipynb #h1200004
 class AvgStartAttnPooling2d(nn.Module):
     "Attention pooling that starts as average pooling: queries from zero, each pooling its own share of the channels."
@@ -49,53 +32,28 @@ class AvgStartAttnPooling2d(nn.Module):
         ni: int, # Channels of the map, and of the result
         n_queries: int = 8, # Queries, a divisor of `ni`; each has its own map and pools `ni/n_queries` channels
         mix: float = 0., # Share in [0, 1] of training pictures that see uniform weights; in eval mode all see a mixture
-        gate: float | None = None, # Share in (0, 1) of uniform weights as it starts, learned by query; None for no gate
-        temperature: float = 1., # Divides the scores; 1/10 is a rate of the queries ten times as high, with Adam
-        learn_temperature: bool = False, # One for each query, which starts at `temperature`
-        drop: float = 0., # Share in [0, 1) of the positions, the most attended, hidden in training in half the pictures
-        drop_random: bool = False, # Hides positions at random instead: the control
     ):
         super().__init__()
         check_divides('n_queries', n_queries, check_channels(ni))
         if not 0 <= mix <= 1:
             raise BadInput(f"mix: expected a share in [0, 1], got {mix}. "
                            "Use 0 for attention alone, .5 for half of the pictures.")
-        if gate is not None and not 0 < gate < 1:
-            raise BadInput(f"gate: expected a share between 0 and 1, got {gate}. Use .5, or leave it out for no gate.")
-        if not temperature > 0: raise BadInput(f"temperature: expected a number above 0, got {temperature}. Use 1.")
-        self.ni, self.c_out, self.mix, self.temperature = ni, ni, mix, temperature
-        self.drop, self.drop_random = check_rate('drop', drop), drop_random
-        self.query, self.gate, self.sharpness = nn.Parameter(torch.zeros(n_queries, ni)), None, None
-        if gate is not None: self.gate = nn.Parameter(torch.full((n_queries, 1), gate).logit())
-        if learn_temperature: self.sharpness = nn.Parameter(torch.zeros(n_queries, 1))   # log of a factor
-
-    def queries(self) -> Tensor:
-        "The queries `(n_queries, ni)` as they ask: with their temperature."
-        u = self.query if self.temperature == 1 else self.query / self.temperature
-        return u if self.sharpness is None else u * self.sharpness.exp()
+        self.ni, self.c_out, self.mix = ni, ni, mix
+        self.query = nn.Parameter(torch.zeros(n_queries, ni))
 
     def forward(self, x: Tensor) -> Tensor:
         "`(b, ni, h, w)` to `(b, ni)`."
         check_map(x, self.ni)
-        m, u, share, dtype = x.flatten(2), self.queries(), self.mix or None, wide(x.dtype)
-        if self.mix and self.training: share = (torch.rand(len(x), 1, 1, device=x.device) < self.mix).to(dtype)
-        gate = None if self.gate is None else self.gate.to(dtype).sigmoid()
-        if self.drop and self.training:
-            shares = [s for s in (share, gate) if s is not None]
-            return _of_the_rest(m.to(dtype), u.to(dtype), self.drop, self.drop_random, *shares).to(x.dtype)
-        out = gather_own(m, u, share=share, eps=_EPS)
-        if gate is None: return out.to(x.dtype)
-        gate = gate.expand(-1, self.ni // len(u)).flatten()   # for each channel
-        return torch.lerp(out.to(dtype), m.mean(-1, dtype=dtype), gate).to(x.dtype)
+        share = self.mix or None
+        if self.mix and self.training: share = (torch.rand(len(x), 1, 1, device=x.device) < self.mix).to(wide(x.dtype))
+        return gather_own(x.flatten(2), self.query, share=share, eps=_EPS).to(x.dtype)
 
     def attention_map(self,
         x: Tensor, # `(b, ni, h, w)`
         combined: bool = False, # One map, the mean over the queries, instead of one for each
     ) -> Tensor: # `(b, n_queries, h, w)` or `(b, 1, h, w)`; sums to one over positions
-        "Where each query looks in eval mode, the uniform shares of `mix` and `gate` included."
-        weights = _look(x, self.queries(), self.mix or None)
-        if self.gate is not None:
-            weights = mixture(weights.flatten(2), self.gate.to(weights.dtype).sigmoid()).view_as(weights)
+        "Where each query looks in eval mode, the uniform share of `mix` included."
+        weights = _look(x, self.query, self.mix or None)
         return weights.mean(1, keepdim=True) if combined else weights
 
     def extra_repr(self): return f'{self.ni}, n_queries={len(self.query)}, mix={self.mix:g}'
