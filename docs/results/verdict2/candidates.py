@@ -96,6 +96,7 @@ class Candidate(PoolHead):
 
 
 def ep_zero(ni, n_out):
+    "Efficient Probing whose queries start at zero, and so with uniform weights."
     head = PEERS['ep'](ni, n_out)
     nn.init.zeros_(head[0].layer.query)
     return head

@@ -91,9 +91,9 @@ def better_baseline(name, data=None):
     return max(('avg', 'fastai'), key=lambda head: np.mean([*values(name, head, data).values()]))
 
 
-def verdicts(rows, correct=True, family=0):
-    "A table of differences in points, with what may be said of each; of a `family` of more, those to come count too."
-    p = holm([d.p for d in rows.values()] + [1.] * (family - len(rows)))
+def verdicts(rows, correct=True):
+    "A table of differences in points, with what may be said of each."
+    p = holm([d.p for d in rows.values()])
     def line(d, corrected):
         low, high = (100 * v for v in d.interval())
         return {'points': f'{100 * d.mean:+.2f}', '95%': f'{low:+.2f} to {high:+.2f}', 'n': d.n, 'p': f'{d.p:.2g}',
