@@ -243,7 +243,8 @@ def check_frozen(
 ) -> Recipe: # The same
     "An error where a recipe asks for what kept maps cannot give."
     frozen, other = recipe.train == 'frozen', "or use --recipe finetune --train head, which runs the body in every step"
-    for name in decided(recipe).keys() & {'mix', 'drop_path', 'repeats', 'micro_bs', 'steps'} if frozen else ():
+    seen = {'mix', 'drop_path', 'repeats', 'micro_bs', 'steps', 'min_steps'} if frozen else set()
+    for name in decided(recipe).keys() & seen:
         raise BadInput(f"{name}: with train frozen the body has seen each picture before the training, "
                        f"got {getattr(recipe, name)!r}. Leave {name} out, {other}.")
     if frozen and recipe.augment != 'none' and recipe.views == 1:

@@ -39,6 +39,8 @@ def _check_together(r):
         near = r.steps // r.epochs * r.epochs
         raise BadInput(f"steps: they are done in {r.epochs} equal parts, each of which ends with a validation, got "
                        f"{r.steps}. Use {f'{near} or ' * bool(near)}{near + r.epochs}, or other epochs beside them.")
+    if r.steps and r.min_steps:
+        raise BadInput(f"min_steps: steps says how many there are, {r.steps}, got {r.min_steps}. Leave one out.")
     tuned = r.train == 'finetune'
     if tuned and r.late:
         raise BadInput(f"late: train finetune is two trainings, each with an end of its own, got {r.late}. Use another "
@@ -104,6 +106,7 @@ class Recipe:
     repeats: int = 1 # Copies of each picture in a row, each augmented anew; an epoch then sees 1 / repeats of them
     micro_bs: int | None = None # Pictures at a time on one device, where the batch does not fit; they add up to bs
     steps: int | None = None # Steps of the optimizer in all, whatever the number of pictures; epochs overrides it
+    min_steps: int | None = None # At least so many steps in all: few pictures come more often; epochs overrides it
     late: float = 0. # Share of the training, its last part, in which queries learn; avgstart is average pooling before
     name: str = field(default='', compare=False) # Row of `RECIPES` that it began as; no setting, not compared
 
@@ -182,8 +185,18 @@ def loader_bs(self: Recipe,
     raise BadInput(f"micro_bs: {what} does not divide into parts of {micro}. Use {near}, or another bs.")
 
 @patch
+def epoch_steps(self: Recipe,
+    n: int, # Number of training pictures
+) -> int | None: # None for one pass over the pictures
+    "Steps of the optimizer in an epoch, where `steps` or `min_steps` decides it."
+    if self.steps: return self.steps // self.epochs
+    least = -(-(self.min_steps or 0) // self.epochs)
+    return least if n // self.bs < least else None
+
+@patch
 def shown(self: Recipe,
     n: int, # Number of training pictures
 ) -> int:
     "How many pictures a network is shown in a whole training."
-    return self.steps * self.bs if self.steps else self.epochs * n
+    steps = self.epoch_steps(n)
+    return self.epochs * (steps * self.bs if steps else n)

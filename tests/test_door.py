@@ -456,7 +456,7 @@ def test_door_a_recipe_of_a_few_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my.toml").write_text('base = "finetune"   # as the row\nepochs = 9\n[lr]\nslim = 1e-3\n"*" = 2\n')
     r = read_recipe("my.toml")
-    assert r == replace(RECIPES["finetune"], epochs=9, lr={"slim": 1e-3, "*": 2.}) and r.name == "finetune"
+    assert r == change_recipe("finetune", epochs=9, lr={"slim": 1e-3, "*": 2.}) and r.name == "finetune" and r.min_steps is None   # as typed
     assert get_recipe("my.toml", "slim", bs=7) == replace(r, lr=1e-3, bs=7) and change_recipe(Path("my.toml"), bs=7).lr == r.lr
     Path("whole").write_text("epochs = 2\nsize = 40\nbs = 8\nlr = 1\n")
     assert read_recipe("whole") == Recipe(2, 40, 8, lr=1.) and get_recipe("whole", "avg").name == "whole"

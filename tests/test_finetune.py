@@ -297,6 +297,23 @@ def test_the_history_of_a_run_has_the_epochs_of_both_parts(weights, tmp_path):
     assert finetune(weights, epochs=3).id != finetune(weights, epochs=3, freeze_epochs=2).id
 
 
+def test_few_pictures_come_more_often(weights, photos, tmp_path):
+    "Sixteen pictures in batches of 8 are two steps in a pass."
+    def trained(**recipe):
+        set_seed(1)
+        learn = recipe_learner(picture_dls(photos, size=32, bs=8, device="cpu"), "test_efficientnet", "avgstart", get_recipe("finetune", "avgstart", size=32, bs=8, **recipe),
+                               start=find_start(weights, "test_efficientnet"), cbs=(rates := Rates()))
+        set_seed(1)
+        with quiet(learn): learn.fit_recipe()
+        return [len(fit) for fit in rates.fits], state(learn)
+    (plain, before), (enough, after), (more, _) = (trained(epochs=3, **least) for least in ({}, dict(min_steps=6), dict(min_steps=7)))
+    assert plain == enough == [2, 4] and more == [3, 6]
+    assert all(torch.equal(before[k], after[k]) for k in before)   # an order of its own only where it is needed
+    result = run(finetune(weights, photos, epochs=2, bs=8, min_steps=9), tmp_path, "cpu")
+    assert result.status == "complete" and load_run(result.folder).spec.recipe.min_steps == 9
+    assert result.images_per_second == pytest.approx(5 * 8 / result.history().train_seconds.median(), rel=.05)
+
+
 def test_a_run_that_was_killed_with_its_body_frozen_is_made_again(weights, photos, tmp_path):
     spec = finetune(weights, photos, epochs=3, bs=8)
     code = f"""

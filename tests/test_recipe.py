@@ -39,7 +39,8 @@ def asked(monkeypatch):
 
 def test_every_field_is_an_option_and_reaches_the_spec(asked, capsys, tmp_path):
     torch.save(ARCHS["xeca_resnext_tiny"](10).state_dict(), file := tmp_path / "body.pth")
-    of_one = dict(freeze_epochs=dict(train="finetune", schedule="one_cycle", freeze_epochs=2), views=dict(train="frozen", augment="light", views=2))
+    of_one = dict(freeze_epochs=dict(train="finetune", schedule="one_cycle", freeze_epochs=2), views=dict(train="frozen", augment="light", views=2),
+                  min_steps=dict(min_steps=24))
     values = {f.name: other(f) for f in SETTINGS if f.name not in of_one} | dict(train="head", schedule="cosine", precision="bf16", loss="cross_entropy")   # with which all others can be meant; quickest is resolved
     for values in (values, *of_one.values()):
         flags = [word for k, v in values.items() for word in (f"--{k.replace('_', '-')}", str(v))]
@@ -54,6 +55,22 @@ def test_every_field_is_an_option_and_reaches_the_spec(asked, capsys, tmp_path):
     words = " ".join(text.split()).replace("- ", "-")   # a line may end at a hyphen
     for table in NAMES.values(): assert ", ".join(table) in words
     assert "`" not in words
+
+
+@pytest.mark.parametrize("changes, steps, least", [
+    (dict(), None, 200), (dict(lr=1e-3), None, 200), (dict(epochs=4), None, None), (dict(epochs=4, min_steps=50), None, 50), (dict(steps=60), 60, None),
+    (dict(epochs=4, steps=60), 60, None), (dict(train="frozen", augment="none"), None, None)])
+def test_passes_that_were_asked_for_are_passes(changes, steps, least):
+    r = get_recipe("finetune", "avg", **changes)
+    assert (r.steps, r.min_steps) == (steps, least)
+
+
+def test_steps_of_an_epoch():
+    least, fixed, plain = Recipe(6, 128, 32, min_steps=200), Recipe(6, 128, 32, steps=120), Recipe(6, 128, 32)
+    assert [least.epoch_steps(n) for n in (8, 90, 1087, 1088, 5000)] == [34, 34, 34, None, None]
+    assert [r.epoch_steps(n) for r in (fixed, plain) for n in (90, 5000)] == [20, 20, None, None]
+    assert [least.shown(n) for n in (90, 5000)] == [6 * 34 * 32, 30_000] and fixed.shown(90) == 120 * 32 and plain.shown(90) == 540
+    with pytest.raises(BadInput, match="min_steps: steps says how many there are, 60, got 50. Leave one out."): Recipe(6, 128, 32, steps=60, min_steps=50)
 
 
 def test_tuning_has_the_same_options_but_the_rate(asked, capsys):

@@ -164,7 +164,7 @@ def plan(
                 **{k: '–' if (v := getattr(r, k)) is None else f'{v:.3g}' for k in ('lr', 'wd', 'drop_path')},
                 'runs': str(len(its)), 'there': str(sum(s in there for s in its))}
     n = len(TASKS[first.task].dls(first, first.recipe.bs, 'cpu').train_ds)
-    steps, epochs = max(1, n // first.recipe.bs), first.recipe.epochs
+    steps, epochs = first.recipe.epoch_steps(n) or max(1, n // first.recipe.bs), first.recipe.epochs
     left = len(every) - len(there)
     text = (f'{len(every)} different runs, {len(there)} of them in {out} already. Each: {epochs} epochs of {steps:,} '
             f'steps, {first.recipe.bs} of {n:,} pictures at a time. To be made: {left * epochs * steps:,} steps.')

@@ -197,7 +197,7 @@ def _finish(spec, folder, device, learn, log, sizes, start, body='', trained=Non
     if log.rows: log.write()   # the disk may have been full
     dls, task, good, seconds = learn.dls, TASKS[spec.task], log.diverged is None, time.perf_counter() - start
     n, bs = len(dls.train_ds), trained.dls.train.bs if trained else spec.recipe.bs   # whole batches train
-    steps = spec.recipe.steps // spec.recipe.epochs if spec.recipe.steps else n // bs   # in an epoch
+    steps = spec.recipe.epoch_steps(n) or n // bs   # in an epoch
     seen, classes = write_looks(learn, task, folder, trained, _began(spec, str(dls.device))) if good else ({}, None)
     if doubles is None: doubles = doubles_in(dls)
     write_about(dls, spec, folder)

@@ -69,19 +69,19 @@ def probes(a, b, given=False, sets=REAL):
 def small(a, b): return paired(*(mean_of_sets('small', head, DIGITS) for head in (a, b)))
 
 
-def finetuned(a, b):
+def finetuned(a, b, name='finetune'):
     "Over trainings, the same number on each set."
-    def every(head): return {(data, seed): v for data in REAL for seed, v in values('finetune', head, data).items()}
+    def every(head): return {(data, seed): v for data in REAL for seed, v in values(name, head, data).items()}
     return paired(every(a), every(b))
 
 
 def late(size=None): return paired(values('late', 'avgstart', size=size), values('scratch', 'avg', size=size))
 
 
-def chosen(*data):
+def chosen(*data, name='rates'):
     "The rate and decay with which each head had the lowest loss at the end, the mean over the sets; 0 is the optimizer's own."
     its = pd.DataFrame([dict(head=r.spec.head, lr=r.spec.recipe.lr, wd=r.spec.recipe.wd or 0., data=r.spec.data.name,
-                             loss=r.metrics['valid_loss']) for r in runs('rates') if r.spec.data.name in data])
+                             loss=r.metrics['valid_loss']) for r in runs(name) if r.spec.data.name in data])
     loss = its.pivot(index=['head', 'lr', 'wd'], columns='data', values='loss').mean(axis=1, skipna=False)
     return {head: loss[head].idxmin() for head in dict.fromkeys(its['head'])}
 

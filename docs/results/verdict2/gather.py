@@ -24,7 +24,8 @@ from attnpool.runs.tested import read_predictions
 
 HERE = Path(__file__).parent
 PART = re.compile(r'-\d\d$')
-NAMES = 'scratch', 'late', 'small', 'probes', 'finetune', 'sizes', 'screen', 'two-maps', 'rates'
+NAMES = (
+    'scratch', 'late', 'small', 'probes', 'finetune', 'finetune-long', 'sizes', 'screen', 'two-maps', 'rates', 'rates-long')
 
 
 def joined(results):
@@ -85,7 +86,7 @@ def main():
         pd.DataFrame(rows).drop(columns=['runs', 'agreement']).round(5).to_csv(out, index=False)
         return
     write_runs([*joined(done)], HERE/f'{asked.name}.runs.csv')
-    if asked.name != 'rates':
+    if not asked.name.startswith('rates'):
         (HERE/'pictures').mkdir(exist_ok=True)
         text = packed(done).to_csv(index=False).encode()
         (HERE/'pictures'/f'{asked.name}.csv.gz').write_bytes(gzip.compress(text, mtime=0))
