@@ -75,6 +75,12 @@ def finetuned(a, b, name='finetune'):
     return paired(every(a), every(b))
 
 
+def larger(head, data, size):
+    "Accuracy by seed on made digits of the same share in pictures of another size, in px."
+    table = pd.read_csv(HERE/'digit_sizes/small.csv')
+    return table[(table['head'] == head) & (table.data == data) & (table['size'] == size)].set_index('seed').accuracy.to_dict()
+
+
 def late(size=None): return paired(values('late', 'avgstart', size=size), values('scratch', 'avg', size=size))
 
 
