@@ -172,7 +172,7 @@ def learner_for(
     if recipe.lr is None: raise BadInput("lr: give a learning rate; attnpool bench finds those of train frozen itself.")
     r, turned = recipe, [ChannelsLast()] if layout and torch.device(dls.device).type in ('cpu', 'cuda') else []
     cbs = [*L(cbs), *turned, *TRAINS[r.train](), *PRECISIONS[r.precision](dls.device), *MIXES[r.mix]()]
-    steps = r.epoch_steps(dls.train.n or 0)   # a run may be opened without its data
+    steps = (r.steps or r.min_steps) and r.epoch_steps(dls.train.n or 0)   # a run may be opened without its data
     if r.repeats > 1 or r.micro_bs or steps:
         whole = r.bs if r.micro_bs else None
         if dls.train.n != 0: batches_in_step(dls.train, whole)   # told now
